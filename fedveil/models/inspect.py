@@ -1,0 +1,54 @@
+"""What a defence needs to know of a model it did not define."""
+
+import torch
+from torch import nn
+
+from fedveil.errors import FedveilError
+
+_FIRST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether any layer keeps batch statistics."""
+    return any(isinstance(module, _BATCH_NORMS) for module in model.modules())
+
+
+def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
+    """Return the qualified name of the layer the pixels reach first.
+
+    That is the first convolution, patch embedding or linear layer in the order of execution, found
+    by a forward pass, since the order of definition need not be the order of use.
+
+    Args:
+        model: Any module that takes float [N, C, H, W].
+        shape: (C, H, W) of one image.
+
+    Returns:
+        A name for ``model.get_submodule``; empty when the model itself is such a layer.
+
+    Raises:
+        FedveilError: The forward pass uses no such layer.
+    """
+    reached: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: reached.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, _FIRST_LAYERS)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parameter = next(model.parameters())
+            model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not reached:
+        raise FedveilError(
+            f"model {type(model).__name__}: its forward pass uses no convolution or linear layer, "
+            "so there is no first layer to add noise to; name the parameters with --noise PATTERN"
+        )
+    return reached[0]
