@@ -6,12 +6,12 @@ from torch import nn
 from fedveil.errors import FedveilError
 
 _FIRST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether any layer keeps batch statistics."""
-    return any(isinstance(module, _BATCH_NORMS) for module in model.modules())
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
 def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:

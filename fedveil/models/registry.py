@@ -71,7 +71,7 @@ def _import_factory(path: str) -> Factory:
     except (ImportError, AttributeError, ValueError) as error:
         raise FedveilError(
             f"model {path!r} could not be imported: {error}. Give package.module:factory, "
-            "importable from the current folder, where factory(shape, classes) returns a torch.nn.Module"
+            "importable from here; factory(shape, classes) must return a torch.nn.Module"
         ) from error
     if not callable(factory):
         raise FedveilError(f"model {path!r} is a {type(factory).__name__}, not a factory function")

@@ -1,0 +1,178 @@
+"""The command line; each command checks its options, calls one function and prints the outcome."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedveil import __version__
+from fedveil.errors import FedveilError
+
+app = typer.Typer(
+    name="fedveil",
+    help="Protects federated learning in both directions, and proves it by attack.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_help=True)
+app.add_typer(reproduce, name="reproduce")
+
+
+class Strategy(StrEnum):
+    """Strategies of ``fedveil train``."""
+
+    FEDAVG = "fedavg"
+    NOISE_PAIR = "noise-pair"
+    NOISE_DELTA = "noise-delta"
+
+
+class Engine(StrEnum):
+    """Engines of ``fedveil train``."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    DEPLOYED = "deployed"
+
+
+class Bound(StrEnum):
+    """What ``noise-delta`` checks its copies with."""
+
+    LABELS = "labels"
+    AGREEMENT = "agreement"
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user ends in a sentence, never in a traceback."""
+    try:
+        app()
+    except FedveilError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"fedveil: {error}", markup=False
+        )
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedveil {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option(help="New directory for the run.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the options.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="cnn, mnist-cnn, lenet, resnet-gn, resnet-bn, vit or package.module:factory."
+        ),
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="iid, dirichlet:ALPHA or shards:CLASSES.")
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="What clients do to their images first: dct:keep=N.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds to train.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
+    cap: Annotated[
+        float | None, typer.Option(help="theta: accuracy every copy stays below.")
+    ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="first-conv, all or a pattern over parameter names.")
+    ] = None,
+    bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
+    server_clients: Annotated[
+        int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
+    ] = None,
+    sigma_start: Annotated[float | None, typer.Option(help="First sigma tried.")] = None,
+    sigma_step: Annotated[float | None, typer.Option(help="Raise of noise-pair's loop.")] = None,
+    sigma_limit: Annotated[float | None, typer.Option(help="Largest sigma tried.")] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="Test images sigma is calibrated on.")
+    ] = None,
+    report_images: Annotated[
+        int | None, typer.Option(help="Other test images each round reports on.")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds data, model, sampling, training.")] = None,
+) -> None:
+    """Train a model whose copies stay below an accuracy cap.
+
+    The directory then holds model.safetensors (w, the clean model), rounds.jsonl, summary.json and
+    curves.png, and all along what --resume needs.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    settings = {k: v for k, v in given.items() if k not in ("out", "resume", "config")}
+    _finish_training(_open_run(out, resume, config, settings))
+
+
+def _open_run(
+    out: Path | None, resume: Path | None, config: Path | None, settings: dict[str, Any]
+) -> Any:
+    from fedveil.federation.config import TrainConfig
+    from fedveil.federation.run_directory import RunDirectory
+
+    if (out is None) == (resume is None):
+        raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
+    if resume is not None:
+        if settings or config:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in settings) or "--config"
+            raise FedveilError(
+                f"--resume takes every setting from {resume / 'config.json'}; leave out {names}"
+            )
+        return RunDirectory.open(resume)
+    checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
+    assert out is not None
+    return RunDirectory.create(out, checked)
+
+
+def _finish_training(directory: Any) -> None:
+    from fedveil.federation.training_run import run_to_completion
+
+    try:
+        summary = run_to_completion(directory)
+    except KeyboardInterrupt:
+        rounds = len(directory.rounds())
+        Console(stderr=True, soft_wrap=True).print(
+            f"\nInterrupted after round {rounds}; nothing is lost. Go on with\n"
+            f"  fedveil train --resume {directory.path}"
+        )
+        raise typer.Exit(130) from None
+    capped = summary["configuration"]["strategy"] != "fedavg"
+    typer.echo(f"w: {summary['accuracy']:.2%} on {summary['report_images']} images it never met")
+    if capped:
+        typer.echo(
+            f"best copy any client received: {summary['copies_max']:.2%} "
+            f"(cap {summary['configuration']['cap']:.0%}, passed in {summary['rounds_over_cap']} of "
+            f"{summary['configuration']['rounds']} rounds)"
+        )
+    typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")

@@ -1,0 +1,196 @@
+"""Keyed Gaussian noise that degrades the copies of a model its clients receive."""
+
+import fnmatch
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor, nn
+
+from fedveil.errors import FedveilError
+from fedveil.files import write_atomically
+from fedveil.models import first_layer
+
+Tensors = Mapping[str, Tensor]
+
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """The secret from which every round's noise is expanded.
+
+    Whoever holds it and a copy can subtract the noise, so it stays on the server: in no message, no
+    log, and, by ``repr=False``, no traceback.
+
+    Attributes:
+        secret: 32 bytes.
+    """
+
+    secret: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != _KEY_BYTES:
+            raise FedveilError(
+                f"a noise key has {_KEY_BYTES} bytes, this one {len(self.secret)}; "
+                "leave the key file out to have a fresh one drawn"
+            )
+
+    @classmethod
+    def generate(cls) -> "NoiseKey":
+        """Return a key from the operating system's secure generator."""
+        return cls(secrets.token_bytes(_KEY_BYTES))
+
+    @classmethod
+    def load(cls, path: Path) -> "NoiseKey":
+        """Read a key that ``save`` wrote.
+
+        Raises:
+            FedveilError: The file is missing, unreadable or no key.
+        """
+        try:
+            return cls(bytes.fromhex(path.read_text(encoding="ascii").strip()))
+        except (OSError, ValueError) as error:
+            raise FedveilError(
+                f"noise key {path}: cannot be read ({type(error).__name__}); "
+                f"the file must hold {2 * _KEY_BYTES} hexadecimal digits"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Write the key as hexadecimal text, readable by the owner alone."""
+        write_atomically(path, (self.secret.hex() + "\n").encode("ascii"), mode=0o600)
+
+    def gaussians(self, *, run: str, round_number: int, group: str, count: int) -> Tensor:
+        """Expand the key into independent standard normal values.
+
+        HKDF-SHA256 (RFC 5869) derives a ChaCha20 key (RFC 8439) per (run, round, group); each 32-bit
+        word of its key stream becomes one value by the inverse of the normal distribution.
+
+        Args:
+            run: Name of the run.
+            round_number: Round, from 1.
+            group: Name of the group of clients that shares the noise.
+            count: How many values.
+
+        Returns:
+            float64 [count], |z| ≤ 6.4; the same on every machine for the same arguments.
+        """
+        info = f"fedveil noise v1\0{run}\0{round_number}\0{group}".encode()
+        key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
+        stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
+        words = torch.frombuffer(bytearray(stream), dtype=torch.int32).to(torch.float64)
+        return torch.special.ndtri((words + (2**31 + 0.5)) / 2**32)
+
+
+@dataclass(frozen=True)
+class NoiseTarget:
+    """The parameter tensors that carry noise, and the unit of σ for each.
+
+    Attributes:
+        layers: Names of the parameters, grouped by the layer they belong to.
+        relative: Whether σ counts in units of a layer's root mean square (``noise-delta``) or is
+            the standard deviation itself (the paper's algorithm).
+    """
+
+    layers: tuple[tuple[str, ...], ...]
+    relative: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that carry noise, in the model's order."""
+        return tuple(name for layer in self.layers for name in layer)
+
+    def draw(
+        self, weights: Tensors, key: NoiseKey, *, run: str, round_number: int, group: str
+    ) -> dict[str, Tensor]:
+        """Return one draw of the noise at σ = 1.
+
+        Args:
+            weights: The model the noise is for; gives shapes, dtypes and scales.
+            key: Secret the draw is expanded from.
+            run: Name of the run.
+            round_number: Round, from 1.
+            group: Name of the group of clients that shares the noise.
+
+        Returns:
+            A tensor of the parameter's shape and dtype for each name in ``names``.
+        """
+        sizes = [weights[name].numel() for name in self.names]
+        values = key.gaussians(
+            run=run, round_number=round_number, group=group, count=sum(sizes)
+        ).split(sizes)
+        drawn = dict(zip(self.names, values, strict=True))
+        return {
+            name: (drawn[name] * scale).reshape(weights[name].shape).to(weights[name].dtype)
+            for layer in self.layers
+            for scale in [self._scale(weights, layer)]
+            for name in layer
+        }
+
+    def _scale(self, weights: Tensors, layer: Sequence[str]) -> float:
+        if not self.relative:
+            return 1.0
+        # Over the layer, not the tensor: a bias may still be zero and must be hidden all the same.
+        squares = sum(float(weights[name].double().square().sum()) for name in layer)
+        return math.sqrt(squares / sum(weights[name].numel() for name in layer))
+
+
+def noise_target(
+    model: nn.Module, shape: tuple[int, int, int], where: str, *, relative: bool = True
+) -> NoiseTarget:
+    """Find the parameters that ``--noise`` names.
+
+    Args:
+        model: Any module that takes float [N, C, H, W].
+        shape: (C, H, W) of one image.
+        where: ``first-conv``: the first convolution, patch embedding or linear layer the pixels
+            reach; ``all``: every parameter; otherwise patterns as of the shell, separated by
+            commas, over the names of the model's parameters (``body.0.*``, ``*.bias``).
+        relative: See ``NoiseTarget``.
+
+    Raises:
+        FedveilError: No parameter of the model has such a name.
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    patterns = _first_layer_pattern(model, shape) if where == "first-conv" else where
+    patterns = "*" if patterns == "all" else patterns
+    chosen = [
+        name
+        for name in parameters
+        if any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
+    ]
+    if not chosen:
+        raise FedveilError(
+            f"--noise {where!r} matches no parameter of this model; allowed: first-conv, all, or a "
+            f"pattern over {', '.join(parameters)}"
+        )
+    layers: dict[str, list[str]] = {}
+    for name in chosen:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return NoiseTarget(tuple(tuple(names) for names in layers.values()), relative=relative)
+
+
+def _first_layer_pattern(model: nn.Module, shape: tuple[int, int, int]) -> str:
+    name = first_layer(model, shape)
+    return f"{name}.*" if name else "*"
+
+
+def add_noise(weights: Tensors, noise: Tensors, sigma: float) -> dict[str, Tensor]:
+    """Return ``weights + sigma * noise``; tensors without noise are shared, not copied.
+
+    Args:
+        weights: Model state by name.
+        noise: A draw of ``NoiseTarget.draw``.
+        sigma: Strength, of either sign.
+    """
+    return {
+        name: torch.add(value, noise[name], alpha=sigma) if name in noise else value
+        for name, value in weights.items()
+    }

@@ -1,0 +1,109 @@
+"""Every setting of a training run, checked before anything is written."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedveil.errors import FedveilError
+
+
+class TrainConfig(BaseModel):
+    """Settings of ``fedveil train``; each is an option of the command and a key of the TOML file.
+
+    The symbols are those of the papers: K clients, a fraction C of them a round, E local epochs,
+    minibatches of B, learning rate η, accuracy cap θ, noise strength σ.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    dataset: str = Field("digits", min_length=1)
+    model: str = Field("cnn", min_length=1)
+    partition: str = Field("iid", min_length=1, description="iid, dirichlet:ALPHA or shards:N")
+    transform: str | None = Field(None, description="what clients do to images: dct:keep=N")
+    clients: int = Field(100, ge=1, le=1_000_000, description="K")
+    fraction: float = Field(0.1, gt=0, le=1, description="C")
+    rounds: int = Field(50, ge=1, le=1_000_000)
+    epochs: int = Field(1, ge=1, le=10_000, description="E")
+    batch_size: int = Field(10, ge=1, le=1_000_000, description="B")
+    learning_rate: float = Field(0.05, gt=0, le=100, description="eta")
+    momentum: float = Field(0.0, ge=0, lt=1)
+    clip: float | None = Field(None, gt=0, description="largest norm of a step's gradient")
+    strategy: Literal["fedavg", "noise-pair", "noise-delta"] = "noise-delta"
+    cap: float = Field(0.6, gt=0, lt=1, description="theta")
+    noise: str = Field("all", min_length=1, description="first-conv, all or a name pattern")
+    bound: Literal["labels", "agreement"] = "labels"
+    server_clients: int = Field(5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
+    sigma_start: float = Field(0.1, gt=0, le=1e6)
+    sigma_step: float = Field(0.1, gt=0, le=1e6, description="raise of noise-pair's loop")
+    sigma_limit: float = Field(100.0, gt=0, le=1e9)
+    calibration_images: int = Field(2_000, ge=20, le=10_000_000)
+    report_images: int = Field(2_000, ge=20, le=10_000_000, description="a round; all at the end")
+    engine: Literal["local", "ray", "deployed"] = "local"
+    workers: int | None = Field(None, ge=1, le=1024)
+    timeout: float = Field(3_600, gt=0, description="seconds a round waits for replies")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @classmethod
+    def check(cls, settings: Mapping[str, Any]) -> "TrainConfig":
+        """Validate settings by name.
+
+        Raises:
+            FedveilError: Names each wrong key, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            lines = [_explain(detail) for detail in error.errors()]
+            raise FedveilError("\n".join(lines)) from None
+
+    @classmethod
+    def read(cls, path: Path, **overrides: Any) -> "TrainConfig":
+        """Read a TOML file whose keys are the settings' names, with - or _ between words.
+
+        Args:
+            path: The file.
+            overrides: Settings that take the place of the file's.
+
+        Raises:
+            FedveilError: The file is missing or no TOML, or a setting is wrong.
+        """
+        try:
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise FedveilError(f"--config {path}: {error}") from None
+        named = {key.replace("-", "_"): value for key, value in settings.items()}
+        return cls.check(named | overrides)
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> "TrainConfig":
+        """Take the settings out of a Flower run configuration; other keys are the app's own."""
+        named = {key.replace("-", "_"): value for key, value in run_config.items()}
+        return cls.check({key: named[key] for key in cls.model_fields if key in named})
+
+    def to_run_config(self) -> dict[str, str | int | float | bool]:
+        """Return the settings as a Flower run configuration, which holds no ``None``."""
+        settings = self.model_dump(exclude_none=True)
+        return {key.replace("_", "-"): value for key, value in settings.items()}
+
+
+def _explain(detail: Any) -> str:
+    name = "-".join(str(part) for part in detail["loc"]).replace("_", "-")
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(field.replace("_", "-") for field in TrainConfig.model_fields)
+        return f"unknown setting {name!r}; known: {known}"
+    return f"setting {name} = {detail['input']!r} is not allowed: {detail['msg']}{_range(name)}"
+
+
+def _range(name: str) -> str:
+    field = TrainConfig.model_fields.get(name.replace("-", "_"))
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{sign} {getattr(rule, mark):g}"
+        for rule in (field.metadata if field else [])
+        for mark, sign in signs.items()
+        if isinstance(getattr(rule, mark, None), (int, float))
+    ]
+    return f" (allowed: {' and '.join(bounds)})" if bounds else ""

@@ -1,0 +1,39 @@
+"""Pictures of a run."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedveil.federation.run_directory import RoundRecord
+from fedveil.files import write_atomically
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None) -> None:
+    """Draw accuracy of w and of the distributed copies over the rounds.
+
+    Args:
+        rounds: At least one round.
+        path: PNG to write.
+        cap: Drawn as a line where there is one.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    number = [record.round for record in rounds]
+    axes.plot(number, [r.accuracy for r in rounds], color=BLUE, label="w, kept by the server")
+    if cap is not None:
+        high = [max(r.copies) for r in rounds]
+        low = [min(r.copies) for r in rounds]
+        axes.fill_between(number, low, high, color=ORANGE, alpha=0.3, linewidth=0)
+        axes.plot(number, high, color=ORANGE, linestyle="--", label="best copy a client received")
+        axes.axhline(cap, color=GREY, linestyle=":", label=f"cap {cap:.0%}")
+    axes.set(xlabel="round", ylabel="accuracy on report images", ylim=(0, 1))
+    axes.grid(alpha=0.2)
+    axes.legend(loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())

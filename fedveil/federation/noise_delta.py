@@ -1,0 +1,125 @@
+"""Noise-based averaging in which the noise leaves the mean exactly."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from fedveil.defenses.calibration import Calibration, below_cap, search_sigma
+from fedveil.defenses.noise import NoiseKey
+from fedveil.federation.fedavg import (
+    Distribution,
+    Sampling,
+    StrategyState,
+    Weights,
+    weighted_mean,
+)
+from fedveil.federation.noisy_fedavg import Cap, NoisyFedAvg
+from fedveil.federation.replies import Update
+
+
+@dataclass(frozen=True)
+class SigmaSearch:
+    """Where the search for σ starts and ends.
+
+    Attributes:
+        start: First σ of the first round that needs noise; later rounds start from the last one.
+        relax: Each round starts at this fraction of the last σ, so that σ can fall again.
+        limit: Largest σ tried.
+    """
+
+    start: float = 0.5
+    relax: float = 0.9
+    limit: float = 100.0
+
+
+class NoiseDelta(NoisyFedAvg):
+    """Copies w ± σN, σ searched along the draw itself, and deltas averaged.
+
+    A client returns rₖ for the copy sₖ it was sent, and w ← w + Σ nₖ (rₖ - sₖ) / Σ nₖ over those
+    that answered. A client that returns its copy untouched adds exactly nothing, so N leaves the
+    mean whatever the counts and whoever is missing. The averaged w is also the next base.
+
+    Args:
+        model: Architecture; its weights are not used.
+        cap: The promise about copies.
+        noise: Where the noise goes: ``first-conv``, ``all`` or a pattern over parameter names.
+        search: Where the search for σ starts and ends.
+        key: Secret of the noise; drawn from the operating system where it is not given.
+        run: Name of the run.
+        sampling: How each round chooses its clients.
+        completed_rounds: Rounds that an earlier process completed.
+        state: What the earlier process left.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        cap: Cap,
+        noise: str = "all",
+        search: SigmaSearch | None = None,
+        key: NoiseKey | None = None,
+        run: str = "run",
+        sampling: Sampling | None = None,
+        completed_rounds: int = 0,
+        state: StrategyState | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            cap=cap,
+            noise=noise,
+            key=key,
+            run=run,
+            sampling=sampling,
+            completed_rounds=completed_rounds,
+            state=state,
+        )
+        self.search = search or SigmaSearch()
+
+    def passed_cap(self, round_number: int, base: Weights) -> bool:
+        """Return True from the first round on in which w is not surely below the cap.
+
+        Without labels nothing tells when w passes the cap, so noise starts with the second round.
+        """
+        if self.state.noisy:
+            return True
+        if self.cap.bound == "agreement":
+            noisy = round_number > 1
+        else:
+            evaluate = self.evaluator(round_number, self.cap.images.labels)
+            noisy = not below_cap(evaluate(base), self.cap.accuracy).below
+        self.state = replace(self.state, noisy=noisy)
+        return noisy
+
+    def calibrate(
+        self, round_number: int, base: Weights, noise: Weights, cap: float, labels: Tensor
+    ) -> Calibration:
+        """Search from a little below the last round's σ."""
+        start = self.state.sigma * self.search.relax or self.search.start
+        return search_sigma(
+            lambda sigma: self.pair(base, noise, sigma),
+            self.evaluator(round_number, labels),
+            cap=cap,
+            start=min(start, self.search.limit),
+            limit=self.search.limit,
+        )
+
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
+        """Return base plus the weighted mean of what each client changed."""
+        base = self.state.base or sent.copies[0]
+        received = {client: sent.copies[copy] for client, copy in sent.assignment}
+        deltas = [
+            (difference(update.weights, received[update.client], self._parameters), update.examples)
+            for update in updates
+        ]
+        step = weighted_mean(deltas)
+        mean = {name: base[name] + change for name, change in step.items()}
+        weights = self.keep_statistics(mean, base)
+        self.state = replace(self.state, base=weights)
+        return weights
+
+
+def difference(returned: Weights, sent: Weights, names: Collection[str]) -> dict[str, Tensor]:
+    """Return what a client changed: returned - sent, for the parameters ``names``."""
+    return {name: returned[name] - sent[name] for name in sent if name in names}

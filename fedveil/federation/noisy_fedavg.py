@@ -1,0 +1,197 @@
+"""What both noise strategies share: degraded copies in place of the model, and a cap on them."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedveil.data import Images
+from fedveil.defenses.batch_norm import reestimate_batch_norm
+from fedveil.defenses.calibration import Blocks, Calibration, agreement_margin
+from fedveil.defenses.noise import NoiseKey, NoiseTarget, add_noise, noise_target
+from fedveil.errors import FedveilError
+from fedveil.federation.fedavg import (
+    Distribution,
+    Sampling,
+    SeededFedAvg,
+    StrategyState,
+    Weights,
+)
+from fedveil.federation.roster import Client
+from fedveil.models import has_batch_norm
+
+_BLOCK = 100
+_BATCH_NORM_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Evaluates copies on the server's calibration images.
+
+    Attributes:
+        model: Architecture, in evaluation mode.
+        pixels: float [N, C, H, W] in [0, 1].
+        labels: int64 [N] that a copy must not predict too often: the true ones, or w's own.
+        seed: Seeds the order of the images.
+    """
+
+    model: nn.Module
+    pixels: Tensor
+    labels: Tensor
+    seed: int
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> Blocks:
+        """Evaluate block by block in random order; yields (correct, images)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for index in torch.randperm(len(self.labels), generator=generator).split(_BLOCK):
+            with torch.inference_mode():
+                logits = functional_call(self.model, dict(weights), (self.pixels[index],))
+            yield int((logits.argmax(1) == self.labels[index]).sum()), len(index)
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The promise about copies, and what it is checked with.
+
+    Attributes:
+        accuracy: θ: accuracy every copy stays below.
+        images: Calibration images, which no report uses.
+        bound: ``labels`` checks the accuracy; ``agreement`` needs no labels and checks the bound
+            agreement with w + estimated error of w.
+    """
+
+    accuracy: float
+    images: Images
+    bound: Literal["labels", "agreement"] = "labels"
+
+
+class NoisyFedAvg(SeededFedAvg):
+    """Federated averaging in which clients receive w + σN or w - σN, never w.
+
+    Until w passes the cap, copies are w itself. Then half of a round's clients receive one sign of
+    the noise, half the other. Where the model keeps batch statistics, each copy carries its own.
+
+    Args:
+        model: Architecture; its weights are not used.
+        cap: The promise about copies.
+        noise: Where the noise goes: ``first-conv``, ``all`` or a pattern over parameter names.
+        relative: Whether σ counts in units of each layer's root mean square.
+        key: Secret of the noise; drawn from the operating system where it is not given.
+        run: Name of the run, a part of what the noise is derived from.
+        sampling: How each round chooses its clients.
+        completed_rounds: Rounds that an earlier process completed.
+        state: What the earlier process left.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        cap: Cap,
+        noise: str = "all",
+        relative: bool = True,
+        key: NoiseKey | None = None,
+        run: str = "run",
+        sampling: Sampling | None = None,
+        completed_rounds: int = 0,
+        state: StrategyState | None = None,
+    ) -> None:
+        super().__init__(sampling=sampling, completed_rounds=completed_rounds, state=state)
+        channels, height, width = cap.images.raw.shape[1:]
+        self.model = model.eval()
+        self.cap = cap
+        self.target: NoiseTarget = noise_target(
+            model, (channels, height, width), noise, relative=relative
+        )
+        self.run = run
+        self._key = key or NoiseKey.generate()
+        self._parameters = frozenset(name for name, _ in model.named_parameters())
+        self._batch_norm = has_batch_norm(model)
+        self._pixels = cap.images.pixels
+
+    @abstractmethod
+    def calibrate(
+        self, round_number: int, base: Weights, noise: Weights, cap: float, labels: Tensor
+    ) -> Calibration:
+        """Find the strength of one pair's noise."""
+
+    def distribute(
+        self, round_number: int, weights: Weights, clients: Sequence[Client]
+    ) -> Distribution:
+        """Send w while it is below the cap, and w ± σN after."""
+        base = self.state.base or weights
+        self.state = replace(self.state, base=base)
+        if not self.passed_cap(round_number, base):
+            return super().distribute(round_number, base, clients)
+        return self._degrade(round_number, base, clients)
+
+    @abstractmethod
+    def passed_cap(self, round_number: int, base: Weights) -> bool:
+        """Return whether this round's copies need noise, and remember it in the state."""
+
+    def _degrade(self, round_number: int, base: Weights, clients: Sequence[Client]) -> Distribution:
+        labels, cap = self.yardstick(base)
+        noise = self.target.draw(
+            base, self._key, run=self.run, round_number=round_number, group="0"
+        )
+        found = self.calibrate(round_number, base, noise, cap, labels)
+        self.state = replace(self.state, sigma=found.sigma)
+        half = -(-len(clients) // 2)
+        return Distribution(
+            copies=self.pair(base, noise, found.sigma),
+            assignment=tuple((client, int(i >= half)) for i, client in enumerate(clients)),
+            sigma=found.sigma,
+            evaluations=found.evaluations,
+            images=found.images,
+        )
+
+    def pair(self, base: Weights, noise: Weights, sigma: float) -> tuple[Weights, Weights]:
+        """Return base + σN and base - σN, each with batch statistics of its own."""
+        plus, minus = (self.with_statistics(add_noise(base, noise, s)) for s in (sigma, -sigma))
+        return plus, minus
+
+    def with_statistics(self, weights: Weights) -> Weights:
+        """Return ``weights`` with batch statistics measured under them, where the model has any."""
+        if not self._batch_norm:
+            return weights
+        return reestimate_batch_norm(self.model, weights, self._pixels[:_BATCH_NORM_IMAGES])
+
+    def yardstick(self, base: Weights) -> tuple[Tensor, float]:
+        """Return the labels a copy is judged by and the cap on its agreement with them."""
+        if self.cap.bound == "labels":
+            return self.cap.images.labels, self.cap.accuracy
+        with torch.inference_mode():
+            logits = torch.cat(
+                [functional_call(self.model, dict(base), (p,)) for p in self._pixels.split(_BLOCK)]
+            )
+        cap = self.cap.accuracy - agreement_margin(logits)
+        if cap <= 0:
+            # w errs so often, by its own account, that no copy of it can pass the cap.
+            cap = 1e-3
+        return logits.argmax(1), cap
+
+    def evaluator(self, round_number: int, labels: Tensor) -> Calibrator:
+        """Return the calibration evaluator of a round."""
+        seed = 1_000_003 * self.sampling.seed + round_number
+        return Calibrator(self.model, self._pixels, labels, seed)
+
+    def keep_statistics(self, mean: Weights, base: Weights) -> Weights:
+        """Return the averaged parameters with the server's own buffers around them.
+
+        Clients' buffers were measured under noise, so w's are measured anew on the server.
+        """
+        state = {name: mean[name] if name in self._parameters else base[name] for name in base}
+        return self.with_statistics(state)
+
+
+def require_labels(cap: Cap, strategy: str) -> None:
+    """Refuse the label-free bound where a strategy has no use for it."""
+    if cap.bound != "labels":
+        raise FedveilError(
+            f"bound {cap.bound!r} is for noise-delta; {strategy} follows the paper, whose loop "
+            "evaluates accuracy: leave --bound out"
+        )

@@ -1,0 +1,107 @@
+"""What a client sends back, checked before it can enter a mean."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from fedveil.federation.roster import Client
+
+
+@dataclass(frozen=True)
+class Update:
+    """A checked reply.
+
+    Attributes:
+        client: Who sent it.
+        weights: The model it returned, by name.
+        examples: Number of images it trained on, its weight in the mean.
+        loss: Mean training loss it reports.
+    """
+
+    client: Client
+    weights: Mapping[str, Tensor]
+    examples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reply that is left out of the mean, and why."""
+
+    node: int
+    reason: str
+
+
+def read_replies(
+    replies: Iterable[Message],
+    *,
+    asked: Mapping[int, Client],
+    sent: Mapping[str, Tensor],
+    round_number: int,
+) -> tuple[list[Update], list[Refusal]]:
+    """Sort the replies of a round into usable updates and refusals.
+
+    Args:
+        replies: Replies in any order.
+        asked: The clients of the round by node id.
+        sent: A copy that was sent; gives the names, shapes and dtypes to expect.
+        round_number: The round; a reply names it.
+
+    Returns:
+        The updates in the order of the clients' partitions, so that sums do not depend on who
+        answered first; and the refusals.
+    """
+    updates: dict[int, Update] = {}
+    refusals: list[Refusal] = []
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        read = _read(reply, asked.get(node), sent, round_number)
+        if isinstance(read, str):
+            refusals.append(Refusal(node, read))
+        elif node in updates:
+            refusals.append(Refusal(node, "it answered twice"))
+        else:
+            updates[node] = read
+    return sorted(updates.values(), key=lambda update: update.client.partition), refusals
+
+
+def _read(
+    reply: Message, client: Client | None, sent: Mapping[str, Tensor], round_number: int
+) -> Update | str:
+    if reply.has_error():
+        return reply.error.reason
+    if client is None:
+        return "it was not asked this round"
+    arrays, metrics = reply.content.array_records, reply.content.metric_records
+    if len(arrays) != 1 or len(metrics) != 1:
+        return "it must send one ArrayRecord and one MetricRecord"
+    metric = next(iter(metrics.values()))
+    if metric.get("server-round") != round_number:
+        return f"its answer is for round {metric.get('server-round')}, not {round_number}"
+    examples, loss = metric.get("num-examples"), metric.get("loss", float("nan"))
+    if not isinstance(examples, int) or not 0 < examples <= client.examples:
+        return f"num-examples is {examples!r}; it registered {client.examples} images"
+    try:
+        weights = next(iter(arrays.values())).to_torch_state_dict()
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        return f"its arrays cannot be read ({type(error).__name__})"
+    fault = _fault(weights, sent)
+    return fault or Update(client, weights, examples, float(loss))  # type: ignore[arg-type]
+
+
+def _fault(weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> str | None:
+    if weights.keys() != sent.keys():
+        odd = sorted(weights.keys() ^ sent.keys())
+        return f"tensor names differ from the model sent: {', '.join(odd[:3])}"
+    for name, value in weights.items():
+        if value.shape != sent[name].shape or value.dtype != sent[name].dtype:
+            return (
+                f"{name} is {value.dtype} {tuple(value.shape)}, "
+                f"not {sent[name].dtype} {tuple(sent[name].shape)}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinity"
+    return None

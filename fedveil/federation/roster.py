@@ -1,0 +1,99 @@
+"""Which client sits behind which node.
+
+Flower's node ids are random and a node's ``partition-id`` is known to the client alone, so one
+query round asks every node before the first training round.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedveil.errors import FedveilError
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of the federation.
+
+    Attributes:
+        partition: Number of its share of the data, from 0; stays the same between runs.
+        node: Flower's node id; changes from run to run.
+        examples: How many images it says it has.
+    """
+
+    partition: int
+    node: int
+    examples: int
+
+
+def query_roster(
+    grid: Grid, config: ConfigRecord, *, min_clients: int, timeout: float
+) -> tuple[Client, ...]:
+    """Wait until enough nodes are connected, and ask every node who it is.
+
+    Args:
+        grid: Connected grid.
+        config: What the clients need to find their data; the same as for training.
+        min_clients: How many nodes to wait for.
+        timeout: Seconds to wait for the nodes, and again for their answers.
+
+    Returns:
+        The clients that answered, in the order of their partitions.
+
+    Raises:
+        FedveilError: Too few nodes came, nobody answered, or two nodes claim one partition.
+    """
+    _wait_for_nodes(grid, min_clients, timeout)
+    content = RecordDict({"config": config})
+    messages = [
+        Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)
+        for node in grid.get_node_ids()
+    ]
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    clients = [_client(reply) for reply in replies if not reply.has_error()]
+    if not clients:
+        reasons = {reply.error.reason for reply in replies if reply.has_error()}
+        raise FedveilError(
+            f"none of {len(messages)} clients answered the first query"
+            + (f": {'; '.join(sorted(reasons))}" if reasons else f" within {timeout:g} seconds")
+        )
+    if len({client.partition for client in clients}) < len(clients):
+        raise FedveilError(
+            "two nodes claim the same partition-id; give every node its own --node-config"
+        )
+    return tuple(sorted(clients, key=lambda client: client.partition))
+
+
+def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while (connected := len(list(grid.get_node_ids()))) < min_clients:
+        if time.monotonic() > deadline:
+            raise FedveilError(
+                f"{connected} of {min_clients} clients connected within {timeout:g} seconds; start "
+                "the others, or ask for fewer with --clients"
+            )
+        time.sleep(0.05)
+
+
+def _client(reply: Message) -> Client:
+    metrics = next(iter(reply.content.metric_records.values()))
+    return Client(
+        partition=int(metrics["partition-id"]),  # type: ignore[arg-type]
+        node=reply.metadata.src_node_id,
+        examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
+    )
+
+
+def sample_clients(
+    clients: Sequence[Client], *, fraction: float, seed: int, round_number: int
+) -> list[Client]:
+    """Return max(⌊C·K⌋, 1) clients in random order; the same for the same seed and round.
+
+    Source: McMahan et al. 2017, Algorithm 1.
+    """
+    generator = random.Random(f"fedveil sampling {seed} {round_number}")
+    return generator.sample(list(clients), max(int(fraction * len(clients) + 1e-9), 1))

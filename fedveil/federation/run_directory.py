@@ -1,0 +1,248 @@
+"""What a run leaves on disk, and from which a killed run goes on.
+
+``config.json``         the whole configuration, and the versions it ran with
+``rounds.jsonl``        a line a round
+``checkpoint.safetensors``  w, base and the strategy's state after the last whole round (0600)
+``noise.key``           the noise key (0600)
+``model.safetensors``   w, once the run is complete (0600)
+``summary.json``, ``curves.png``
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedveil import __version__
+from fedveil.defenses.noise import NoiseKey
+from fedveil.errors import FedveilError
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.fedavg import StrategyState
+from fedveil.files import write_atomically
+
+_SECRET = 0o600
+_VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``.
+
+    Attributes:
+        round: Round, from 1.
+        accuracy: Accuracy of w after the round, on report images.
+        copies: Accuracy of each distinct copy that was distributed, on the same report images,
+            none of which σ was calibrated on.
+        sigma: Strength of the noise in the copies; 0 where they carried none.
+        calibration_evaluations: Evaluations of copies that finding σ took.
+        calibration_images: Images those took in all.
+        calibration_seconds: Time from the base model to the finished copies.
+        seconds: Time of the round, without the report's own evaluations.
+        loss: Mean training loss the clients report.
+        clients: Partitions of the clients whose answers were averaged.
+        refused: Answers that were left out, and why.
+    """
+
+    round: int
+    accuracy: float
+    copies: tuple[float, ...]
+    sigma: float
+    calibration_evaluations: int
+    calibration_images: int
+    calibration_seconds: float
+    seconds: float
+    loss: float
+    clients: tuple[int, ...]
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a whole round.
+
+    Attributes:
+        round: The last round completed; 0 before the first.
+        weights: w.
+        state: What the strategy carries over.
+    """
+
+    round: int
+    weights: Mapping[str, Tensor]
+    state: StrategyState
+
+
+class RunDirectory:
+    """The directory of one training run.
+
+    Args:
+        path: Where it is; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig) -> "RunDirectory":
+        """Start a run in a new or empty directory.
+
+        Raises:
+            FedveilError: The directory holds something, or cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except OSError as error:
+            raise FedveilError(f"--out {path}: {error.strerror}") from None
+        if occupied:
+            raise FedveilError(
+                f"--out {path} is not empty; go on with fedveil train --resume {path}, or name a "
+                "new directory"
+            )
+        run = cls(path)
+        described = {"configuration": config.model_dump(), "versions": versions()}
+        run._write("config.json", _json(described))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open the directory of an earlier run.
+
+        Raises:
+            FedveilError: It is none.
+        """
+        if not (path / "config.json").is_file():
+            raise FedveilError(
+                f"{path} is no run directory: it has no config.json; name the --out of an earlier "
+                "fedveil train"
+            )
+        return cls(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            FedveilError: ``config.json`` is damaged.
+        """
+        try:
+            described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return TrainConfig.check(described["configuration"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FedveilError(f"{self.path / 'config.json'} is damaged: {error}") from None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def noise_key(self) -> NoiseKey:
+        """Return the run's noise key, drawn and kept at the first call."""
+        path = self.path / "noise.key"
+        if not path.exists():
+            NoiseKey.generate().save(path)
+        return NoiseKey.load(path)
+
+    def rounds(self) -> list[RoundRecord]:
+        """Read ``rounds.jsonl``.
+
+        Raises:
+            FedveilError: A line is no round.
+        """
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [_round(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FedveilError(f"{path} is damaged: {error}") from None
+
+    def write_rounds(self, rounds: list[RoundRecord]) -> None:
+        """Write ``rounds.jsonl`` anew, so that no crash leaves half a line."""
+        text = "".join(json.dumps(asdict(record)) + "\n" for record in rounds)
+        self._write("rounds.jsonl", text.encode())
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Read the last checkpoint; ``None`` before the first.
+
+        Raises:
+            FedveilError: The file is damaged.
+        """
+        path = self.path / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as stored:
+                metadata = stored.metadata()
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            state = json.loads(metadata["state"])
+            base = _with_prefix(tensors, "base/")
+            return Checkpoint(
+                round=int(state["round"]),
+                weights=_with_prefix(tensors, "w/"),
+                state=StrategyState(base or None, float(state["sigma"]), bool(state["noisy"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise FedveilError(
+                f"{path} is damaged ({error}); restore it, or train anew in another directory"
+            ) from None
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint in one rename."""
+        tensors = {f"w/{name}": value for name, value in checkpoint.weights.items()}
+        base = checkpoint.state.base or {}
+        tensors |= {f"base/{name}": value.clone() for name, value in base.items()}
+        state = {
+            "round": checkpoint.round,
+            "sigma": checkpoint.state.sigma,
+            "noisy": checkpoint.state.noisy,
+        }
+        content = save(_contiguous(tensors), metadata={"state": json.dumps(state)})
+        self._write("checkpoint.safetensors", content, mode=_SECRET)
+
+    def write_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Write ``model.safetensors``: w alone, for the party that ordered it."""
+        self._write("model.safetensors", save(_contiguous(weights)), mode=_SECRET)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``; its presence says that the run is complete."""
+        self._write("summary.json", _json(summary))
+
+    def _write(self, name: str, content: bytes, *, mode: int = 0o644) -> None:
+        try:
+            write_atomically(self.path / name, content, mode=mode)
+        except OSError as error:
+            raise FedveilError(
+                f"{self.path / name} could not be written: {error.strerror}; make room or mend the "
+                f"permissions, then fedveil train --resume {self.path}"
+            ) from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of fedveil, Python and the libraries results depend on."""
+    libraries = {name: version(name) for name in _VERSIONED}
+    return {"fedveil": __version__, "python": platform.python_version(), **libraries}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _round(fields: Mapping[str, Any]) -> RoundRecord:
+    sequences = {key: tuple(fields[key]) for key in ("copies", "clients", "refused")}
+    return RoundRecord(**{**fields, **sequences})
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in tensors.items()}

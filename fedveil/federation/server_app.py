@@ -1,0 +1,275 @@
+"""The ServerApp that every engine runs: strategy, rounds, report and checkpoints."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from torch import nn
+from torch.func import functional_call
+
+from fedveil.data import Dataset, Images, load_dataset
+from fedveil.errors import FedveilError
+from fedveil.federation.client_app import client_config
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
+from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
+from fedveil.federation.noise_pair import NoisePair, RaisingLoop
+from fedveil.federation.noisy_fedavg import Cap
+from fedveil.federation.run_directory import Checkpoint, RoundRecord, RunDirectory, versions
+from fedveil.models import build_model
+
+OnRound = Callable[[RoundRecord], None]
+
+_EVALUATION_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The test split, divided: no report image is ever used to calibrate.
+
+    Attributes:
+        calibration: Images σ is calibrated on.
+        report: Images every reported accuracy is measured on.
+    """
+
+    calibration: Images
+    report: Images
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one run is made of, built once from the configuration."""
+
+    config: TrainConfig
+    dataset: Dataset
+    evaluation: Evaluation
+    model: nn.Module
+    directory: RunDirectory
+
+    def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
+        """Return the accuracy of a model on the first ``images`` report images (or on all)."""
+        report = self.evaluation.report[:images]
+        correct = sum(
+            self._correct(weights, report[start : start + _EVALUATION_BATCH])
+            for start in range(0, len(report), _EVALUATION_BATCH)
+        )
+        return correct / len(report)
+
+    def _correct(self, weights: Weights, images: Images) -> int:
+        with torch.inference_mode():
+            logits = functional_call(self.model, dict(weights), (images.pixels,))
+        return int((logits.argmax(1) == images.labels).sum())
+
+
+def prepare_job(config: TrainConfig, directory: RunDirectory) -> Job:
+    """Load the data and build the model.
+
+    Raises:
+        FedveilError: A setting does not fit the data or the model.
+    """
+    dataset = load_dataset(config.dataset, seed=config.seed)
+    model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
+    split = split_test(dataset.test, config.calibration_images, seed=config.seed)
+    return Job(config, dataset, split, model.eval(), directory)
+
+
+def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluation:
+    """Divide the test split into calibration and report images, at random by ``seed``.
+
+    Args:
+        test: The split no client sees.
+        calibration_images: How many to calibrate on; at most half of the split.
+        seed: Same seed, same division.
+
+    Raises:
+        FedveilError: Fewer than 40 test images.
+    """
+    if len(test) < 40:
+        raise FedveilError(
+            f"the test split has {len(test)} images; at least 40 are needed, half to calibrate the "
+            "noise on and half to report on"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(test), generator=generator)
+    count = min(calibration_images, len(test) // 2)
+    return Evaluation(calibration=test[order[:count]], report=test[order[count:]])
+
+
+def build_strategy(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+    """Return the strategy the configuration names, where an earlier process left it."""
+    return _STRATEGIES[job.config.strategy](job, checkpoint)
+
+
+def _common(job: Job, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    config = job.config
+    sampling = Sampling(config.fraction, config.seed, config.clients, config.timeout)
+    if checkpoint is None:
+        return {"sampling": sampling}
+    return {
+        "sampling": sampling,
+        "completed_rounds": checkpoint.round,
+        "state": checkpoint.state,
+    }
+
+
+def _noisy(job: Job, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    config = job.config
+    return {
+        **_common(job, checkpoint),
+        "model": job.model,
+        "cap": Cap(config.cap, job.evaluation.calibration, config.bound),
+        "noise": config.noise,
+        "key": job.directory.noise_key(),
+    }
+
+
+def _fedavg(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+    return SeededFedAvg(**_common(job, checkpoint))
+
+
+def _noise_pair(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+    config = job.config
+    schedule = RaisingLoop(config.sigma_start, config.sigma_step, config.sigma_limit)
+    return NoisePair(
+        **_noisy(job, checkpoint), schedule=schedule, server_clients=config.server_clients
+    )
+
+
+def _noise_delta(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+    config = job.config
+    search = SigmaSearch(start=config.sigma_start, limit=config.sigma_limit)
+    return NoiseDelta(**_noisy(job, checkpoint), search=search)
+
+
+_STRATEGIES: Mapping[str, Callable[[Job, Checkpoint | None], SeededFedAvg]] = {
+    "fedavg": _fedavg,
+    "noise-pair": _noise_pair,
+    "noise-delta": _noise_delta,
+}
+
+
+class Recorder:
+    """Turns each finished round into a line of ``rounds.jsonl`` and a checkpoint.
+
+    Flower calls it after every round as the server's evaluation function.
+
+    Args:
+        job: The run.
+        strategy: The run's strategy.
+        on_round: Told of every round; a progress bar, for instance.
+    """
+
+    def __init__(self, job: Job, strategy: SeededFedAvg, on_round: OnRound) -> None:
+        self.job = job
+        self.strategy = strategy
+        self.on_round = on_round
+        self.rounds = job.directory.rounds()[: strategy.completed_rounds]
+        self._started = time.perf_counter()
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Record a round; round 0 is Flower's look at the initial model."""
+        if server_round == 0:
+            self._started = time.perf_counter()
+            return None
+        seconds = time.perf_counter() - self._started
+        weights = arrays.to_torch_state_dict()
+        record = self._record(self.strategy.completed_rounds + server_round, weights, seconds)
+        self.rounds.append(record)
+        self.job.directory.write_rounds(self.rounds)
+        self.job.directory.write_checkpoint(Checkpoint(record.round, weights, self.strategy.state))
+        self.on_round(record)
+        self._started = time.perf_counter()
+        return MetricRecord({"accuracy": record.accuracy})
+
+    def _record(self, round_number: int, weights: Weights, seconds: float) -> RoundRecord:
+        sent, images = self.strategy.sent, self.job.config.report_images
+        assert sent is not None
+        return RoundRecord(
+            round=round_number,
+            accuracy=self.job.accuracy(weights, images=images),
+            copies=self._copies(sent, images),
+            sigma=sent.sigma,
+            calibration_evaluations=sent.evaluations,
+            calibration_images=sent.images,
+            calibration_seconds=sent.seconds,
+            seconds=seconds,
+            loss=self.strategy.loss,
+            clients=self.strategy.averaged,
+            refused=self.strategy.refused,
+        )
+
+    def _copies(self, sent: Distribution, images: int) -> tuple[float, ...]:
+        return tuple(self.job.accuracy(copy, images=images) for copy in sent.copies)
+
+
+def run_rounds(grid: Grid, job: Job, *, on_round: OnRound) -> None:
+    """Train to the configured number of rounds, from the last checkpoint if there is one.
+
+    Args:
+        grid: Where the clients are.
+        job: The run.
+        on_round: Told of every finished round.
+
+    Raises:
+        FedveilError: A round had no usable answer, or no noise reaches the cap.
+    """
+    checkpoint = job.directory.checkpoint()
+    strategy = build_strategy(job, checkpoint)
+    recorder = Recorder(job, strategy, on_round)
+    weights = checkpoint.weights if checkpoint else job.model.state_dict()
+    remaining = job.config.rounds - strategy.completed_rounds
+    if remaining > 0:
+        strategy.start(
+            grid,
+            ArrayRecord(dict(weights)),
+            num_rounds=remaining,
+            timeout=job.config.timeout,
+            train_config=client_config(job.config.model_dump()),
+            evaluate_fn=recorder,
+        )
+    finished = job.directory.checkpoint()
+    assert finished is not None
+    job.directory.write_model(finished.weights)
+    job.directory.write_summary(summarise(job, finished.weights, recorder.rounds))
+
+
+def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str, Any]:
+    """Return the content of ``summary.json``; accuracy is on all report images."""
+    cap = job.config.cap
+    noisy = [record for record in rounds if record.calibration_evaluations]
+    evaluations = sum(record.calibration_evaluations for record in noisy)
+    return {
+        "accuracy": job.accuracy(weights),
+        "copies_max": max(max(record.copies) for record in rounds),
+        "rounds_over_cap": sum(max(record.copies) > cap for record in rounds),
+        "calibration_evaluations_per_round": evaluations / len(rounds),
+        "calibration_share_of_time": sum(r.calibration_seconds for r in rounds)
+        / sum(r.seconds for r in rounds),
+        "seconds": sum(record.seconds for record in rounds),
+        "report_images": len(job.evaluation.report),
+        "calibration_images": len(job.evaluation.calibration),
+        "seed": job.config.seed,
+        "configuration": job.config.model_dump(),
+        "versions": versions(),
+    }
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run on any of Flower's own engines, from the run configuration alone.
+
+    The run configuration holds the settings of ``TrainConfig`` and ``out``, the run's directory.
+    """
+    out = context.run_config.get("out")
+    if not out:
+        raise FedveilError("the run configuration has no 'out', the directory of the run")
+    directory = RunDirectory.open(Path(str(out)))
+    run_rounds(grid, prepare_job(directory.config, directory), on_round=lambda _: None)

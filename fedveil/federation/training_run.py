@@ -1,0 +1,31 @@
+"""One training run from its directory to its summary and picture."""
+
+import json
+from typing import Any
+
+from fedveil.federation.curves import draw_curves
+from fedveil.federation.engines import train
+from fedveil.federation.progress import RoundProgress
+from fedveil.federation.run_directory import RunDirectory
+
+
+def run_to_completion(directory: RunDirectory) -> dict[str, Any]:
+    """Train until the configured rounds are done and return ``summary.json``.
+
+    A run that is complete already is left as it is.
+
+    Args:
+        directory: New, or of an earlier, killed or interrupted run.
+
+    Raises:
+        FedveilError: Anything the user can mend.
+    """
+    config = directory.config
+    cap = None if config.strategy == "fedavg" else config.cap
+    completed = len(directory.rounds())
+    if not directory.complete:
+        with RoundProgress(rounds=config.rounds, completed=completed, cap=cap) as progress:
+            train(directory, on_round=progress)
+    draw_curves(directory.rounds(), directory.path / "curves.png", cap=cap)
+    summary: dict[str, Any] = json.loads((directory.path / "summary.json").read_text())
+    return summary
