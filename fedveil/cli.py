@@ -172,7 +172,7 @@ def _finish_training(directory: Any) -> None:
     if capped:
         typer.echo(
             f"best copy any client received: {summary['copies_max']:.2%} "
-            f"(cap {summary['configuration']['cap']:.0%}, passed in {summary['rounds_over_cap']} of "
-            f"{summary['configuration']['rounds']} rounds)"
+            f"(cap {summary['configuration']['cap']:.0%}, passed in {summary['rounds_over_cap']} "
+            f"of {summary['configuration']['rounds']} rounds)"
         )
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")

@@ -172,19 +172,19 @@ def search_sigma(
 
 def _out_of_reach(cap: float, limit: float) -> FedveilError:
     return FedveilError(
-        f"no noise up to sigma {limit:g} keeps the copies below the cap of {cap:.0%}: the model has "
-        "grown robust to this noise. Add noise to other layers (--noise), raise --cap, or lower the "
-        "learning rate"
+        f"no noise up to sigma {limit:g} keeps the copies below the cap of {cap:.0%}: the model "
+        "has grown robust to this noise. Add noise to other layers (--noise), raise --cap, or "
+        "lower the learning rate"
     )
 
 
 def agreement_margin(logits: Tensor) -> float:
     """Estimate a model's error without labels: the mean of one minus its confidence.
 
-    A copy's accuracy is at most its agreement with w plus w's error, so a copy whose agreement stays
-    below the cap less this margin is below the cap, as long as w is not overconfident on the
-    calibration images. An average of clients' models is as a rule underconfident, which errs on the
-    safe side.
+    A copy's accuracy is at most its agreement with w plus w's error, so a copy whose agreement
+    stays below the cap less this margin is below the cap, as long as w is not overconfident on the
+    calibration images. An average of clients' models is as a rule underconfident, which errs on
+    the safe side.
 
     Args:
         logits: float [N, classes] of w on unlabelled images.

@@ -70,8 +70,8 @@ class NoiseKey:
     def gaussians(self, *, run: str, round_number: int, group: str, count: int) -> Tensor:
         """Expand the key into independent standard normal values.
 
-        HKDF-SHA256 (RFC 5869) derives a ChaCha20 key (RFC 8439) per (run, round, group); each 32-bit
-        word of its key stream becomes one value by the inverse of the normal distribution.
+        HKDF-SHA256 (RFC 5869) derives a ChaCha20 key (RFC 8439) per (run, round, group); each
+        32-bit word of its key stream becomes one value by the inverse of the normal distribution.
 
         Args:
             run: Name of the run.

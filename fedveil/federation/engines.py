@@ -70,10 +70,13 @@ def train(directory: RunDirectory, *, on_round: OnRound) -> None:
 def train_local(directory: RunDirectory, machine: Machine, on_round: OnRound) -> None:
     """Run clients in this machine's worker processes, without Ray."""
     job = prepare_job(directory.config, directory)
-    with LocalGrid(_CLIENT_APP, nodes=job.config.clients, workers=machine.workers) as grid:
-        # The server works while the workers wait, so it may use their cores.
-        with _torch_threads(machine.workers):
-            run_rounds(grid, job, on_round=on_round)
+    workers = machine.workers
+    # The server works while the workers wait, so it may use their cores.
+    with (
+        LocalGrid(_CLIENT_APP, nodes=job.config.clients, workers=workers) as grid,
+        _torch_threads(workers),
+    ):
+        run_rounds(grid, job, on_round=on_round)
 
 
 def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> None:

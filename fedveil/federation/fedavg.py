@@ -168,7 +168,7 @@ class SeededFedAvg(FedAvg):
         if not updates:
             reasons = "; ".join(self.refused) or "nobody answered in time"
             raise FedveilError(
-                f"round {round_number}: none of {len(asked)} clients sent a usable answer ({reasons})"
+                f"round {round_number}: no usable answer from {len(asked)} clients ({reasons})"
             )
         weights = self.combine(round_number, self.sent, updates)
         examples = sum(update.examples for update in updates)

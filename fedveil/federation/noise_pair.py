@@ -18,6 +18,7 @@ from fedveil.federation.fedavg import (
 )
 from fedveil.federation.noisy_fedavg import Cap, NoisyFedAvg, require_labels
 from fedveil.federation.replies import Update
+from fedveil.federation.roster import Client
 
 
 @dataclass(frozen=True)
