@@ -110,5 +110,5 @@ def test_a_wrong_model_is_explained(name, words, tmp_path, monkeypatch):
 
 
 def test_a_patch_that_does_not_divide_the_image_is_explained():
-    with pytest.raises(FedveilError, match="30×28.*multiples of 4"):
+    with pytest.raises(FedveilError, match=r"30×28.*multiples of 4"):
         build_model("vit", (1, 30, 28), 10, seed=0)
