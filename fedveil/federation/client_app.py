@@ -16,7 +16,8 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fedveil.data import Images, load_dataset, parse_partition, partition
+from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.models import build_model
@@ -69,7 +70,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     config = _config(message)
     images = client_images(context, config)
-    dataset = load_dataset(str(config["dataset"]), seed=int(config["seed"]))  # type: ignore[arg-type]
+    dataset = _dataset(str(config["dataset"]), int(config["seed"]))  # type: ignore[arg-type]
     model = _model(str(config["model"]), dataset.shape, len(dataset.classes))
     arrays: ArrayRecord = message.content["arrays"]  # type: ignore[assignment]
     model.load_state_dict(arrays.to_torch_state_dict())
@@ -100,7 +101,7 @@ def client_images(context: Context, config: ConfigRecord) -> Images:
     Raises:
         FedveilError: The dataset cannot be loaded or shared out, or the node config is incomplete.
     """
-    dataset = load_dataset(str(config["dataset"]), seed=int(config["seed"]))  # type: ignore[arg-type]
+    dataset = _dataset(str(config["dataset"]), int(config["seed"]))  # type: ignore[arg-type]
     return dataset.train[client_index(context, config)]
 
 
@@ -116,8 +117,13 @@ def client_index(context: Context, config: ConfigRecord) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
+def _dataset(name: str, seed: int) -> Dataset:
+    return load_dataset(name, seed=seed)
+
+
+@lru_cache(maxsize=4)
 def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.Tensor, ...]:
-    labels = load_dataset(dataset, seed=seed).train.labels
+    labels = _dataset(dataset, seed).train.labels
     return partition(labels, clients=clients, scheme=parse_partition(scheme), seed=seed)
 
 
