@@ -1,0 +1,156 @@
+"""From encoded images (PNG, JPEG and their like) to uint8 tensors."""
+
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fedveil.data.images import Images
+from fedveil.errors import FedveilError
+
+# A bar that flashes by is noise.
+_PATIENCE_SECONDS = 1.0
+_GREY = frozenset({"1", "L", "LA", "La"})
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it is stored.
+
+    Attributes:
+        content: The bytes of an image file, or where that file is.
+        origin: What to call it in an error message.
+        label: Index of its class.
+    """
+
+    content: bytes | Path
+    origin: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Encoded images, how many there are, and what to call them in an error message."""
+
+    origin: str
+    images: Iterable[Encoded]
+    count: int
+
+
+def decode(splits: Sequence[Split]) -> list[Images]:
+    """Decode ``splits``, one ``Images`` each; all get the same number of channels.
+
+    Grey images stay grey unless a colour image stands among them; palettes become RGB,
+    transparency is dropped, 16 bits become 8, and a camera's orientation tag is obeyed.
+
+    Args:
+        splits: What to decode.
+
+    Returns:
+        ``Images`` of uint8 [N, C, H, W], C being 1 or 3, in the order of ``splits``.
+
+    Raises:
+        FedveilError: There are no images, one cannot be decoded, or two differ in size.
+    """
+    first: tuple[str, tuple[int, ...]] | None = None
+    pixels: list[list[NDArray[np.uint8]]] = [[] for _ in splits]
+    labels: list[list[int]] = [[] for _ in splits]
+    for index, image in _with_progress(splits):
+        array = _array(image)
+        first = first or (image.origin, array.shape[:2])
+        if array.shape[:2] != first[1]:
+            raise FedveilError(
+                f"images differ in size: {first[0]} is {_size(first[1])} and {image.origin} is "
+                f"{_size(array.shape)} (width x height). All must have one size: resize them first."
+            )
+        pixels[index].append(array)
+        labels[index].append(image.label)
+    colour = any(array.ndim == 3 for split in pixels for array in split)
+    for split, arrays in zip(splits, pixels, strict=True):
+        if not arrays:
+            raise FedveilError(f"{split.origin} holds 0 images; at least one is needed.")
+    return [_stack(p, y, colour=colour) for p, y in zip(pixels, labels, strict=True)]
+
+
+def _array(encoded: Encoded) -> NDArray[np.uint8]:
+    """Return uint8 [H, W] of a grey image, [H, W, 3] of any other."""
+    content = encoded.content
+    try:
+        with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_uint8(image)
+    except _DAMAGE as error:
+        raise FedveilError(
+            f"cannot decode the image {encoded.origin}: {_reason(error)}. Replace it or remove it."
+        ) from error
+
+
+def _to_uint8(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode in _GREY:
+        return _as(image, "L")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits to 8 instead of scaling them.
+        wide = np.asarray(image, dtype=np.float64).clip(0, 65535)
+        return np.rint(wide / 257).astype(np.uint8)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    return _as(image, "RGB")
+
+
+def _as(image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    # Converting to the mode it has would copy the image all the same.
+    return np.asarray(image if image.mode == mode else image.convert(mode))
+
+
+def _stack(arrays: list[NDArray[np.uint8]], labels: list[int], *, colour: bool) -> Images:
+    if colour:
+        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
+    stacked = np.stack(arrays)
+    planes = stacked.transpose(0, 3, 1, 2) if colour else stacked[:, None]
+    raw = torch.from_numpy(np.ascontiguousarray(planes))
+    return Images(raw, torch.tensor(labels, dtype=torch.int64))
+
+
+def _with_progress(splits: Sequence[Split]) -> Iterator[tuple[int, Encoded]]:
+    images = ((index, image) for index, split in enumerate(splits) for image in split.images)
+    if not sys.stderr.isatty():
+        yield from images
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    started = time.monotonic()
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("Decoding images", total=sum(split.count for split in splits))
+    shown = False
+    try:
+        for item in images:
+            if not shown and time.monotonic() - started > _PATIENCE_SECONDS:
+                progress.start()
+                shown = True
+            yield item
+            progress.advance(task)
+    finally:
+        progress.stop()
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what a library said, without the address of a Python object."""
+    text: Any = str(error).splitlines()
+    if not text or "BytesIO object" in text[0]:
+        return "it is not an image, or of an unknown format"
+    return str(text[0]).rstrip(".")

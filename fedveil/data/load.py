@@ -1,0 +1,169 @@
+"""``load_dataset``: one name in, one dataset out."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedveil.data import cache
+from fedveil.data.embedded import digits, photos
+from fedveil.data.folders import folder
+from fedveil.data.hub import hub
+from fedveil.data.images import Dataset, Images
+from fedveil.data.source import Decoded, Source
+from fedveil.errors import FedveilError
+
+_TEST_SHARE = 0.2
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_dataset(name: str, *, seed: int = 0) -> Dataset:
+    """Load a dataset of images, decoded once and cached from then on.
+
+    Args:
+        name: One of
+
+            * ``digits`` (1,797 grey 8x8 images) or ``photos`` (1,600 colour 32x32 patches of two
+              photographs): built in;
+            * ``mnist``, ``cifar10`` or ``cifar100``: read from ``$FEDVEIL_DATA/<name>`` if that
+              variable is set, else from the Hugging Face hub;
+            * ``user/name``: any image dataset of the hub;
+            * the path of a folder of parquet files, or of image files in a sub-folder a class, with
+              or without ``train`` and ``test`` folders above.
+
+            A path that exists wins over a hub name. Test images are the split called ``test``,
+            ``validation``, ``valid`` or ``val``, in this order.
+        seed: Draws the test images (one in five, of every class) where the source sets none apart;
+            otherwise without effect. At least 0.
+
+    Returns:
+        The dataset: ``raw`` is uint8 [N, C, H, W], C being 1 if all images are grey and else 3;
+        ``labels`` is int64 [N], indices into ``classes``. Unnormalised. Where the cache in
+        ``FEDVEIL_CACHE`` (default ``~/.cache/fedveil``) holds it, the tensors are mapped from
+        there, and processes share the memory.
+
+    Raises:
+        FedveilError: The name is unknown, the folder or the hub cannot be read, an image is
+            damaged or differs in size, labels are missing, or there are fewer than two classes.
+    """
+    if seed < 0:
+        raise FedveilError(f"the seed is {seed}; it must be at least 0.")
+    decoded = _cached(_find(name))
+    train, test = decoded.train, decoded.test
+    if len(_present(train.labels)) < 2:
+        raise FedveilError(
+            f"the dataset {name!r} has training images of one class only "
+            f"({decoded.classes[int(train.labels[0])]!r}); at least two are needed to learn from."
+        )
+    if test is None:
+        train, test = _split(train, seed)
+    return Dataset(name, train, test, decoded.classes)
+
+
+def _published(name: str, hub_name: str) -> Source:
+    """Return a well-known dataset, from ``FEDVEIL_DATA`` if set and else from the hub."""
+    root = os.environ.get("FEDVEIL_DATA")
+    if not root:
+        return hub(hub_name)
+    path = Path(root).expanduser() / name
+    if not path.is_dir():
+        raise FedveilError(
+            f"FEDVEIL_DATA is {root!r}, but {str(path)!r} is not a folder. Put {name}'s "
+            "train-*.parquet and test-*.parquet there, or unset FEDVEIL_DATA to use the Hugging "
+            "Face hub."
+        )
+    return folder(path)
+
+
+_SOURCES: Mapping[str, Callable[[], Source]] = {
+    "digits": digits,
+    "photos": photos,
+    "mnist": partial(_published, "mnist", "ylecun/mnist"),
+    "cifar10": partial(_published, "cifar10", "uoft-cs/cifar10"),
+    "cifar100": partial(_published, "cifar100", "uoft-cs/cifar100"),
+}
+
+
+def _find(name: str) -> Source:
+    if known := _SOURCES.get(name):
+        return known()
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return folder(path)
+    if path.is_file():
+        raise FedveilError(f"the dataset {name!r} is a file; give the folder it stands in.")
+    if _HUB_NAME.fullmatch(name):
+        return hub(name)
+    if "/" in name or name.startswith(("~", ".")):
+        raise FedveilError(
+            f"the dataset folder {name!r} does not exist. Check the path; a dataset of the Hugging "
+            "Face hub is named user/name."
+        )
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> FedveilError:
+    near = difflib.get_close_matches(name.lower(), _SOURCES, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return FedveilError(
+        f"unknown dataset {name!r}.{hint} Use one of {', '.join(_SOURCES)}, a Hugging Face name "
+        "like user/name, or the path of a folder of parquet files or of images by class."
+    )
+
+
+def _cached(source: Source) -> Decoded:
+    key = f"images-{cache.digest(*source.identity)}"
+    if (entry := cache.read(key)) is not None:
+        return _unpack(*entry)
+    decoded = source.read()
+    cache.write(key, _pack(decoded), list(decoded.classes))
+    # Read back, so that this process too holds shared pages instead of its own copy.
+    entry = cache.read(key)
+    return decoded if entry is None else _unpack(*entry)
+
+
+def _pack(decoded: Decoded) -> dict[str, Tensor]:
+    splits = {"train": decoded.train, "test": decoded.test}
+    return {
+        f"{split}.{part}": tensor
+        for split, images in splits.items()
+        if images is not None
+        for part, tensor in (("raw", images.raw), ("labels", images.labels))
+    }
+
+
+def _unpack(tensors: Mapping[str, Tensor], classes: list[str]) -> Decoded:
+    train, test = (
+        Images(tensors[f"{split}.raw"], tensors[f"{split}.labels"])
+        if f"{split}.raw" in tensors
+        else None
+        for split in ("train", "test")
+    )
+    assert train is not None
+    return Decoded(train, test, tuple(classes))
+
+
+def _present(labels: Tensor) -> list[int]:
+    return labels.bincount().nonzero().flatten().tolist()
+
+
+def _split(images: Images, seed: int) -> tuple[Images, Images]:
+    """Set one in five of every class apart; a class of one image stays in training."""
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(images), dtype=torch.bool)
+    for label in _present(images.labels):
+        members = (images.labels == label).nonzero().squeeze(1)
+        count = max(round(_TEST_SHARE * len(members)), 1) if len(members) > 1 else 0
+        drawn = torch.randperm(len(members), generator=generator)[:count]
+        held_out[members[drawn]] = True
+    if not held_out.any():
+        raise FedveilError(
+            "every class has one image only, so none can be set apart for testing. Add images, or "
+            "a test split."
+        )
+    return images[~held_out], images[held_out]
