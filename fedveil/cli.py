@@ -3,13 +3,16 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedveil import __version__
 from fedveil.errors import FedveilError
+
+if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
+    from fedveil.federation.run_directory import RunDirectory
 
 app = typer.Typer(
     name="fedveil",
@@ -123,6 +126,9 @@ def train(
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
+    noise_key: Annotated[
+        Path | None, typer.Option(help="noise.key of an earlier run, to have its noise again.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seeds data, model, sampling, training.")] = None,
 ) -> None:
     """Train a model whose copies stay below an accuracy cap.
@@ -131,31 +137,38 @@ def train(
     curves.png, and all along what --resume needs.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    settings = {k: v for k, v in given.items() if k not in ("out", "resume", "config")}
-    _finish_training(_open_run(out, resume, config, settings))
+    places = ("out", "resume", "config", "noise_key")
+    settings = {k: v for k, v in given.items() if k not in places}
+    if (out is None) == (resume is None):
+        raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
+    if out:
+        _finish_training(_new_run(out, config, noise_key, settings))
+    elif len(given) > 1:
+        names = ", ".join(f"--{k.replace('_', '-')}" for k in given if k != "resume")
+        raise FedveilError(f"--resume takes every setting from the run itself; leave out {names}")
+    elif resume:
+        _finish_training(_earlier_run(resume))
 
 
-def _open_run(
-    out: Path | None, resume: Path | None, config: Path | None, settings: dict[str, Any]
-) -> Any:
+def _new_run(
+    out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
+) -> "RunDirectory":
+    from fedveil.defenses.noise import NoiseKey
     from fedveil.federation.config import TrainConfig
     from fedveil.federation.run_directory import RunDirectory
 
-    if (out is None) == (resume is None):
-        raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
-    if resume is not None:
-        if settings or config:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in settings) or "--config"
-            raise FedveilError(
-                f"--resume takes every setting from {resume / 'config.json'}; leave out {names}"
-            )
-        return RunDirectory.open(resume)
     checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
-    assert out is not None
-    return RunDirectory.create(out, checked)
+    key = NoiseKey.load(noise_key) if noise_key else None
+    return RunDirectory.create(out, checked, noise_key=key)
 
 
-def _finish_training(directory: Any) -> None:
+def _earlier_run(path: Path) -> "RunDirectory":
+    from fedveil.federation.run_directory import RunDirectory
+
+    return RunDirectory.open(path)
+
+
+def _finish_training(directory: "RunDirectory") -> None:
     from fedveil.federation.training_run import run_to_completion
 
     try:

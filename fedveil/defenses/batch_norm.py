@@ -40,7 +40,7 @@ def reestimate_batch_norm(
         state[tracked] = torch.zeros_like(weights[tracked])
     try:
         with torch.no_grad():
-            for batch in pixels.split(250):
+            for batch in torch.split(pixels, 250):
                 if len(batch) > 1:
                     functional_call(model, state, (batch,))
     finally:

@@ -86,7 +86,8 @@ class NoiseKey:
         key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
         stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
         words = torch.frombuffer(bytearray(stream), dtype=torch.int32).to(torch.float64)
-        return torch.special.ndtri((words + (2**31 + 0.5)) / 2**32)
+        values: Tensor = torch.special.ndtri((words + (2**31 + 0.5)) / 2**32)
+        return values
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,8 @@ class NoiseTarget:
             A tensor of the parameter's shape and dtype for each name in ``names``.
         """
         sizes = [weights[name].numel() for name in self.names]
-        values = key.gaussians(
-            run=run, round_number=round_number, group=group, count=sum(sizes)
-        ).split(sizes)
-        drawn = dict(zip(self.names, values, strict=True))
+        values = key.gaussians(run=run, round_number=round_number, group=group, count=sum(sizes))
+        drawn = dict(zip(self.names, torch.split(values, sizes), strict=True))
         return {
             name: (drawn[name] * scale).reshape(weights[name].shape).to(weights[name].dtype)
             for layer in self.layers

@@ -1,0 +1,17 @@
+"""The Flower ServerApp, ClientApp, strategies and the engines they run on."""
+
+from fedveil.federation.fedavg import Sampling, SeededFedAvg
+from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
+from fedveil.federation.noise_pair import NoisePair, RaisingLoop
+from fedveil.federation.noisy_fedavg import Cap, NoisyFedAvg
+
+__all__ = [
+    "Cap",
+    "NoiseDelta",
+    "NoisePair",
+    "NoisyFedAvg",
+    "RaisingLoop",
+    "Sampling",
+    "SeededFedAvg",
+    "SigmaSearch",
+]

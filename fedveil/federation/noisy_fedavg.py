@@ -47,7 +47,7 @@ class Calibrator:
     def __call__(self, weights: Mapping[str, Tensor]) -> Blocks:
         """Evaluate block by block in random order; yields (correct, images)."""
         generator = torch.Generator().manual_seed(self.seed)
-        for index in torch.randperm(len(self.labels), generator=generator).split(_BLOCK):
+        for index in torch.split(torch.randperm(len(self.labels), generator=generator), _BLOCK):
             with torch.inference_mode():
                 logits = functional_call(self.model, dict(weights), (self.pixels[index],))
             yield int((logits.argmax(1) == self.labels[index]).sum()), len(index)
@@ -166,7 +166,10 @@ class NoisyFedAvg(SeededFedAvg):
             return self.cap.images.labels, self.cap.accuracy
         with torch.inference_mode():
             logits = torch.cat(
-                [functional_call(self.model, dict(base), (p,)) for p in self._pixels.split(_BLOCK)]
+                [
+                    functional_call(self.model, dict(base), (block,))
+                    for block in torch.split(self._pixels, _BLOCK)
+                ]
             )
         cap = self.cap.accuracy - agreement_margin(logits)
         if cap <= 0:

@@ -72,7 +72,7 @@ def _read(
     reply: Message, client: Client | None, sent: Mapping[str, Tensor], round_number: int
 ) -> Update | str:
     if reply.has_error():
-        return reply.error.reason
+        return reply.error.reason or f"error {reply.error.code}"
     if client is None:
         return "it was not asked this round"
     arrays, metrics = reply.content.array_records, reply.content.metric_records

@@ -56,7 +56,7 @@ def query_roster(
     replies = list(grid.send_and_receive(messages, timeout=timeout))
     clients = [_client(reply) for reply in replies if not reply.has_error()]
     if not clients:
-        reasons = {reply.error.reason for reply in replies if reply.has_error()}
+        reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
         raise FedveilError(
             f"none of {len(messages)} clients answered the first query"
             + (f": {'; '.join(sorted(reasons))}" if reasons else f" within {timeout:g} seconds")

@@ -89,8 +89,15 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig) -> "RunDirectory":
+    def create(
+        cls, path: Path, config: TrainConfig, *, noise_key: NoiseKey | None = None
+    ) -> "RunDirectory":
         """Start a run in a new or empty directory.
+
+        Args:
+            path: Where; made if need be.
+            config: Every setting.
+            noise_key: A key to use again; a fresh one is drawn where there is none.
 
         Raises:
             FedveilError: The directory holds something, or cannot be made.
@@ -107,6 +114,8 @@ class RunDirectory:
             )
         run = cls(path)
         described = {"configuration": config.model_dump(), "versions": versions()}
+        if noise_key:
+            noise_key.save(path / "noise.key")
         run._write("config.json", _json(described))
         return run
 

@@ -14,13 +14,13 @@ from torch.func import functional_call
 
 from fedveil.data import Dataset, Images, load_dataset
 from fedveil.errors import FedveilError
-from fedveil.federation.client_app import client_config
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
 from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.noisy_fedavg import Cap
 from fedveil.federation.run_directory import Checkpoint, RoundRecord, RunDirectory, versions
+from fedveil.federation.task import ClientTask
 from fedveil.models import build_model
 
 OnRound = Callable[[RoundRecord], None]
@@ -229,7 +229,7 @@ def run_rounds(grid: Grid, job: Job, *, on_round: OnRound) -> None:
             ArrayRecord(dict(weights)),
             num_rounds=remaining,
             timeout=job.config.timeout,
-            train_config=client_config(job.config.model_dump()),
+            train_config=ClientTask.of(job.config).to_record(),
             evaluate_fn=recorder,
         )
     finished = job.directory.checkpoint()

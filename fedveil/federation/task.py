@@ -1,0 +1,67 @@
+"""What a client is told: its work, and nothing of the cap, the noise or the groups."""
+
+from typing import Any
+
+from flwr.app import ConfigRecord
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.training import LocalTraining
+
+
+class ClientTask(BaseModel):
+    """The configuration record of a message to a client, read and checked.
+
+    Attributes:
+        dataset: Dataset of which the client holds a share.
+        partition: How the dataset is shared out.
+        transform: What the client does to its images before it trains on them.
+        model: Architecture.
+        epochs: E.
+        batch_size: B.
+        learning_rate: η.
+        momentum: Momentum of local SGD.
+        clip: Largest norm of a step's gradient.
+        seed: Seeds the partition and, with round and client, the order of the images.
+        server_round: The round, from 1; 0 in the first query.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    dataset: str
+    partition: str
+    transform: str | None = None
+    model: str
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    clip: float | None = Field(None, gt=0)
+    seed: int = Field(ge=0)
+    server_round: int = Field(0, ge=0)
+
+    @classmethod
+    def from_record(cls, record: ConfigRecord) -> "ClientTask":
+        """Read the record of a message; keys have - where names have _."""
+        return cls.model_validate({key.replace("-", "_"): record[key] for key in record})
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "ClientTask":
+        """Take what clients need out of a run's configuration."""
+        return cls.model_validate(config.model_dump())
+
+    def to_record(self) -> ConfigRecord:
+        """Return the record for a message; the strategy adds ``server-round``."""
+        settings: dict[str, Any] = self.model_dump(exclude_none=True, exclude={"server_round"})
+        return ConfigRecord({key.replace("_", "-"): value for key, value in settings.items()})
+
+    @property
+    def training(self) -> LocalTraining:
+        """The local training this task asks for."""
+        return LocalTraining(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            clip=self.clip,
+        )
