@@ -7,6 +7,7 @@ and a bracketing search that starts from the previous round's strength.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from fedveil.errors import FedveilError
 
 Blocks = Iterator[tuple[int, int]]
 """Evaluation in progress: (correct, evaluated) images of one block after the other."""
+
+Copies = Callable[[float, int], tuple[Mapping[str, Tensor], ...]]
+"""The copies at a strength σ of a numbered draw of the noise."""
 
 Evaluate = Callable[[Mapping[str, Tensor]], Blocks]
 """Starts to evaluate a copy on calibration images drawn in random order."""
@@ -41,11 +45,13 @@ class Calibration:
 
     Attributes:
         sigma: Strength of the noise, in the units of the noise target.
+        draw: Number of the draw of the noise, from 0.
         evaluations: How many copies were evaluated on the way.
         images: How many images those evaluations took in all.
     """
 
     sigma: float
+    draw: int
     evaluations: int
     images: int
 
@@ -81,7 +87,7 @@ def _log_evidence(correct: int, images: int, cap: float) -> float:
 
 
 def raise_until_below(
-    copies: Callable[[float], tuple[Mapping[str, Tensor], ...]],
+    copies: Copies,
     evaluate: Evaluate,
     *,
     cap: float,
@@ -91,11 +97,11 @@ def raise_until_below(
 ) -> Calibration:
     """Raise σ by equal steps until every copy's accuracy is at most the cap: the paper's loop.
 
-    Source: noise-based federated averaging, Algorithm 1, the ``while`` loop: each time round, every
-    copy is evaluated on all calibration images.
+    Source: noise-based federated averaging, Algorithm 1, the ``while`` loop: each time round, the
+    noise is drawn anew and every copy evaluated on all calibration images.
 
     Args:
-        copies: The copies at a strength σ.
+        copies: The copies at a strength σ of a draw.
         evaluate: Starts an evaluation of one copy.
         cap: Accuracy that no copy may exceed, θ of the paper.
         start: First σ tried.
@@ -106,21 +112,19 @@ def raise_until_below(
         FedveilError: σ passed ``limit``.
     """
     evaluations = images = 0
-    sigma = start
-    while sigma <= limit:
-        worst = 0.0
-        for copy in copies(sigma):
+    for turn in range(int((limit - start) / step + 1e-9) + 1):
+        sigma, worst = start + turn * step, 0.0
+        for copy in copies(sigma, turn):
             right, count = (sum(column) for column in zip(*evaluate(copy), strict=True))
             worst = max(worst, right / count)
             evaluations, images = evaluations + 1, images + count
         if worst <= cap:
-            return Calibration(sigma, evaluations, images)
-        sigma += step
+            return Calibration(sigma, turn, evaluations, images)
     raise _out_of_reach(cap, limit)
 
 
 def search_sigma(
-    copies: Callable[[float], tuple[Mapping[str, Tensor], ...]],
+    copies: Copies,
     evaluate: Evaluate,
     *,
     cap: float,
@@ -128,46 +132,64 @@ def search_sigma(
     limit: float,
     growth: float = 1.3,
     precision: float = 1.3,
+    draws: int = 5,
 ) -> Calibration:
-    """Bracket the weakest noise that keeps every copy below the cap, then bisect.
+    """Bracket the weakest noise that keeps every copy below the cap, then bisect along the draw.
 
     Moves geometrically from ``start`` to a σ where all copies are below, and bisects (in the
     logarithm) between that and the strongest that failed, until the two are within ``precision``.
     A copy that fails ends its σ's turn at once, so a failure mostly costs one short evaluation.
     A first σ that holds is kept: the next round starts a little lower.
 
+    A draw for which no σ up to ``limit`` suffices is given up for the next: as σ grows, a copy
+    tends to the noise alone, and with few classes that may be right more often than the cap.
+
     Args:
-        copies: The copies at a strength σ; all are verified at the σ returned.
+        copies: The copies at a strength σ of a draw; all are verified at the σ returned.
         evaluate: Starts an evaluation of one copy.
         cap: Accuracy every copy must stay below.
         start: First σ tried, above 0.
         limit: Largest σ tried.
         growth: Factor between the σ tried on the way up, above 1.
         precision: Ratio of the bracket's ends at which bisection stops, above 1.
+        draws: How many draws of the noise are tried.
 
     Raises:
-        FedveilError: Not even ``limit`` keeps the copies below the cap.
+        FedveilError: Not even ``limit`` keeps the copies below the cap, for any of the draws.
     """
     evaluations = images = 0
 
-    def holds(sigma: float) -> bool:
+    def holds(sigma: float, draw: int) -> bool:
         nonlocal evaluations, images
-        for copy in copies(sigma):
+        for copy in copies(sigma, draw):
             verdict = below_cap(evaluate(copy), cap)
             evaluations, images = evaluations + 1, images + verdict.images
             if not verdict.below:
                 return False
         return True
 
+    for draw in range(draws):
+        bracket = _bracket(partial(holds, draw=draw), start, limit, growth)
+        if bracket is None:
+            continue
+        failed, sigma = bracket
+        while failed and sigma / failed > precision:
+            middle = math.sqrt(failed * sigma)
+            failed, sigma = (failed, middle) if holds(middle, draw) else (middle, sigma)
+        return Calibration(sigma, draw, evaluations, images)
+    raise _out_of_reach(cap, limit)
+
+
+def _bracket(
+    holds: Callable[[float], bool], start: float, limit: float, growth: float
+) -> tuple[float, float] | None:
     failed, sigma = 0.0, start
     while not holds(sigma):
         if sigma >= limit:
-            raise _out_of_reach(cap, limit)
+            return None
+        # Ever longer strides: a σ that ran away is caught up with in a few evaluations.
         failed, sigma, growth = sigma, min(sigma * growth, limit), growth**1.5
-    while failed and sigma / failed > precision:
-        middle = math.sqrt(failed * sigma)
-        failed, sigma = (failed, middle) if holds(middle) else (middle, sigma)
-    return Calibration(sigma, evaluations, images)
+    return failed, sigma
 
 
 def _out_of_reach(cap: float, limit: float) -> FedveilError:

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from fedveil.defenses.calibration import Calibration, below_cap, search_sigma
+from fedveil.defenses.calibration import (
+    Calibration,
+    Copies,
+    Evaluate,
+    below_cap,
+    search_sigma,
+)
 from fedveil.defenses.noise import NoiseKey
 from fedveil.federation.fedavg import (
     Distribution,
@@ -92,18 +98,11 @@ class NoiseDelta(NoisyFedAvg):
         self.state = replace(self.state, noisy=noisy)
         return noisy
 
-    def calibrate(
-        self, round_number: int, base: Weights, noise: Weights, cap: float, labels: Tensor
-    ) -> Calibration:
+    def calibrate(self, copies: Copies, evaluate: Evaluate, cap: float) -> Calibration:
         """Search from a little below the last round's σ."""
         start = self.state.sigma * self.search.relax or self.search.start
-        return search_sigma(
-            lambda sigma: self.pair(base, noise, sigma),
-            self.evaluator(round_number, labels),
-            cap=cap,
-            start=min(start, self.search.limit),
-            limit=self.search.limit,
-        )
+        limit = self.search.limit
+        return search_sigma(copies, evaluate, cap=cap, start=min(start, limit), limit=limit)
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return base plus the weighted mean of what each client changed."""

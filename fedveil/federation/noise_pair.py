@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from fedveil.defenses.calibration import Calibration, raise_until_below
+from fedveil.defenses.calibration import Calibration, Copies, Evaluate, raise_until_below
 from fedveil.defenses.noise import NoiseKey
 from fedveil.federation.fedavg import (
     Distribution,
@@ -112,17 +112,16 @@ class NoisePair(NoisyFedAvg):
         self.state = replace(self.state, noisy=noisy)
         return noisy
 
-    def calibrate(
-        self, round_number: int, base: Weights, noise: Weights, cap: float, labels: Tensor
-    ) -> Calibration:
+    def calibrate(self, copies: Copies, evaluate: Evaluate, cap: float) -> Calibration:
         """Raise σ from the schedule's start, every round anew."""
+        schedule = self.schedule
         return raise_until_below(
-            lambda sigma: self.pair(base, noise, sigma),
-            self.evaluator(round_number, labels),
+            copies,
+            evaluate,
             cap=cap,
-            start=self.schedule.start,
-            step=self.schedule.step,
-            limit=self.schedule.limit,
+            start=schedule.start,
+            step=schedule.step,
+            limit=schedule.limit,
         )
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -11,7 +12,13 @@ from torch.func import functional_call
 
 from fedveil.data import Images
 from fedveil.defenses.batch_norm import reestimate_batch_norm
-from fedveil.defenses.calibration import Blocks, Calibration, agreement_margin
+from fedveil.defenses.calibration import (
+    Blocks,
+    Calibration,
+    Copies,
+    Evaluate,
+    agreement_margin,
+)
 from fedveil.defenses.noise import NoiseKey, NoiseTarget, add_noise, noise_target
 from fedveil.errors import FedveilError
 from fedveil.federation.fedavg import (
@@ -114,10 +121,8 @@ class NoisyFedAvg(SeededFedAvg):
         self._pixels = cap.images.pixels
 
     @abstractmethod
-    def calibrate(
-        self, round_number: int, base: Weights, noise: Weights, cap: float, labels: Tensor
-    ) -> Calibration:
-        """Find the strength of one pair's noise."""
+    def calibrate(self, copies: Copies, evaluate: Evaluate, cap: float) -> Calibration:
+        """Find the draw and the strength of a round's noise."""
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]
@@ -134,15 +139,21 @@ class NoisyFedAvg(SeededFedAvg):
         """Return whether this round's copies need noise, and remember it in the state."""
 
     def _degrade(self, round_number: int, base: Weights, clients: Sequence[Client]) -> Distribution:
+        @cache
+        def noise(draw: int) -> Weights:
+            return self.target.draw(
+                base, self._key, run=self.run, round_number=round_number, group=f"draw {draw}"
+            )
+
+        def copies(sigma: float, draw: int) -> tuple[Weights, Weights]:
+            return self.pair(base, noise(draw), sigma)
+
         labels, cap = self.yardstick(base)
-        noise = self.target.draw(
-            base, self._key, run=self.run, round_number=round_number, group="0"
-        )
-        found = self.calibrate(round_number, base, noise, cap, labels)
+        found = self.calibrate(copies, self.evaluator(round_number, labels), cap)
         self.state = replace(self.state, sigma=found.sigma)
         half = -(-len(clients) // 2)
         return Distribution(
-            copies=self.pair(base, noise, found.sigma),
+            copies=copies(found.sigma, found.draw),
             assignment=tuple((client, int(i >= half)) for i, client in enumerate(clients)),
             sigma=found.sigma,
             evaluations=found.evaluations,

@@ -59,8 +59,10 @@ class Landscape:
     def __init__(self, critical):
         self.critical = critical
         self.asked = []
+        self.draws = []
 
-    def copies(self, sigma):
+    def copies(self, sigma, draw):
+        self.draws.append(draw)
         return ({"s": torch.tensor(sigma)}, {"s": torch.tensor(sigma * 0.8)})
 
     def evaluate(self, copy):
@@ -93,13 +95,14 @@ def test_the_papers_loop_evaluates_both_copies_whole_at_every_turn():
         landscape.copies, landscape.evaluate, cap=0.6, start=0.25, step=0.25, limit=10
     )
     assert found.sigma == 1.25  # 0.8 · 1.25 is the first that reaches 1.0
+    assert landscape.draws == [0, 1, 2, 3, 4]
     assert found.evaluations == 10
     assert found.images == 10 * 2_000
 
 
 def test_the_cap_itself_is_allowed_by_the_papers_loop():
     found = raise_until_below(
-        lambda sigma: ({"s": torch.tensor(sigma)},),
+        lambda sigma, draw: ({"s": torch.tensor(sigma)},),
         lambda copy: iter([(60, 100)]),
         cap=0.6,
         start=0.1,
@@ -124,3 +127,14 @@ def test_noise_that_never_suffices_is_an_error_that_names_the_limit():
 def test_agreement_margin_is_the_mean_lack_of_confidence():
     logits = torch.log(torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.3, 0.2]]))
     assert agreement_margin(logits) == pytest.approx((0.1 + 0.5) / 2, abs=1e-6)
+
+
+def test_a_draw_that_stays_above_at_any_strength_is_given_up_for_the_next():
+    def copies(sigma, draw):
+        return ({"right": torch.tensor(0.9 if draw < 2 or sigma < 3 else 0.3)},)
+
+    found = search_sigma(
+        copies, lambda copy: blocks(float(copy["right"])), cap=0.6, start=1, limit=50
+    )
+    assert found.draw == 2
+    assert found.sigma >= 3

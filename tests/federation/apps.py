@@ -1,0 +1,164 @@
+"""ClientApps whose answers are known in closed form, and a grid that keeps what it carries."""
+
+import json
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+
+def examples(client):
+    return 10 + 7 * client
+
+
+def change(client, shape):
+    """What client number ``client`` adds to every tensor."""
+    return np.full(shape, 0.01 * (client + 1), dtype=np.float32)
+
+
+def _reply(message, client, arrays):
+    metrics = MetricRecord(
+        {
+            "num-examples": examples(client),
+            "loss": 0.5,
+            "server-round": message.content["config"]["server-round"],
+        }
+    )
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def _app(train):
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        metrics = MetricRecord({"partition-id": client, "num-examples": examples(client)})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    app.train()(train)
+    return app
+
+
+def _silent(message, client):
+    return client in json.loads(str(message.content["config"].get("silent", "[]")))
+
+
+def _echo(message: Message, context: Context) -> Message:
+    client = int(context.node_config["partition-id"])
+    if _silent(message, client):
+        raise RuntimeError(f"client {client} is silent")
+    return _reply(message, client, message.content["arrays"])
+
+
+def _add(message: Message, context: Context) -> Message:
+    client = int(context.node_config["partition-id"])
+    if _silent(message, client):
+        raise RuntimeError(f"client {client} is silent")
+    arrays = {
+        name: Array(np.asarray(array.numpy() + change(client, array.shape), dtype=np.float32))
+        for name, array in message.content["arrays"].items()
+    }
+    return _reply(message, client, ArrayRecord(arrays))
+
+
+def _spoil(message: Message, context: Context) -> Message:
+    """Overwrite the received arrays in place, then answer with zeros."""
+    client = int(context.node_config["partition-id"])
+    record = message.content["arrays"]
+    for name in list(record):
+        array = record[name].numpy()
+        record[name] = Array(np.zeros_like(array))
+    return _reply(message, client, record)
+
+
+echo = _app(_echo)
+add = _app(_add)
+spoil = _app(_spoil)
+
+
+def _broken(make):
+    def train(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        reply = _echo(message, context)
+        if client == 1:
+            make(reply)
+        return reply
+
+    return _app(train)
+
+
+def _nan(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(np.full(arrays[name].shape, np.nan, dtype=np.float32))
+
+
+def _shape(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(np.zeros((1, 1), dtype=np.float32))
+
+
+def _dtype(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(np.zeros(arrays[name].shape, dtype=np.float64))
+
+
+def _name(reply):
+    reply.content["arrays"]["intruder"] = Array(np.zeros(1, dtype=np.float32))
+
+
+def _negative(reply):
+    reply.content["metrics"]["num-examples"] = -5
+
+
+def _absurd(reply):
+    reply.content["metrics"]["num-examples"] = 10**9
+
+
+def _stale(reply):
+    reply.content["metrics"]["server-round"] = 0
+
+
+sends_nan, sends_shape, sends_dtype, sends_name = map(_broken, (_nan, _shape, _dtype, _name))
+sends_negative, sends_absurd, sends_stale = map(_broken, (_negative, _absurd, _stale))
+
+
+class RecordingGrid(Grid):
+    """Hands everything through and keeps each message that goes to a client, and each reply."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.sent = []
+        self.replies = []
+
+    def set_run(self, run):
+        self.inner.set_run(run)
+
+    @property
+    def run(self):
+        return self.inner.run
+
+    def create_message(self, content, message_type, dst_node_id, group_id, ttl=None):
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self):
+        return self.inner.get_node_ids()
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.sent += messages
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        return self.inner.pull_messages(message_ids)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        self.sent += messages
+        replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+        self.replies += replies
+        return replies

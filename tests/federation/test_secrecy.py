@@ -1,0 +1,145 @@
+"""What leaves the server: every message of a real run is read."""
+
+import logging
+
+import pytest
+import torch
+from flwr.common.serde import message_to_proto
+
+from fedveil.defenses.noise import NoiseKey
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.local import LocalGrid
+from fedveil.federation.run_directory import RunDirectory
+from fedveil.federation.server_app import prepare_job, run_rounds
+from tests.federation.apps import RecordingGrid
+
+TOLD = {
+    "dataset",
+    "partition",
+    "model",
+    "epochs",
+    "batch-size",
+    "learning-rate",
+    "momentum",
+    "clip",
+    "seed",
+    "server-round",
+}
+
+
+def train(path, **settings):
+    config = TrainConfig.check(
+        {
+            "dataset": "digits",
+            "clients": 6,
+            "fraction": 1.0,
+            "rounds": 6,
+            "epochs": 2,
+            "learning_rate": 0.1,
+            "clip": 5.0,
+            "strategy": "noise-delta",
+            "sigma_limit": 1e6,
+        }
+        | settings
+    )
+    directory = RunDirectory.create(
+        path, config, noise_key=NoiseKey(b"this key is never sent any place")
+    )
+    job = prepare_job(config, directory)
+    delivered = []
+    with LocalGrid("fedveil.federation.client_app:app", nodes=6, workers=2) as inner:
+        grid = RecordingGrid(inner)
+
+        def keep(record):
+            delivered.append((record, directory.checkpoint().weights, len(grid.sent)))
+
+        run_rounds(grid, job, on_round=keep)
+    return job, directory, grid, delivered
+
+
+def rounds_sent(grid, delivered):
+    """Yield (record, w before the round, the round's messages to clients)."""
+    for i, (record, _, end) in enumerate(delivered):
+        begin = delivered[i - 1][2] if i else 0
+        before = delivered[i - 1][1] if i else None
+        messages = [m for m in grid.sent[begin:end] if m.metadata.message_type == "train"]
+        yield record, before, messages
+
+
+def arrays(message):
+    return message.content.array_records["arrays"].to_torch_state_dict()
+
+
+@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair"])
+@pytest.mark.parametrize("noise", ["all", "output.*"])
+def test_no_message_carries_the_key_or_a_clean_model(tmp_path, strategy, noise, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    _, directory, grid, delivered = train(
+        tmp_path / "run", strategy=strategy, noise=noise, sigma_step=1.0
+    )
+    key = directory.noise_key().secret
+    noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
+    assert noisy, "the run never passed the cap, so it proves nothing"
+    for record, before, messages in noisy:
+        assert len(messages) == 6
+        for message in messages:
+            changed = [
+                n for n, value in arrays(message).items() if not torch.equal(value, before[n])
+            ]
+            named = [n for n in before if noise == "all" or n.startswith("output")]
+            if strategy == "noise-delta":  # whose copies are made from w itself
+                assert sorted(changed) == sorted(named)
+            for name in named:
+                gap = (arrays(message)[name] - before[name]).double().norm()
+                assert gap > 0.05 * before[name].double().norm(), (record.round, name)
+    printed = capfd.readouterr()
+    seen = "\n".join([caplog.text, printed.out, printed.err])
+    for message in grid.sent:
+        wire = message_to_proto(message).SerializeToString()
+        assert key not in wire
+        assert key.hex().encode() not in wire
+        assert set(message.content.config_records["config"]) <= TOLD
+        for array in next(iter(message.content.array_records.values()), {}).values():
+            assert key not in array.data
+    assert key.hex() not in seen
+    assert repr(key) not in seen
+
+
+def test_only_the_run_directory_is_written(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(tmp_path / "run", rounds=2)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run").iterdir()}
+    assert {modes[n] for n in ("noise.key", "checkpoint.safetensors", "model.safetensors")} == {
+        0o600
+    }
+
+
+def test_batch_statistics_are_the_copys_own(tmp_path):
+    """Neither w's running statistics nor any client's are in what the next round sends."""
+    job, _, grid, delivered = train(
+        tmp_path / "run", model="resnet-bn", rounds=4, learning_rate=0.2, epochs=4
+    )
+    noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
+    assert noisy
+    pixels = job.evaluation.calibration.pixels[:500]
+    for _, before, messages in noisy:
+        for message in messages:
+            sent = arrays(message)
+            for name in sent:
+                if name.endswith("running_mean"):
+                    assert not torch.allclose(sent[name], before[name], rtol=1e-3)
+            # They are those of the copy's own weights on the server's images.
+            first = job.model.normalise(pixels)
+            output = torch.conv2d(first, sent["stem.weight"], padding=1)
+            measured = output.mean(dim=(0, 2, 3))
+            assert torch.allclose(sent["stem_norm.running_mean"], measured, rtol=1e-3, atol=1e-4)
+
+
+def test_w_of_a_batch_norm_model_works_with_the_statistics_it_is_delivered_with(tmp_path):
+    _, _, _, delivered = train(
+        tmp_path / "run", model="resnet-bn", rounds=4, learning_rate=0.2, epochs=4
+    )
+    assert delivered[-1][0].accuracy > 0.6
+    assert max(max(record.copies) for record, _, _ in delivered) < 0.6

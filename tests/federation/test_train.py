@@ -1,0 +1,232 @@
+"""``fedveil train`` as a user runs it: real processes, kill -9, Ctrl-C, wrong options."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedveil.data import load_dataset
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.run_directory import RunDirectory
+from fedveil.federation.server_app import prepare_job, split_test
+
+FAST = [
+    "--dataset",
+    "digits",
+    "--clients",
+    "6",
+    "--fraction",
+    "0.5",
+    "--epochs",
+    "2",
+    "--clip",
+    "5",
+]
+FEDVEIL = [str(Path(sys.executable).with_name("fedveil")), "train"]
+
+
+def fedveil(*options, check=True):
+    done = subprocess.run(
+        [*FEDVEIL, *map(str, options)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def start(*options):
+    return subprocess.Popen(
+        [*FEDVEIL, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_round(path, number):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= number:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"round {number} never came")
+
+
+def same_bits(a, b):
+    a, b = (load_file(path / "model.safetensors") for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def outcomes(path):
+    timed = ("seconds", "calibration_seconds")
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def test_a_run_leaves_what_the_readme_says(tmp_path):
+    fedveil("--out", tmp_path / "run", *FAST, "--rounds", 4, "--strategy", "noise-delta")
+    rounds = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4]
+    assert {"accuracy", "copies", "sigma", "calibration_evaluations", "seconds"} <= set(rounds[0])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["copies_max"] == max(max(line["copies"]) for line in rounds)
+    assert summary["rounds_over_cap"] == 0
+    assert summary["configuration"]["learning_rate"] == 0.05
+    assert summary["versions"]["flwr"] == "1.41.0"
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    model = prepare_job(TrainConfig(dataset="digits"), RunDirectory(tmp_path)).model
+    model.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
+    job = prepare_job(TrainConfig(dataset="digits"), RunDirectory(tmp_path))
+    assert job.accuracy(model.state_dict()) == summary["accuracy"]
+
+
+@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, strategy):
+    options = [*FAST, "--rounds", 8, "--strategy", strategy, "--learning-rate", 0.1]
+    options += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
+    killed = start("--out", tmp_path / "killed", *options)
+    wait_for_round(tmp_path / "killed/rounds.jsonl", 3)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed/summary.json").exists()
+    # A kill between the two writes of a round leaves a line without a checkpoint.
+    with (tmp_path / "killed/rounds.jsonl").open("a") as stream:
+        stream.write((tmp_path / "killed/rounds.jsonl").read_text().splitlines()[-1] + "\n")
+    fedveil("--resume", tmp_path / "killed")
+    key = tmp_path / "killed/noise.key"
+    fedveil("--out", tmp_path / "whole", *options, "--noise-key", key)
+    assert same_bits(tmp_path / "killed", tmp_path / "whole")
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+    assert any(line["sigma"] > 0 for line in outcomes(tmp_path / "whole"))
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
+    process = start("--out", tmp_path / "run", *FAST, "--rounds", 400)
+    wait_for_round(tmp_path / "run/rounds.jsonl", 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert f"fedveil train --resume {tmp_path / 'run'}" in told.replace("\n", " ")
+    checkpoint = RunDirectory.open(tmp_path / "run").checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.round >= 2
+
+
+def test_a_complete_run_is_left_as_it_is(tmp_path):
+    fedveil("--out", tmp_path / "run", *FAST, "--rounds", 2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
+    fedveil("--resume", tmp_path / "run")
+    assert before == {n: (tmp_path / "run" / n).read_bytes() for n in before}
+
+
+def test_the_same_seed_and_key_give_the_same_bits_and_another_key_does_not(tmp_path):
+    options = [*FAST, "--rounds", 3, "--learning-rate", 0.1]
+    fedveil("--out", tmp_path / "a", *options)
+    fedveil("--out", tmp_path / "b", *options, "--noise-key", tmp_path / "a/noise.key")
+    fedveil("--out", tmp_path / "c", *options)
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    assert not same_bits(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_toml_file_holds_any_option_and_an_option_wins(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        'dataset = "digits"\nclients = 6\nfraction = 0.5\nrounds = 9\nlearning-rate = 0.2\n'
+    )
+    fedveil("--out", tmp_path / "run", "--config", tmp_path / "run.toml", "--rounds", 1)
+    used = json.loads((tmp_path / "run/config.json").read_text())["configuration"]
+    assert (used["rounds"], used["learning_rate"], used["clients"]) == (1, 0.2, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--cap", "1.5"], ["cap", "1.5", "below 1"]),
+        (["--rounds", "0"], ["rounds", "at least 1"]),
+        (["--fraction", "0"], ["fraction", "above 0"]),
+        (["--config", "bad.toml"], ["epoch", "unknown", "epochs"]),
+        (["--config", "missing.toml"], ["missing.toml"]),
+        (["--config", "broken.toml"], ["broken.toml"]),
+        (["--noise-key", "missing.key"], ["missing.key"]),
+    ],
+)
+def test_a_wrong_setting_names_itself_and_nothing_is_written(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("epoch = 3\n")
+    Path("broken.toml").write_text("epochs = = 3\n")
+    done = fedveil("--out", tmp_path / "run", *options, check=False)
+    assert done.returncode == 2
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--dataset", "mnits"], "mnist"),
+        (["--dataset", "digits", "--model", "lenett"], "lenet"),
+        (["--dataset", "digits", "--partition", "shard:2"], "shards"),
+        (["--dataset", "digits", "--clients", "100000"], "100000"),
+        (["--dataset", "digits", "--noise", "conv9*"], "conv9*"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_data_is_explained(tmp_path, options, word):
+    done = fedveil("--out", tmp_path / "run", *options, check=False)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_directory_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = fedveil("--out", tmp_path, *FAST, check=False)
+    assert done.returncode == 2
+    assert "not empty" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_refuses_what_is_no_run_and_a_damaged_checkpoint(tmp_path):
+    assert "no run directory" in fedveil("--resume", tmp_path, check=False).stderr
+    fedveil("--out", tmp_path / "run", *FAST, "--rounds", 1)
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    done = fedveil("--resume", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert "checkpoint.safetensors is damaged" in done.stderr
+
+
+def test_calibration_and_report_images_are_disjoint_and_together_the_test_split():
+    test = load_dataset("digits", seed=0).test
+    tagged = type(test)(test.raw, torch.arange(len(test)))
+    split = split_test(tagged, 2_000, seed=0)
+    calibration, report = set(split.calibration.labels.tolist()), set(split.report.labels.tolist())
+    assert not calibration & report
+    assert len(calibration | report) == len(test)
+    assert len(calibration) == len(test) // 2
+
+
+def test_local_and_ray_agree(tmp_path):
+    options = [*FAST, "--rounds", 3, "--learning-rate", 0.1]
+    fedveil("--out", tmp_path / "local", *options)
+    key = tmp_path / "local/noise.key"
+    fedveil("--out", tmp_path / "ray", *options, "--engine", "ray", "--noise-key", key)
+    local, ray = (load_file(tmp_path / e / "model.safetensors") for e in ("local", "ray"))
+    for name in local:
+        assert torch.allclose(local[name], ray[name], rtol=1e-5, atol=1e-6)
+    assert any(line["sigma"] > 0 for line in outcomes(tmp_path / "ray"))
+
+
+def test_a_deployed_run_starts_trains_and_ends(tmp_path):
+    options = ["--dataset", "digits", "--clients", "2", "--fraction", "1", "--rounds", "1"]
+    fedveil("--out", tmp_path / "run", *options, "--engine", "deployed")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["copies_max"] < 0.6
