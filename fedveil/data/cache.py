@@ -72,7 +72,8 @@ def _path(key: str, suffix: str) -> Path:
 
 
 def _checksum(tensors: Mapping[str, Tensor], notes: list[str]) -> str:
-    total = zlib.crc32(json.dumps(notes).encode())
+    layout = [(name, str(tensors[name].dtype), *tensors[name].shape) for name in sorted(tensors)]
+    total = zlib.crc32(json.dumps([notes, layout]).encode())
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"

@@ -54,7 +54,7 @@ def _classes_of(path: Path) -> _Files:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in _SUFFIXES
 
 
 def _hidden(path: Path, root: Path) -> bool:
