@@ -7,6 +7,7 @@ Pickle is safe here because both ends are one program: a worker is its grid's ow
 """
 
 import copyreg
+import ctypes
 import importlib
 import io
 import logging
@@ -42,6 +43,9 @@ FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 _OUTSIDE_THE_PICKLE = 16 * 1024
 _LENGTH = struct.Struct("!Q")
 _PARENT_CHECK_SECONDS = 0.5
+_M_TRIM_THRESHOLD = -1  # glibc's malloc.h
+_M_MMAP_THRESHOLD = -3
+_LARGER_THAN_ANY_GRADIENT = 1 << 30
 
 _logger = logging.getLogger(__name__)
 
@@ -233,6 +237,7 @@ def _isolate(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    _keep_freed_memory()
     # Workers run side by side, and the thread count changes float32 results.
     os.environ["OMP_NUM_THREADS"] = "1"
     if torch := sys.modules.get("torch"):
@@ -241,6 +246,16 @@ def _isolate(parent: int) -> None:
         torch.seed()
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
+
+
+def _keep_freed_memory() -> None:
+    # Every step frees gradients as large as the model; given back to the system, their pages are
+    # faulted in again by the next one: 12,000 to 57,000 faults, a tenth of a client's time.
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGER_THAN_ANY_GRADIENT)
+            libc.mallopt(_M_TRIM_THRESHOLD, _LARGER_THAN_ANY_GRADIENT)
 
 
 def _exit_with(parent: int) -> None:

@@ -283,8 +283,16 @@ def test_a_client_app_may_be_an_object_and_workers_may_be_spawned(monkeypatch):
         assert reply.content["who"]["threads"] == 1
 
 
-def test_workers_compute_although_the_parent_has_used_threads():
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_workers_compute_although_the_parent_has_used_threads():
     convolution = torch.nn.Conv2d(3, 16, 3)
     convolution(torch.rand(8, 3, 64, 64)).sum().backward()
     torch.rand(600, 600) @ torch.rand(600, 600)

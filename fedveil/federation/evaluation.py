@@ -1,0 +1,34 @@
+"""Accuracy, measured fast enough to be measured often."""
+
+import torch
+from torch import Tensor, nn
+
+# Activations of more images than this leave the cache; fewer cost calls.
+_BATCH = 100
+
+
+def count_correct(model: nn.Module, pixels: Tensor, labels: Tensor, *, batch: int = _BATCH) -> int:
+    """Return how many images ``model`` classifies correctly, in evaluation mode.
+
+    The model's convolutions are put into channels-last memory, which halves the time on a CPU and
+    changes no value; its mode is left as it was.
+
+    Args:
+        model: Takes float pixels [N, C, H, W], returns logits [N, classes].
+        pixels: Float [N, C, H, W] in [0, 1].
+        labels: int64 [N].
+        batch: Images at a time.
+    """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    training = model.training
+    model.eval()
+    correct = 0
+    batches, truths = torch.split(pixels, batch), torch.split(labels, batch)
+    try:
+        with torch.inference_mode():
+            for some, truth in zip(batches, truths, strict=True):
+                logits = model(some.contiguous(memory_format=torch.channels_last))
+                correct += int((logits.argmax(1) == truth).sum())
+    finally:
+        model.train(training)
+    return correct
