@@ -108,7 +108,10 @@ def train(
         float | None, typer.Option(help="theta: accuracy every copy stays below.")
     ] = None,
     noise: Annotated[
-        str | None, typer.Option(help="first-conv, all or a pattern over parameter names.")
+        str | None, typer.Option(help="first-conv, output, all or a pattern over parameter names.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Scale of the copies' logits in noise-delta; 0 for none.")
     ] = None,
     bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
     server_clients: Annotated[

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
-from fedveil.models import first_layer
+from fedveil.models import first_layer, output_layer
 
 Tensors = Mapping[str, Tensor]
 
@@ -150,16 +150,16 @@ def noise_target(
         model: Any module that takes float [N, C, H, W].
         shape: (C, H, W) of one image.
         where: ``first-conv``: the first convolution, patch embedding or linear layer the pixels
-            reach; ``all``: every parameter; otherwise patterns as of the shell, separated by
-            commas, over the names of the model's parameters (``body.0.*``, ``*.bias``).
+            reach; ``output``: the linear layer that gives the logits; ``all``: every parameter;
+            otherwise patterns as of the shell, separated by commas, over the names of the model's
+            parameters (``body.0.*``, ``*.bias``).
         relative: See ``NoiseTarget``.
 
     Raises:
         FedveilError: No parameter of the model has such a name.
     """
     parameters = [name for name, _ in model.named_parameters()]
-    patterns = _first_layer_pattern(model, shape) if where == "first-conv" else where
-    patterns = "*" if patterns == "all" else patterns
+    patterns = _PLACES[where](model, shape) if where in _PLACES else where
     chosen = [
         name
         for name in parameters
@@ -167,8 +167,8 @@ def noise_target(
     ]
     if not chosen:
         raise FedveilError(
-            f"--noise {where!r} matches no parameter of this model; allowed: first-conv, all, or a "
-            f"pattern over {', '.join(parameters)}"
+            f"--noise {where!r} matches no parameter of this model; allowed: {', '.join(_PLACES)}, "
+            f"or a pattern over {', '.join(parameters)}"
         )
     layers: dict[str, list[str]] = {}
     for name in chosen:
@@ -176,9 +176,15 @@ def noise_target(
     return NoiseTarget(tuple(tuple(names) for names in layers.values()), relative=relative)
 
 
-def _first_layer_pattern(model: nn.Module, shape: tuple[int, int, int]) -> str:
-    name = first_layer(model, shape)
-    return f"{name}.*" if name else "*"
+def _parameters_of(layer: str) -> str:
+    return f"{layer}.*" if layer else "*"
+
+
+_PLACES: Mapping[str, Callable[[nn.Module, tuple[int, int, int]], str]] = {
+    "first-conv": lambda model, shape: _parameters_of(first_layer(model, shape)),
+    "output": lambda model, shape: _parameters_of(output_layer(model, shape)),
+    "all": lambda model, shape: "*",
+}
 
 
 def add_noise(weights: Tensors, noise: Tensors, sigma: float) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from fedveil.defenses.calibration import (
     search_sigma,
 )
 from fedveil.defenses.noise import NoiseKey
+from fedveil.defenses.temperature import Temperature
 from fedveil.federation.fedavg import (
     Distribution,
     Sampling,
@@ -44,12 +45,16 @@ class NoiseDelta(NoisyFedAvg):
 
     A client returns rₖ for the copy sₖ it was sent, and w ← w + Σ nₖ (rₖ - sₖ) / Σ nₖ over those
     that answered. A client that returns its copy untouched adds exactly nothing, so N leaves the
-    mean whatever the counts and whoever is missing. The averaged w is also the next base.
+    mean whatever the counts and whoever is missing. The next copies are made from w with its output
+    layer brought to ``temperature``, which changes none of its answers.
 
     Args:
-        model: Architecture; its weights are not used.
+        model: Architecture, freshly initialised; its weights only give the output layer's scale.
         cap: The promise about copies.
-        noise: Where the noise goes: ``first-conv``, ``all`` or a pattern over parameter names.
+        noise: Where the noise goes: ``first-conv``, ``output``, ``all`` or a pattern over the
+            parameters' names.
+        temperature: How much smaller than at the start the copies' logits are; ``None`` leaves
+            them as training makes them.
         search: Where the search for σ starts and ends.
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run.
@@ -63,7 +68,8 @@ class NoiseDelta(NoisyFedAvg):
         *,
         model: nn.Module,
         cap: Cap,
-        noise: str = "all",
+        noise: str = "output",
+        temperature: float | None = 10.0,
         search: SigmaSearch | None = None,
         key: NoiseKey | None = None,
         run: str = "run",
@@ -82,6 +88,10 @@ class NoiseDelta(NoisyFedAvg):
             state=state,
         )
         self.search = search or SigmaSearch()
+        channels, height, width = cap.images.raw.shape[1:]
+        self.temperature = (
+            Temperature.of(model, (channels, height, width), temperature) if temperature else None
+        )
 
     def passed_cap(self, round_number: int, base: Weights) -> bool:
         """Return True from the first round on in which w is not surely below the cap.
@@ -105,7 +115,10 @@ class NoiseDelta(NoisyFedAvg):
         return search_sigma(copies, evaluate, cap=cap, start=min(start, limit), limit=limit)
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
-        """Return base plus the weighted mean of what each client changed."""
+        """Return base plus the weighted mean of what each client changed.
+
+        The next base is the same model at the fixed temperature.
+        """
         base = self.state.base or sent.copies[0]
         received = {client: sent.copies[copy] for client, copy in sent.assignment}
         deltas = [
@@ -115,7 +128,8 @@ class NoiseDelta(NoisyFedAvg):
         step = weighted_mean(deltas)
         mean = {name: base[name] + change for name, change in step.items()}
         weights = self.keep_statistics(mean, base)
-        self.state = replace(self.state, base=weights)
+        base = self.temperature.apply(weights) if self.temperature else weights
+        self.state = replace(self.state, base=base)
         return weights
 
 

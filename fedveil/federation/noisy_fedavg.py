@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -21,6 +22,7 @@ from fedveil.defenses.calibration import (
 )
 from fedveil.defenses.noise import NoiseKey, NoiseTarget, add_noise, noise_target
 from fedveil.errors import FedveilError
+from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
     Distribution,
     Sampling,
@@ -40,7 +42,7 @@ class Calibrator:
     """Evaluates copies on the server's calibration images.
 
     Attributes:
-        model: Architecture, in evaluation mode.
+        model: Architecture; takes on the weights of each copy.
         pixels: float [N, C, H, W] in [0, 1].
         labels: int64 [N] that a copy must not predict too often: the true ones, or w's own.
         seed: Seeds the order of the images.
@@ -53,11 +55,11 @@ class Calibrator:
 
     def __call__(self, weights: Mapping[str, Tensor]) -> Blocks:
         """Evaluate block by block in random order; yields (correct, images)."""
+        self.model.load_state_dict(dict(weights))
         generator = torch.Generator().manual_seed(self.seed)
-        for index in torch.split(torch.randperm(len(self.labels), generator=generator), _BLOCK):
-            with torch.inference_mode():
-                logits = functional_call(self.model, dict(weights), (self.pixels[index],))
-            yield int((logits.argmax(1) == self.labels[index]).sum()), len(index)
+        order = torch.randperm(len(self.labels), generator=generator)
+        for index in torch.split(order, _BLOCK):
+            yield count_correct(self.model, self.pixels[index], self.labels[index]), len(index)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class NoisyFedAvg(SeededFedAvg):
     Args:
         model: Architecture; its weights are not used.
         cap: The promise about copies.
-        noise: Where the noise goes: ``first-conv``, ``all`` or a pattern over parameter names.
+        noise: Where the noise goes: ``first-conv``, ``output``, ``all`` or a pattern over the
+            parameters' names.
         relative: Whether σ counts in units of each layer's root mean square.
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run, a part of what the noise is derived from.
@@ -109,7 +112,8 @@ class NoisyFedAvg(SeededFedAvg):
     ) -> None:
         super().__init__(sampling=sampling, completed_rounds=completed_rounds, state=state)
         channels, height, width = cap.images.raw.shape[1:]
-        self.model = model.eval()
+        # A copy, because evaluating a client's copy means taking on its weights.
+        self.model = deepcopy(model).eval()
         self.cap = cap
         self.target: NoiseTarget = noise_target(
             model, (channels, height, width), noise, relative=relative

@@ -10,11 +10,11 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
-from torch.func import functional_call
 
 from fedveil.data import Dataset, Images, load_dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
 from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.noise_pair import NoisePair, RaisingLoop
@@ -25,7 +25,7 @@ from fedveil.models import build_model
 
 OnRound = Callable[[RoundRecord], None]
 
-_EVALUATION_BATCH = 250
+_EVALUATION_BLOCK = 1_000
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,13 @@ class Job:
     def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
         """Return the accuracy of a model on the first ``images`` report images (or on all)."""
         report = self.evaluation.report[:images]
+        self.model.load_state_dict(dict(weights))
         correct = sum(
-            self._correct(weights, report[start : start + _EVALUATION_BATCH])
-            for start in range(0, len(report), _EVALUATION_BATCH)
+            count_correct(self.model, block.pixels, block.labels)
+            for start in range(0, len(report), _EVALUATION_BLOCK)
+            for block in [report[start : start + _EVALUATION_BLOCK]]
         )
         return correct / len(report)
-
-    def _correct(self, weights: Weights, images: Images) -> int:
-        with torch.inference_mode():
-            logits = functional_call(self.model, dict(weights), (images.pixels,))
-        return int((logits.argmax(1) == images.labels).sum())
 
 
 def prepare_job(config: TrainConfig, directory: RunDirectory) -> Job:
@@ -143,7 +140,9 @@ def _noise_pair(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
 def _noise_delta(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
     config = job.config
     search = SigmaSearch(start=config.sigma_start, limit=config.sigma_limit)
-    return NoiseDelta(**_noisy(job, checkpoint), search=search)
+    return NoiseDelta(
+        **_noisy(job, checkpoint), search=search, temperature=config.temperature or None
+    )
 
 
 _STRATEGIES: Mapping[str, Callable[[Job, Checkpoint | None], SeededFedAvg]] = {

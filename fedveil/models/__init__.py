@@ -1,7 +1,7 @@
 """Image classifiers that take pixels in [0, 1] and normalise inside."""
 
 from fedveil.models.cnn import CNN, MnistCNN
-from fedveil.models.inspect import first_layer, has_batch_norm
+from fedveil.models.inspect import first_layer, has_batch_norm, output_layer
 from fedveil.models.lenet import LeNet
 from fedveil.models.registry import MODELS, build_model
 from fedveil.models.resnet import ResNet, batch_norm_resnet, group_norm_resnet
@@ -19,4 +19,5 @@ __all__ = [
     "first_layer",
     "group_norm_resnet",
     "has_batch_norm",
+    "output_layer",
 ]

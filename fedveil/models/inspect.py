@@ -36,14 +36,9 @@ def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
         for name, module in model.named_modules()
         if isinstance(module, _FIRST_LAYERS)
     ]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            parameter = next(model.parameters())
-            model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+        _probe(model, shape)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not reached:
@@ -52,3 +47,50 @@ def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
             "so there is no first layer to add noise to; name the parameters with --noise PATTERN"
         )
     return reached[0]
+
+
+def output_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
+    """Return the qualified name of the linear layer whose output is the logits.
+
+    Args:
+        model: Any module that takes float [N, C, H, W].
+        shape: (C, H, W) of one image.
+
+    Raises:
+        FedveilError: The logits are not the output of one linear layer, unchanged.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs[name] = output
+
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        logits = _probe(model, shape)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, output in outputs.items():
+        if output is logits:
+            return name
+    raise FedveilError(
+        f"model {type(model).__name__}: its logits are not the output of one linear layer, so they "
+        "have no scale to set; use --temperature 0"
+    )
+
+
+def _probe(model: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parameter = next(model.parameters())
+            pixels = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+            logits: torch.Tensor = model(pixels)
+            return logits
+    finally:
+        model.train(training)

@@ -48,7 +48,8 @@ def run(strategy, model, app, *, rounds=1, clients=6, config=None):
 
 
 def delta(model, cap, **options):
-    return NoiseDelta(model=model, cap=cap, key=KEY, search=SigmaSearch(start=1.0), **options)
+    usual = {"noise": "all", "temperature": None, "search": SigmaSearch(start=1.0)}
+    return NoiseDelta(model=model, cap=cap, key=KEY, **(usual | options))
 
 
 def pair(model, cap, **options):
@@ -117,6 +118,7 @@ def test_delta_mean_does_not_depend_on_the_noise(counts, sigma, seed):
     strategy.state = StrategyState(base=base)
     strategy._parameters = frozenset(base)
     strategy._batch_norm = False
+    strategy.temperature = None
     after = strategy.combine(1, sent, updates)["1.weight"].double()
     expected = base["1.weight"].double() + sum(
         n * change.double() for n, change in zip(counts, changes, strict=True)
@@ -136,6 +138,27 @@ def test_weighted_mean_is_numpys_average(counts, seed):
     terms = [({"x": value}, n) for value, n in zip(values, counts, strict=True)]
     expected = np.average(torch.stack(values).double().numpy(), axis=0, weights=counts)
     assert np.allclose(weighted_mean(terms)["x"].numpy(), expected, atol=1e-6)
+
+
+def test_the_temperature_changes_no_answer_and_fixes_the_scale_of_the_copies(model, cap, images):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    )
+    net.load_state_dict(model.state_dict())
+    start = torch.cat([net[3].weight.flatten(), net[3].bias]).square().mean().sqrt()
+    strategy = delta(net, cap, noise="output", temperature=10.0)
+    history, _ = run(strategy, net, "add", rounds=2)
+    after, base = history[2], strategy.state.base
+    scale = torch.cat([base["3.weight"].flatten(), base["3.bias"]]).square().mean().sqrt()
+    assert float(scale) == pytest.approx(float(start) / 10, rel=1e-5)
+    assert all(torch.equal(after[name], base[name]) for name in ("1.weight", "1.bias"))
+    answers = [
+        torch.func.functional_call(net, dict(weights), (images.pixels,)).argmax(1)
+        for weights in (after, base)
+    ]
+    assert torch.equal(*answers)
+    ratio = after["3.weight"] / base["3.weight"]
+    assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-4)
 
 
 def test_pair_keeps_the_papers_residue_of_the_noise_in_base(model, cap):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedveil.errors import FedveilError
-from fedveil.models import MODELS, build_model, first_layer, has_batch_norm
+from fedveil.models import MODELS, build_model, first_layer, has_batch_norm, output_layer
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,6 +66,27 @@ class Backwards(nn.Module):
 
 def test_the_first_layer_is_found_by_execution_not_definition():
     assert first_layer(Backwards(), (3, 8, 8)) == "first"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scaling_the_output_layer_scales_the_logits(name):
+    model = build_model(name, (3, 32, 32), 10, seed=0).eval()
+    pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model(pixels)
+    with torch.no_grad():
+        for parameter in model.get_submodule(output_layer(model, (3, 32, 32))).parameters():
+            parameter.mul_(0.1)
+    assert torch.allclose(model(pixels), 0.1 * before, atol=1e-5)
+
+
+def test_logits_that_are_no_layers_output_have_no_scale():
+    class Doubled(Backwards):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert output_layer(Backwards(), (3, 8, 8)) == "last"
+    with pytest.raises(FedveilError, match="--temperature 0"):
+        output_layer(Doubled(), (3, 8, 8))
 
 
 def test_a_model_without_layers_says_what_to_do():
