@@ -108,10 +108,10 @@ def train(
         float | None, typer.Option(help="theta: accuracy every copy stays below.")
     ] = None,
     noise: Annotated[
-        str | None, typer.Option(help="first-conv, output, all or a pattern over parameter names.")
+        str | None, typer.Option(help="first-conv, output, all or a pattern over parameters.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Scale of the copies' logits in noise-delta; 0 for none.")
+        float | None, typer.Option(help="How flat the copies' logits are; 0: as trained.")
     ] = None,
     bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
     server_clients: Annotated[
@@ -159,9 +159,11 @@ def _new_run(
     from fedveil.defenses.noise import NoiseKey
     from fedveil.federation.config import TrainConfig
     from fedveil.federation.run_directory import RunDirectory
+    from fedveil.federation.server_app import prepare_job
 
     checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
     key = NoiseKey.load(noise_key) if noise_key else None
+    prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
     return RunDirectory.create(out, checked, noise_key=key)
 
 
@@ -192,3 +194,32 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"of {summary['configuration']['rounds']} rounds)"
         )
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+@reproduce.command("noise")
+def reproduce_noise(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds 0, 1, …: a run of each arm for each.")
+    ] = 3,
+    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
+) -> None:
+    """Accuracy of w and of the copies over the rounds, for noise-pair and noise-delta.
+
+    Writes noise.json, noise.png and noise.md. Interrupted, it goes on where it stopped.
+    """
+    from dataclasses import replace
+
+    from fedveil.audit.reproduce_noise import NOISE
+    from fedveil.audit.reproduce_noise import reproduce as run
+
+    common = {**NOISE.common, "dataset": dataset, "rounds": rounds}
+    study = replace(NOISE, common=common, seeds=tuple(range(seeds)))
+    try:
+        run(study, out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "noise.md").read_text())
+    typer.echo(f"{out / 'noise.json'}  {out / 'noise.png'}")

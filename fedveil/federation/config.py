@@ -33,8 +33,8 @@ class TrainConfig(BaseModel):
     clip: float | None = Field(None, gt=0, description="largest norm of a step's gradient")
     strategy: Literal["fedavg", "noise-pair", "noise-delta"] = "noise-delta"
     cap: float = Field(0.6, gt=0, lt=1, description="theta")
-    noise: str = Field("output", min_length=1, description="first-conv, output, all or a pattern")
-    temperature: float = Field(10.0, ge=0, le=1e6, description="of noise-delta; 0: none")
+    noise: str | None = Field(None, min_length=1, description="first-conv, output, all, a pattern")
+    temperature: float | None = Field(None, ge=0, le=1e6, description="0: none")
     bound: Literal["labels", "agreement"] = "labels"
     server_clients: int = Field(5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
     sigma_start: float = Field(0.1, gt=0, le=1e6)

@@ -69,21 +69,21 @@ def train(directory: RunDirectory, *, on_round: OnRound) -> None:
 
 def train_local(directory: RunDirectory, machine: Machine, on_round: OnRound) -> None:
     """Run clients in this machine's worker processes, without Ray."""
-    job = prepare_job(directory.config, directory)
+    job = prepare_job(directory.config)
     workers = machine.workers
     # The server works while the workers wait, so it may use their cores.
     with (
         LocalGrid(_CLIENT_APP, nodes=job.config.clients, workers=workers) as grid,
         _torch_threads(workers),
     ):
-        run_rounds(grid, job, on_round=on_round)
+        run_rounds(grid, job, directory, on_round=on_round)
 
 
 def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> None:
     """Run clients in Flower's own simulation on Ray."""
     from flwr.simulation import run_simulation
 
-    job = prepare_job(directory.config, directory)
+    job = prepare_job(directory.config)
     failures: list[BaseException] = []
     server_app = ServerApp()
 
@@ -91,7 +91,7 @@ def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> N
     def main(grid: Grid, context: Context) -> None:
         try:
             with _torch_threads(machine.workers):
-                run_rounds(grid, job, on_round=on_round)
+                run_rounds(grid, job, directory, on_round=on_round)
         except BaseException as error:
             # Flower would log it and go on; the caller is to see it.
             failures.append(error)

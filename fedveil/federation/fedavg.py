@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 
 import torch
@@ -56,6 +56,19 @@ class StrategyState:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where an earlier process of the same run stopped.
+
+    Attributes:
+        rounds: Rounds it completed; round numbers go on from there.
+        state: What its strategy left.
+    """
+
+    rounds: int = 0
+    state: StrategyState = field(default_factory=StrategyState)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How each round chooses its clients.
 
@@ -80,23 +93,17 @@ class SeededFedAvg(FedAvg):
 
     Args:
         sampling: How each round chooses its clients.
-        completed_rounds: Rounds that an earlier process completed; round numbers go on from there.
-        state: What the earlier process left.
+        resume: Where an earlier process of the same run stopped.
     """
 
-    def __init__(
-        self,
-        *,
-        sampling: Sampling | None = None,
-        completed_rounds: int = 0,
-        state: StrategyState | None = None,
-    ) -> None:
+    def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
         self.sampling = sampling or Sampling()
         super().__init__(fraction_train=self.sampling.fraction, min_evaluate_nodes=0)
         # Evaluation is the server's: no client is ever sent a model just to be evaluated.
         self.fraction_evaluate = 0.0
-        self.completed_rounds = completed_rounds
-        self.state = state or StrategyState()
+        resume = resume or Resume()
+        self.completed_rounds = resume.rounds
+        self.state = resume.state
         self.clients: tuple[Client, ...] = ()
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()

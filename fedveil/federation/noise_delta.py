@@ -13,11 +13,10 @@ from fedveil.defenses.calibration import (
     search_sigma,
 )
 from fedveil.defenses.noise import NoiseKey
-from fedveil.defenses.temperature import Temperature
 from fedveil.federation.fedavg import (
     Distribution,
+    Resume,
     Sampling,
-    StrategyState,
     Weights,
     weighted_mean,
 )
@@ -59,8 +58,7 @@ class NoiseDelta(NoisyFedAvg):
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run.
         sampling: How each round chooses its clients.
-        completed_rounds: Rounds that an earlier process completed.
-        state: What the earlier process left.
+        resume: Where an earlier process of the same run stopped.
     """
 
     def __init__(
@@ -74,24 +72,19 @@ class NoiseDelta(NoisyFedAvg):
         key: NoiseKey | None = None,
         run: str = "run",
         sampling: Sampling | None = None,
-        completed_rounds: int = 0,
-        state: StrategyState | None = None,
+        resume: Resume | None = None,
     ) -> None:
         super().__init__(
             model=model,
             cap=cap,
             noise=noise,
+            temperature=temperature,
             key=key,
             run=run,
             sampling=sampling,
-            completed_rounds=completed_rounds,
-            state=state,
+            resume=resume,
         )
         self.search = search or SigmaSearch()
-        channels, height, width = cap.images.raw.shape[1:]
-        self.temperature = (
-            Temperature.of(model, (channels, height, width), temperature) if temperature else None
-        )
 
     def passed_cap(self, round_number: int, base: Weights) -> bool:
         """Return True from the first round on in which w is not surely below the cap.
@@ -128,8 +121,7 @@ class NoiseDelta(NoisyFedAvg):
         step = weighted_mean(deltas)
         mean = {name: base[name] + change for name, change in step.items()}
         weights = self.keep_statistics(mean, base)
-        base = self.temperature.apply(weights) if self.temperature else weights
-        self.state = replace(self.state, base=base)
+        self.state = replace(self.state, base=self.cool(weights))
         return weights
 
 

@@ -10,8 +10,8 @@ from fedveil.defenses.calibration import Calibration, Copies, Evaluate, raise_un
 from fedveil.defenses.noise import NoiseKey
 from fedveil.federation.fedavg import (
     Distribution,
+    Resume,
     Sampling,
-    StrategyState,
     Weights,
     clone,
     weighted_mean,
@@ -52,13 +52,13 @@ class NoisePair(NoisyFedAvg):
         model: Architecture; its weights are not used.
         cap: The promise about copies; by labels only.
         noise: Where the noise goes; the paper has ``first-conv``.
+        temperature: As of ``NoiseDelta``; the paper has none.
         schedule: How σ is raised.
         server_clients: Number of server-side clients, |s_t|.
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run.
         sampling: How each round chooses its clients.
-        completed_rounds: Rounds that an earlier process completed.
-        state: What the earlier process left.
+        resume: Where an earlier process of the same run stopped.
 
     Raises:
         FedveilError: ``cap`` asks for the label-free bound.
@@ -70,25 +70,25 @@ class NoisePair(NoisyFedAvg):
         model: nn.Module,
         cap: Cap,
         noise: str = "first-conv",
+        temperature: float | None = None,
         schedule: RaisingLoop | None = None,
         server_clients: int = 5,
         key: NoiseKey | None = None,
         run: str = "run",
         sampling: Sampling | None = None,
-        completed_rounds: int = 0,
-        state: StrategyState | None = None,
+        resume: Resume | None = None,
     ) -> None:
         require_labels(cap, "noise-pair")
         super().__init__(
             model=model,
             cap=cap,
             noise=noise,
+            temperature=temperature,
             relative=False,
             key=key,
             run=run,
             sampling=sampling,
-            completed_rounds=completed_rounds,
-            state=state,
+            resume=resume,
         )
         self.schedule = schedule or RaisingLoop()
         self.server_clients = server_clients
@@ -129,7 +129,7 @@ class NoisePair(NoisyFedAvg):
         returned = [(update.weights, float(update.examples)) for update in updates]
         previous = self.state.base or sent.copies[0]
         base = self.keep_statistics(weighted_mean(returned), previous)
-        self.state = replace(self.state, base=base)
+        self.state = replace(self.state, base=self.cool(base))
         if not self.state.noisy or self._delivered is None:
             return clone(base)
         held = [(self._delivered, float(count)) for count in self._server_counts(round_number)]

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedveil.data import Images
 from fedveil.defenses.batch_norm import reestimate_batch_norm
@@ -21,13 +20,14 @@ from fedveil.defenses.calibration import (
     agreement_margin,
 )
 from fedveil.defenses.noise import NoiseKey, NoiseTarget, add_noise, noise_target
+from fedveil.defenses.temperature import Temperature
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
     Distribution,
+    Resume,
     Sampling,
     SeededFedAvg,
-    StrategyState,
     Weights,
 )
 from fedveil.federation.roster import Client
@@ -85,16 +85,17 @@ class NoisyFedAvg(SeededFedAvg):
     the noise, half the other. Where the model keeps batch statistics, each copy carries its own.
 
     Args:
-        model: Architecture; its weights are not used.
+        model: Architecture, freshly initialised; its weights only give the output layer's scale.
         cap: The promise about copies.
         noise: Where the noise goes: ``first-conv``, ``output``, ``all`` or a pattern over the
             parameters' names.
         relative: Whether σ counts in units of each layer's root mean square.
+        temperature: How much smaller than at the start the copies' logits are; ``None`` leaves
+            them as training makes them.
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run, a part of what the noise is derived from.
         sampling: How each round chooses its clients.
-        completed_rounds: Rounds that an earlier process completed.
-        state: What the earlier process left.
+        resume: Where an earlier process of the same run stopped.
     """
 
     def __init__(
@@ -104,20 +105,20 @@ class NoisyFedAvg(SeededFedAvg):
         cap: Cap,
         noise: str = "all",
         relative: bool = True,
+        temperature: float | None = None,
         key: NoiseKey | None = None,
         run: str = "run",
         sampling: Sampling | None = None,
-        completed_rounds: int = 0,
-        state: StrategyState | None = None,
+        resume: Resume | None = None,
     ) -> None:
-        super().__init__(sampling=sampling, completed_rounds=completed_rounds, state=state)
+        super().__init__(sampling=sampling, resume=resume)
         channels, height, width = cap.images.raw.shape[1:]
+        shape = (channels, height, width)
         # A copy, because evaluating a client's copy means taking on its weights.
         self.model = deepcopy(model).eval()
         self.cap = cap
-        self.target: NoiseTarget = noise_target(
-            model, (channels, height, width), noise, relative=relative
-        )
+        self.target: NoiseTarget = noise_target(model, shape, noise, relative=relative)
+        self.temperature = Temperature.of(model, shape, temperature) if temperature else None
         self.run = run
         self._key = key or NoiseKey.generate()
         self._parameters = frozenset(name for name, _ in model.named_parameters())
@@ -136,13 +137,15 @@ class NoisyFedAvg(SeededFedAvg):
         self.state = replace(self.state, base=base)
         if not self.passed_cap(round_number, base):
             return super().distribute(round_number, base, clients)
-        return self._degrade(round_number, base, clients)
+        return self._degrade(round_number, base, weights, clients)
 
     @abstractmethod
     def passed_cap(self, round_number: int, base: Weights) -> bool:
         """Return whether this round's copies need noise, and remember it in the state."""
 
-    def _degrade(self, round_number: int, base: Weights, clients: Sequence[Client]) -> Distribution:
+    def _degrade(
+        self, round_number: int, base: Weights, weights: Weights, clients: Sequence[Client]
+    ) -> Distribution:
         @cache
         def noise(draw: int) -> Weights:
             return self.target.draw(
@@ -152,7 +155,7 @@ class NoisyFedAvg(SeededFedAvg):
         def copies(sigma: float, draw: int) -> tuple[Weights, Weights]:
             return self.pair(base, noise(draw), sigma)
 
-        labels, cap = self.yardstick(base)
+        labels, cap = self.yardstick(weights)
         found = self.calibrate(copies, self.evaluator(round_number, labels), cap)
         self.state = replace(self.state, sigma=found.sigma)
         half = -(-len(clients) // 2)
@@ -175,22 +178,23 @@ class NoisyFedAvg(SeededFedAvg):
             return weights
         return reestimate_batch_norm(self.model, weights, self._pixels[:_BATCH_NORM_IMAGES])
 
-    def yardstick(self, base: Weights) -> tuple[Tensor, float]:
-        """Return the labels a copy is judged by and the cap on its agreement with them."""
+    def cool(self, weights: Weights) -> Weights:
+        """Return ``weights`` at the strategy's temperature; their answers stay the same."""
+        return self.temperature.apply(weights) if self.temperature else weights
+
+    def yardstick(self, weights: Weights) -> tuple[Tensor, float]:
+        """Return the labels a copy is judged by and the cap on its agreement with them.
+
+        Without labels these are the answers of w. The cap on agreement is never put below twice
+        chance: a copy that agrees with w no more than that holds nothing of it.
+        """
         if self.cap.bound == "labels":
             return self.cap.images.labels, self.cap.accuracy
+        self.model.load_state_dict(dict(weights))
         with torch.inference_mode():
-            logits = torch.cat(
-                [
-                    functional_call(self.model, dict(base), (block,))
-                    for block in torch.split(self._pixels, _BLOCK)
-                ]
-            )
-        cap = self.cap.accuracy - agreement_margin(logits)
-        if cap <= 0:
-            # w errs so often, by its own account, that no copy of it can pass the cap.
-            cap = 1e-3
-        return logits.argmax(1), cap
+            logits = torch.cat([self.model(block) for block in torch.split(self._pixels, _BLOCK)])
+        floor = min(2 / logits.shape[1], 0.75 * self.cap.accuracy)
+        return logits.argmax(1), max(self.cap.accuracy - agreement_margin(logits), floor)
 
     def evaluator(self, round_number: int, labels: Tensor) -> Calibrator:
         """Return the calibration evaluator of a round."""

@@ -11,11 +11,20 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from fedveil.data import Dataset, Images, load_dataset
+from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data.partition import partition
+from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
+from fedveil.federation.fedavg import (
+    Distribution,
+    Resume,
+    Sampling,
+    SeededFedAvg,
+    StrategyState,
+    Weights,
+)
 from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.noisy_fedavg import Cap
@@ -49,7 +58,6 @@ class Job:
     dataset: Dataset
     evaluation: Evaluation
     model: nn.Module
-    directory: RunDirectory
 
     def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
         """Return the accuracy of a model on the first ``images`` report images (or on all)."""
@@ -63,8 +71,8 @@ class Job:
         return correct / len(report)
 
 
-def prepare_job(config: TrainConfig, directory: RunDirectory) -> Job:
-    """Load the data and build the model.
+def prepare_job(config: TrainConfig) -> Job:
+    """Load the data and build the model; check that the settings fit both.
 
     Raises:
         FedveilError: A setting does not fit the data or the model.
@@ -72,7 +80,11 @@ def prepare_job(config: TrainConfig, directory: RunDirectory) -> Job:
     dataset = load_dataset(config.dataset, seed=config.seed)
     model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
-    return Job(config, dataset, split, model.eval(), directory)
+    scheme = parse_partition(config.partition)
+    partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    job = Job(config, dataset, split, model.eval())
+    build_strategy(job, Resume(), NoiseKey.generate())
+    return job
 
 
 def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluation:
@@ -97,55 +109,49 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
     return Evaluation(calibration=test[order[:count]], report=test[order[count:]])
 
 
-def build_strategy(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
-    return _STRATEGIES[job.config.strategy](job, checkpoint)
+    return _STRATEGIES[job.config.strategy](job, resume, key)
 
 
-def _common(job: Job, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def _sampling(config: TrainConfig) -> Sampling:
+    return Sampling(config.fraction, config.seed, config.clients, config.timeout)
+
+
+def _fedavg(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
+    return SeededFedAvg(sampling=_sampling(job.config), resume=resume)
+
+
+def _noise_pair(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
-    sampling = Sampling(config.fraction, config.seed, config.clients, config.timeout)
-    if checkpoint is None:
-        return {"sampling": sampling}
-    return {
-        "sampling": sampling,
-        "completed_rounds": checkpoint.round,
-        "state": checkpoint.state,
-    }
-
-
-def _noisy(job: Job, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    config = job.config
-    return {
-        **_common(job, checkpoint),
-        "model": job.model,
-        "cap": Cap(config.cap, job.evaluation.calibration, config.bound),
-        "noise": config.noise,
-        "key": job.directory.noise_key(),
-    }
-
-
-def _fedavg(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
-    return SeededFedAvg(**_common(job, checkpoint))
-
-
-def _noise_pair(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
-    config = job.config
-    schedule = RaisingLoop(config.sigma_start, config.sigma_step, config.sigma_limit)
     return NoisePair(
-        **_noisy(job, checkpoint), schedule=schedule, server_clients=config.server_clients
+        model=job.model,
+        cap=Cap(config.cap, job.evaluation.calibration, config.bound),
+        noise=config.noise or "first-conv",
+        temperature=config.temperature or None,
+        schedule=RaisingLoop(config.sigma_start, config.sigma_step, config.sigma_limit),
+        server_clients=config.server_clients,
+        key=key,
+        sampling=_sampling(config),
+        resume=resume,
     )
 
 
-def _noise_delta(job: Job, checkpoint: Checkpoint | None) -> SeededFedAvg:
+def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
-    search = SigmaSearch(start=config.sigma_start, limit=config.sigma_limit)
     return NoiseDelta(
-        **_noisy(job, checkpoint), search=search, temperature=config.temperature or None
+        model=job.model,
+        cap=Cap(config.cap, job.evaluation.calibration, config.bound),
+        noise=config.noise or "output",
+        temperature=10.0 if config.temperature is None else config.temperature or None,
+        search=SigmaSearch(start=config.sigma_start, limit=config.sigma_limit),
+        key=key,
+        sampling=_sampling(config),
+        resume=resume,
     )
 
 
-_STRATEGIES: Mapping[str, Callable[[Job, Checkpoint | None], SeededFedAvg]] = {
+_STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
     "fedavg": _fedavg,
     "noise-pair": _noise_pair,
     "noise-delta": _noise_delta,
@@ -159,15 +165,19 @@ class Recorder:
 
     Args:
         job: The run.
+        directory: Where it is recorded.
         strategy: The run's strategy.
         on_round: Told of every round; a progress bar, for instance.
     """
 
-    def __init__(self, job: Job, strategy: SeededFedAvg, on_round: OnRound) -> None:
+    def __init__(
+        self, job: Job, directory: RunDirectory, strategy: SeededFedAvg, on_round: OnRound
+    ) -> None:
         self.job = job
+        self.directory = directory
         self.strategy = strategy
         self.on_round = on_round
-        self.rounds = job.directory.rounds()[: strategy.completed_rounds]
+        self.rounds = directory.rounds()[: strategy.completed_rounds]
         self._started = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -179,8 +189,8 @@ class Recorder:
         weights = arrays.to_torch_state_dict()
         record = self._record(self.strategy.completed_rounds + server_round, weights, seconds)
         self.rounds.append(record)
-        self.job.directory.write_rounds(self.rounds)
-        self.job.directory.write_checkpoint(Checkpoint(record.round, weights, self.strategy.state))
+        self.directory.write_rounds(self.rounds)
+        self.directory.write_checkpoint(Checkpoint(record.round, weights, self.strategy.state))
         self.on_round(record)
         self._started = time.perf_counter()
         return MetricRecord({"accuracy": record.accuracy})
@@ -206,35 +216,33 @@ class Recorder:
         return tuple(self.job.accuracy(copy, images=images) for copy in sent.copies)
 
 
-def run_rounds(grid: Grid, job: Job, *, on_round: OnRound) -> None:
+def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRound) -> None:
     """Train to the configured number of rounds, from the last checkpoint if there is one.
 
     Args:
         grid: Where the clients are.
         job: The run.
+        directory: Where it is recorded.
         on_round: Told of every finished round.
 
     Raises:
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
-    checkpoint = job.directory.checkpoint()
-    strategy = build_strategy(job, checkpoint)
-    recorder = Recorder(job, strategy, on_round)
-    weights = checkpoint.weights if checkpoint else job.model.state_dict()
-    remaining = job.config.rounds - strategy.completed_rounds
-    if remaining > 0:
+    last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
+    strategy = build_strategy(job, Resume(last.round, last.state), directory.noise_key())
+    recorder = Recorder(job, directory, strategy, on_round)
+    if last.round < job.config.rounds:
         strategy.start(
             grid,
-            ArrayRecord(dict(weights)),
-            num_rounds=remaining,
+            ArrayRecord(dict(last.weights)),
+            num_rounds=job.config.rounds - last.round,
             timeout=job.config.timeout,
             train_config=ClientTask.of(job.config).to_record(),
             evaluate_fn=recorder,
         )
-    finished = job.directory.checkpoint()
-    assert finished is not None
-    job.directory.write_model(finished.weights)
-    job.directory.write_summary(summarise(job, finished.weights, recorder.rounds))
+        last = directory.checkpoint() or last
+    directory.write_model(last.weights)
+    directory.write_summary(summarise(job, last.weights, recorder.rounds))
 
 
 def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str, Any]:
@@ -271,4 +279,4 @@ def main(grid: Grid, context: Context) -> None:
     if not out:
         raise FedveilError("the run configuration has no 'out', the directory of the run")
     directory = RunDirectory.open(Path(str(out)))
-    run_rounds(grid, prepare_job(directory.config, directory), on_round=lambda _: None)
+    run_rounds(grid, prepare_job(directory.config), directory, on_round=lambda _: None)

@@ -45,7 +45,7 @@ def train(path, **settings):
     directory = RunDirectory.create(
         path, config, noise_key=NoiseKey(b"this key is never sent any place")
     )
-    job = prepare_job(config, directory)
+    job = prepare_job(config)
     delivered = []
     with LocalGrid("fedveil.federation.client_app:app", nodes=6, workers=2) as inner:
         grid = RecordingGrid(inner)
@@ -53,7 +53,7 @@ def train(path, **settings):
         def keep(record):
             delivered.append((record, directory.checkpoint().weights, len(grid.sent)))
 
-        run_rounds(grid, job, on_round=keep)
+        run_rounds(grid, job, directory, on_round=keep)
     return job, directory, grid, delivered
 
 
