@@ -73,10 +73,10 @@ class Convolution:
     Args:
         layer: The convolution, with the constants applied to its input.
         shape: (C, H, W) of what those constants are applied to.
-        subspace: The images the input is known to lie among, or None.
+        subspace: The images the input is known to lie among.
     """
 
-    def __init__(self, layer: Layer, shape: Shape, subspace: Subspace | None) -> None:
+    def __init__(self, layer: Layer, shape: Shape, subspace: Subspace) -> None:
         module = layer.module
         assert isinstance(module, nn.Conv2d)
         self.layer = layer
@@ -92,7 +92,7 @@ class Convolution:
         self._parities = _parities(module, shape)
         self._check_count(subspace)
         settled = self.out_shape[0] * math.prod(module.kernel_size) >= shape[1] * shape[2]
-        self._forward = None if settled and subspace is None else self._factor(subspace)
+        self._forward = None if settled and subspace.basis is None else self._factor(subspace)
         self._gram = [_gram(self._weight, p.offsets) for p in self._parities]
 
     def solve(self, z: Tensor, dz: Tensor, gradient: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ class Convolution:
         self._out_shape = (out.shape[1], out.shape[2], out.shape[3])
         return out.flatten(1)
 
-    def _check_count(self, subspace: Subspace | None) -> None:
-        unknowns = math.prod(self.shape) if subspace is None else subspace.size
+    def _check_count(self, subspace: Subspace) -> None:
+        unknowns = subspace.size
         maps = self.out_shape[0]
         rows = sum(min(maps * len(p.offsets), len(p.positions)) for p in self._parities)
         equations = math.prod(self.out_shape) + self.shape[0] * rows
@@ -224,15 +224,14 @@ class Convolution:
         settle = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(normal))[..., 0]
         return x + settle @ forward.weak.T
 
-    def _factor(self, subspace: Subspace | None) -> _Forward:
+    def _factor(self, subspace: Subspace) -> _Forward:
         size = math.prod(self.shape)
         mean = self._weight.new_full((size,), _GREY)
-        if subspace is None:
-            basis = None
+        basis = None if subspace.basis is None else subspace.basis.to(mean)
+        if basis is None:
             rows = torch.eye(size, dtype=mean.dtype, device=mean.device)
             normal = self.backward(self._apply(rows, self._weight))
         else:
-            basis = subspace.basis.to(mean)
             mean = basis @ (basis.T @ mean)
             out = self._apply(basis.T.contiguous(), self._weight)
             normal = out @ out.T

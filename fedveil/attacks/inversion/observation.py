@@ -1,7 +1,8 @@
 """What an honest-but-curious server has of its victims, and what an attack makes of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,6 @@ class Observation:
         images: Images in a victim's batch, which the reply's example count tells the server.
         knows: The linear image transformation that is public knowledge, or None for an attacker
             who knows of no defence.
-        precision: Relative precision of the gradients as the server has them. A gradient sent as
-            float32 has 2⁻²³; one that is a difference of weights has lost more.
 
     Raises:
         FedveilError: No victims, no images, or gradients that do not match the model.
@@ -43,7 +42,6 @@ class Observation:
     classes: int
     images: int = 1
     knows: nn.Module | None = None
-    precision: float = 2.0**-23
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -76,6 +74,10 @@ class Observation:
         """Number of updates observed."""
         return min((len(gradient) for gradient in self.gradients.values()), default=0)
 
+    def select(self, victims: Tensor) -> "Observation":
+        """Return the observation of some victims only; ``victims`` is an index, int64 [M]."""
+        return replace(self, gradients={k: g[victims] for k, g in self.gradients.items()})
+
 
 @dataclass(frozen=True)
 class Inversion:
@@ -94,4 +96,12 @@ class Inversion:
     labels: Tensor
     loss: Tensor
     seconds: float
-    iterations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    iterations: Tensor
+
+
+class Attack(Protocol):
+    """What every attack of this package is: a small frozen object, called on an observation."""
+
+    def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
+        """Reconstruct every victim's images."""
+        ...

@@ -18,29 +18,34 @@ class Subspace:
     """Images ``x = U·z``.
 
     Attributes:
-        basis: Float64 [C·H·W, R], orthonormal columns.
+        basis: Float64 [C·H·W, R], orthonormal columns; None for every image there is.
         shape: (C, H, W).
     """
 
-    basis: Tensor
+    basis: Tensor | None
     shape: Shape
 
     @property
     def size(self) -> int:
         """Number of unknowns R."""
-        return self.basis.shape[1]
+        return math.prod(self.shape) if self.basis is None else self.basis.shape[1]
+
+    def to(self, like: Tensor) -> "Subspace":
+        """Return the subspace with the dtype and device of ``like``."""
+        return self if self.basis is None else Subspace(self.basis.to(like), self.shape)
 
     def images(self, coordinates: Tensor) -> Tensor:
-        """Map coordinates [..., R] to images [..., C, H, W] of the same dtype."""
-        basis = self.basis.to(coordinates)
-        return (coordinates @ basis.T).unflatten(-1, self.shape)
+        """Map coordinates [..., R] to images [..., C, H, W]."""
+        flat = coordinates if self.basis is None else coordinates @ self.basis.T
+        return flat.unflatten(-1, self.shape)
 
     def coordinates(self, images: Tensor) -> Tensor:
         """Map images [..., C, H, W] to the coordinates [..., R] of the nearest image inside."""
-        return images.flatten(-3) @ self.basis.to(images)
+        flat = images.flatten(-3)
+        return flat if self.basis is None else flat @ self.basis
 
 
-def range_of(transform: nn.Module, shape: Shape) -> Subspace:
+def range_of(transform: nn.Module | None, shape: Shape) -> Subspace:
     """Return the range of a linear transformation, exactly and whatever its form.
 
     The operator's matrix comes from applying it to every unit image. Pixels that no chain of
@@ -48,12 +53,14 @@ def range_of(transform: nn.Module, shape: Shape) -> Subspace:
     value decomposition a block, a global one a single large one.
 
     Args:
-        transform: Linear module, float [N, C, H, W] to the same shape.
+        transform: Linear module, float [N, C, H, W] to the same shape; None for the identity.
         shape: (C, H, W) of one image.
 
     Raises:
         FedveilError: The transformation is not linear, or changes the shape.
     """
+    if transform is None:
+        return Subspace(None, shape)
     matrix = _matrix(transform, shape)
     size = len(matrix)
     members = _components(matrix)
