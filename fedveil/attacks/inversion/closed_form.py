@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,14 +228,15 @@ class Convolution:
     def _factor(self, subspace: Subspace) -> _Forward:
         size = math.prod(self.shape)
         mean = self._weight.new_full((size,), _GREY)
-        basis = None if subspace.basis is None else subspace.basis.to(mean)
-        if basis is None:
-            rows = torch.eye(size, dtype=mean.dtype, device=mean.device)
-            normal = self.backward(self._apply(rows, self._weight))
+        matrix = self._sparse()
+        if subspace.basis is None:
+            basis = None
+            normal = torch.from_numpy((matrix.T @ matrix).toarray()).to(mean)
         else:
+            basis = subspace.basis.to(mean)
             mean = basis @ (basis.T @ mean)
-            out = self._apply(basis.T.contiguous(), self._weight)
-            normal = out @ out.T
+            seen = torch.from_numpy(matrix @ basis.cpu().numpy()).to(mean)
+            normal = seen.T @ seen
         normal.diagonal().add_(_PRIOR)
         factor = torch.linalg.cholesky(normal)
         width = len(normal)
@@ -242,6 +244,25 @@ class Convolution:
         weak = _weak_directions(factor, min(width, short + width // _WEAK_SHARE + 1))
         stiffness = weak.T @ normal @ weak
         return _Forward(mean, basis, factor, weak if basis is None else basis @ weak, stiffness)
+
+    def _sparse(self) -> Any:
+        # A dense convolution of every unit image costs seconds in float64, this milliseconds.
+        from scipy.sparse import coo_array
+
+        maps, channels = self._weight.shape[:2]
+        size, outputs = math.prod(self.shape[1:]), math.prod(self.out_shape[1:])
+        kernels = self._weight.flatten(2).cpu()
+        rows, columns, values = [], [], []
+        for parity in self._parities:
+            reads = parity.reads.cpu().reshape(-1, outputs)
+            offset, output = torch.nonzero(reads < len(parity.positions), as_tuple=True)
+            pixel = parity.positions.cpu()[reads[offset, output]]
+            cells = (maps, channels, len(pixel))
+            rows.append((torch.arange(maps)[:, None, None] * outputs + output).expand(cells))
+            columns.append((torch.arange(channels)[None, :, None] * size + pixel).expand(cells))
+            values.append(kernels[:, :, parity.offsets.cpu()[offset]])
+        row, column, value = (torch.cat([v.flatten() for v in part]).numpy() for part in (rows, columns, values))
+        return coo_array((value, (row, column)), (maps * outputs, channels * size)).tocsr()
 
 
 def _weak_directions(factor: Tensor, count: int) -> Tensor:
