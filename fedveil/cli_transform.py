@@ -12,7 +12,8 @@ def transform(
     src: Annotated[Path, typer.Argument(help="Folder of images, nested at will.")],
     dst: Annotated[Path, typer.Argument(help="Folder to make; must not exist.")],
     keep: Annotated[
-        int | None, typer.Option(help="Keep the first so many DCT coefficients (zigzag) of a block.")
+        int | None,
+        typer.Option(help="Keep the first so many DCT coefficients (zigzag) of a block."),
     ] = None,
     cutoff: Annotated[
         float | None, typer.Option(help="Or those below this share of the Nyquist frequency.")

@@ -128,9 +128,11 @@ class BlockDCT(nn.Module):
         """
         _check(images)
         padded, _ = self._pad(images)
-        blocks = padded.unflatten(-1, (-1, self.block)).unflatten(-3, (-1, self.block))
+        height, width = (side // self.block for side in padded.shape[-2:])
+        blocks = padded.reshape(*images.shape[:-2], height, self.block, width, self.block)
         matrix = dct_matrix(self.block).to(images)
-        return matrix @ blocks.transpose(-3, -2) @ matrix.T
+        found: Tensor = matrix @ blocks.transpose(-3, -2) @ matrix.T
+        return found
 
     def from_coefficients(self, coefficients: Tensor) -> Tensor:
         """Return the images [..., H, W] of coefficients [..., H/M, W/M, M, M]."""
@@ -164,12 +166,16 @@ class BlockDCT(nn.Module):
 
     def _factors_for(self, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         count = images.shape[-1] // self.block
-        side_by_side = max(n for n in range(1, count + 1) if count % n == 0 and n * self.block <= max(_GROUP, self.block))
+        side_by_side = max(
+            n
+            for n in range(1, count + 1)
+            if count % n == 0 and n * self.block <= max(_GROUP, self.block)
+        )
         key = (images.dtype, images.device, side_by_side, mask is self.mask)
         if key not in self._factors:
             matrix = dct_matrix(self.block)
             rows, columns = mask.any(dim=1), mask.any(dim=0)
-            across = torch.block_diag(*[matrix[columns].T] * side_by_side)
+            across = torch.kron(torch.eye(side_by_side, dtype=matrix.dtype), matrix[columns].T)
             gate = mask[rows][:, columns].double().repeat(1, side_by_side)
             self._factors[key] = (
                 across.to(images),
@@ -193,9 +199,7 @@ class BlockDCT(nn.Module):
         return padded.reshape(*images.shape[:-2], *padded.shape[-2:]), (height, width)
 
 
-def _mask(
-    keep: int | None, mask: Tensor | None, cutoff: float | None, block: int
-) -> Tensor:
+def _mask(keep: int | None, mask: Tensor | None, cutoff: float | None, block: int) -> Tensor:
     if keep is not None:
         return zigzag_mask(keep, block)
     if mask is not None:

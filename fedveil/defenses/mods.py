@@ -63,7 +63,7 @@ def _transformed(transform: nn.Module) -> Iterator[None]:
         if module not in own:
             depth -= 1
 
-    before = nn.modules.module.register_module_forward_pre_hook(enter)
+    before = nn.modules.module.register_module_forward_pre_hook(enter)  # type: ignore[arg-type]
     after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
     try:
         yield

@@ -11,6 +11,7 @@ from fedveil.errors import FedveilError
 
 Unary = Callable[[Tensor], Tensor]
 
+_UNKNOWN = "unknown"
 _EDGE = 1e-12  # keeps the inverse of a saturated activation finite
 
 
@@ -44,6 +45,9 @@ class Layer:
     activations: tuple[Activation, ...] = ()
     scale: float = 1.0
     offset: float = 0.0
+
+
+_Step = Layer | Activation | tuple[str, float] | str | None
 
 
 def _leaky(slope: float) -> Activation:
@@ -120,7 +124,7 @@ def trace_chain(model: nn.Module) -> list[Layer]:
     return _checked(model, layers)
 
 
-def _read(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | Activation | tuple[str, float] | str | None:
+def _read(node: fx.Node, modules: dict[str, nn.Module]) -> _Step:
     if node.op == "placeholder":
         return None
     if node.op == "call_module":
@@ -130,7 +134,7 @@ def _read(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | Activation | 
         if isinstance(module, nn.Flatten | nn.Identity):
             return None
         make = _ACTIVATION_MODULES.get(type(module))
-        return make(module) if make else "unknown"
+        return make(module) if make else _UNKNOWN
     if node.target in _RESHAPES:
         return None
     if node.target in _ACTIVATION_FUNCTIONS:
@@ -138,7 +142,7 @@ def _read(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | Activation | 
     name = getattr(node.target, "__name__", str(node.target))
     if name in _AFFINE and len(node.args) == 2 and isinstance(node.args[1], int | float):
         return name, float(node.args[1])
-    return "unknown"
+    return _UNKNOWN
 
 
 def _checked(model: nn.Module, layers: list[Layer]) -> list[Layer]:

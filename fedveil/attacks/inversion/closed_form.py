@@ -130,14 +130,15 @@ class Convolution:
         """Return the gradient with respect to the input, [V, C·H·W], from that of the output."""
         module = self._module
         size = (len(dz), *self.shape)
-        return conv2d_input(
+        back: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
             size,
             self._weight,
             dz.reshape(-1, *self.out_shape),
             module.stride,
-            module.padding,  # type: ignore[arg-type]
+            module.padding,
             module.dilation,
-        ).flatten(1)
+        )
+        return back.flatten(1)
 
     def _apply(self, h: Tensor, weight: Tensor) -> Tensor:
         module = self._module
@@ -163,9 +164,7 @@ class Convolution:
                 f"unknowns and at most {equations} independent equations; use --attack lm"
             )
 
-    def _weights_first(
-        self, target: Tensor, systems: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
+    def _weights_first(self, target: Tensor, systems: list[Tensor], values: list[Tensor]) -> Tensor:
         victims, channels = len(target), self.shape[0]
         x = target.new_empty(victims, channels, self.shape[1] * self.shape[2])
         inverses = []
@@ -261,7 +260,10 @@ class Convolution:
             rows.append((torch.arange(maps)[:, None, None] * outputs + output).expand(cells))
             columns.append((torch.arange(channels)[None, :, None] * size + pixel).expand(cells))
             values.append(kernels[:, :, parity.offsets.cpu()[offset]])
-        row, column, value = (torch.cat([v.flatten() for v in part]).numpy() for part in (rows, columns, values))
+        row, column, value = (
+            torch.cat([entry.flatten() for entry in part]).numpy()
+            for part in (rows, columns, values)
+        )
         return coo_array((value, (row, column)), (maps * outputs, channels * size)).tocsr()
 
 
@@ -300,7 +302,12 @@ def _parities(module: nn.Conv2d, shape: Shape) -> tuple[_Parity, ...]:
             reads = torch.where(hit > 0, index, len(at)).T.flatten()
             device = module.weight.device
             found.append(
-                _Parity(at.to(device), by.to(device), part.flatten(1).contiguous().to(device), reads.to(device))
+                _Parity(
+                    at.to(device),
+                    by.to(device),
+                    part.flatten(1).contiguous().to(device),
+                    reads.to(device),
+                )
             )
     return tuple(found)
 

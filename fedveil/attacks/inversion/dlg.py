@@ -75,13 +75,13 @@ def search(
         seed: Seeds the starts.
         progress: Called after each victim.
     """
-    begin = time.perf_counter()
     device = next(observation.model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     measure = GradientMap.of(observation, dtype=torch.float32, device=device)
     subspace = range_of(observation.knows, observation.shape).to(torch.zeros((), device=device))
-    images, found, losses, spent = [], [], [], []
+    images, found, losses, spent, seconds = [], [], [], [], []
     for victim in range(observation.victims):
+        begin = time.perf_counter()
         runs = [
             _run(
                 observation,
@@ -99,13 +99,14 @@ def search(
         found.append(best[1])
         losses.append(best[2])
         spent.append(sum(run[3] for run in runs))
+        seconds.append(time.perf_counter() - begin)
         if progress:
             progress(victim + 1, observation.victims, best[2])
     return Inversion(
         images=torch.stack(images).double().cpu(),
         labels=torch.stack(found).cpu(),
         loss=torch.tensor(losses, dtype=torch.float64),
-        seconds=time.perf_counter() - begin,
+        seconds=torch.tensor(seconds),
         iterations=torch.tensor(spent),
     )
 
@@ -151,7 +152,8 @@ def _run(
     loss = float(distance().detach())
     kept = (unknowns.detach().clone(), logits.detach().clone())
     step = 0
-    for step in range(1, steps + 1):
+    while step < steps:
+        step += 1
         optimiser.step(closure)  # type: ignore[no-untyped-call]
         reached = float(distance().detach())
         if reached == loss or not torch.isfinite(torch.tensor(reached)):

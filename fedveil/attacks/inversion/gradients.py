@@ -36,7 +36,8 @@ class GradientMap:
         cls, observation: Observation, *, dtype: torch.dtype, device: torch.device
     ) -> "GradientMap":
         """Return the map of the observed model, computed in ``dtype`` on ``device``."""
-        trained, constants = {}, {}
+        trained: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         for name, parameter in observation.model.named_parameters():
             place = trained if parameter.requires_grad else constants
             place[name] = parameter.detach().to(device, dtype)
@@ -170,7 +171,9 @@ def _check_differentiable(observation: Observation) -> None:
         )
     follows = False
     if logits.requires_grad:
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64).to(images.device))
+        loss = F.cross_entropy(
+            logits, torch.zeros(len(logits), dtype=torch.int64).to(images.device)
+        )
         found = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         total = sum((g.square().sum() for g in found if g is not None), images.new_zeros(()))
         if total.requires_grad:

@@ -1,7 +1,7 @@
 """Levenberg–Marquardt on the gradient residual: exact recovery where no closed form applies."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class _Problem:
         directions = torch.eye(len(unknowns)).to(unknowns)
         with torch.no_grad():
             slopes = torch.cat(
-                [self.sketch(vmap(along)(part)) for part in directions.split(columns)]
+                [self.sketch(vmap(along)(part)) for part in torch.split(directions, columns)]
             )
             missed = self.sketch(self.residual(unknowns)[None])[0]
         return slopes @ slopes.T, slopes @ missed
@@ -108,18 +108,22 @@ class LevenbergMarquardt:
         check_attackable(observation, attack="lm", most=_MOST)
         search = _Search(self, observation)
         found = self._closed_form(observation)
+        shared = (time.perf_counter() - begin) / observation.victims
+        seconds = []
         for victim in range(observation.victims):
+            begin = time.perf_counter()
             if found is None or float(found.loss[victim]) > _SOLVED:
                 search.run(victim, None if found is None else found.images[victim])
             else:
-                search.accept(victim, found.images[victim], float(found.loss[victim]))
+                search.accept(found.images[victim], float(found.loss[victim]))
+            seconds.append(shared + time.perf_counter() - begin)
             if progress:
                 progress(victim + 1, observation.victims, search.losses[-1])
         return Inversion(
             images=torch.stack(search.images),
             labels=search.labels,
             loss=torch.tensor(search.losses, dtype=torch.float64),
-            seconds=time.perf_counter() - begin,
+            seconds=torch.tensor(seconds),
             iterations=torch.tensor(search.iterations),
         )
 
@@ -155,13 +159,17 @@ class _Search:
         rows = min(weights, _ROWS * unknowns + 64)
         self.bins: Tensor | None = None
         if rows < weights:
-            bins = torch.cat([torch.arange(rows), torch.randint(rows, (weights - rows,), generator=self.generator)])
+            bins = torch.cat(
+                [
+                    torch.arange(rows),
+                    torch.randint(rows, (weights - rows,), generator=self.generator),
+                ]
+            )
             self.bins = bins[torch.randperm(weights, generator=self.generator)].to(self.device)
         signs = torch.randint(2, (weights,), generator=self.generator) * 2 - 1
         self.signs = signs.to(like)
 
-    def accept(self, victim: int, images: Tensor, loss: float, iterations: int = 0) -> None:
-        del victim
+    def accept(self, images: Tensor, loss: float, iterations: int = 0) -> None:
         self.images.append(images.detach().cpu().double())
         self.losses.append(loss)
         self.iterations.append(iterations)
@@ -182,7 +190,7 @@ class _Search:
                 break
         assert best is not None
         flat = best[1].reshape(self.observation.images, -1)
-        self.accept(victim, self.subspace.images(flat), best[0], spent)
+        self.accept(self.subspace.images(flat), best[0], spent)
 
     def _problem(self, victim: int) -> _Problem:
         observed = torch.cat(

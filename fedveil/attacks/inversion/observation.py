@@ -88,14 +88,14 @@ class Inversion:
         labels: Int64 [V, N], inferred.
         loss: Float [V]: squared distance between the gradient of the reconstruction and the
             observed one, as a share of the observed one's squared length. Seen by the attacker.
-        seconds: Wall-clock seconds for all victims together.
+        seconds: Float [V]: wall-clock seconds a victim took, shared work divided equally.
         iterations: Int64 [V]: steps spent on each victim; 0 for a closed form.
     """
 
     images: Tensor
     labels: Tensor
     loss: Tensor
-    seconds: float
+    seconds: Tensor
     iterations: Tensor
 
 

@@ -55,10 +55,10 @@ class RGAP:
         victims = torch.arange(observation.victims)
         images, labels, losses = [], [], []
         measure = GradientMap.of(observation, dtype=torch.float64, device=device)
-        for index in victims.split(self.together):
+        for index in torch.split(victims, self.together):
             part = observation.select(index)
             flat, label = _recover(layers, solvers, part)
-            image = subspace.images(subspace.coordinates(flat.unflatten(1, observation.shape)))
+            image = subspace.images(subspace.coordinates(flat.reshape(-1, *observation.shape)))
             images.append(image[:, None])
             labels.append(label[:, None])
             losses.append(measure.distance(images[-1], labels[-1], part))
@@ -68,7 +68,7 @@ class RGAP:
             images=torch.cat(images),
             labels=torch.cat(labels),
             loss=torch.cat(losses),
-            seconds=time.perf_counter() - begin,
+            seconds=torch.full((len(victims),), (time.perf_counter() - begin) / len(victims)),
             iterations=torch.zeros(len(victims), dtype=torch.int64),
         )
 

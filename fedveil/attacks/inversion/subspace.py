@@ -37,7 +37,7 @@ class Subspace:
     def images(self, coordinates: Tensor) -> Tensor:
         """Map coordinates [..., R] to images [..., C, H, W]."""
         flat = coordinates if self.basis is None else coordinates @ self.basis.T
-        return flat.unflatten(-1, self.shape)
+        return flat.reshape(*flat.shape[:-1], *self.shape)
 
     def coordinates(self, images: Tensor) -> Tensor:
         """Map images [..., C, H, W] to the coordinates [..., R] of the nearest image inside."""
@@ -89,7 +89,7 @@ def _matrix(transform: nn.Module, shape: Shape) -> Tensor:
                 f"{tuple(zero.shape[1:])}; an attack needs one that keeps the shape"
             )
         images = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
-        rows = torch.cat([transform(part).flatten(1) for part in images.split(_PROBES)])
+        rows = torch.cat([transform(part).flatten(1) for part in torch.split(images, _PROBES)])
         probe = torch.linspace(0.1, 0.9, size, dtype=torch.float64).sin()
         image = transform(probe.reshape(1, *shape)).flatten()
     if zero.abs().max() > 1e-6 or not torch.allclose(probe @ rows, image, atol=1e-5):
