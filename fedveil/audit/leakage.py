@@ -231,17 +231,20 @@ def _choose(dataset: Dataset, settings: LeakageSettings) -> tuple[Images, Tensor
 def _score(
     result: Inversion, victims: Images, trained: Tensor, candidates: Tensor
 ) -> dict[str, Tensor]:
+    # Everybody knows the range of pixels; transformed ones may lie a little outside it.
     images = result.images[:, 0].float()
+    clipped = images.clamp(0, 1)
     originals = victims.pixels
     own = torch.arange(len(victims))
+    as_trained = clipped if torch.equal(trained, originals) else images
     return {
-        "exact": exact(images, trained).double(),
+        "exact": exact(as_trained, trained).double(),
         "identified": identified(images, candidates, own).double(),
         "label_accuracy": label_accuracy(result.labels, victims.labels[:, None]),
-        "psnr_original": psnr(images, originals),
-        "psnr_trained": psnr(images, trained),
-        "ssim_original": ssim(images, originals),
-        "psnr_ceiling": psnr(trained, originals),
+        "psnr_original": psnr(clipped, originals),
+        "psnr_trained": psnr(as_trained, trained),
+        "ssim_original": ssim(clipped, originals),
+        "psnr_ceiling": psnr(trained.clamp(0, 1), originals),
         "seconds_per_image": result.seconds.double(),
     }
 
@@ -309,7 +312,8 @@ def _draw(report: LeakageReport, path: Path) -> None:
 def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:
     columns: list[tuple[str, Tensor, Tensor | None]] = [("original", report.originals, None)]
     for label, images in report.trained.items():
-        columns.append((f"trained on\n{label}", images, psnr(images, report.originals)))
+        scores = psnr(images.clamp(0, 1), report.originals)
+        columns.append((f"trained on\n{label}", images, None if label == "none" else scores))
         for row in report.rows:
             if row.defense == label:
                 kind = "adaptive" if row.adaptive else "naive"

@@ -19,11 +19,11 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each image in dB, float64 [N], at most 200.
 
     Args:
-        images: [N, C, H, W]; clipped to [0, 1], as everybody knows the range of pixels.
-        reference: [N, C, H, W] in [0, 1] or just outside, not clipped.
+        images: [N, C, H, W], compared as they are: clip them first where the range is known.
+        reference: [N, C, H, W]; the peak is 1.
     """
     _same_shape(images, reference)
-    missed = images.double().clamp(0, 1) - reference.double()
+    missed = images.double() - reference.double()
     return -10 * missed.square().flatten(1).mean(dim=1).clamp_min(_FLOOR).log10()
 
 

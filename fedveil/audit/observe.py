@@ -1,6 +1,7 @@
 """From a federation's own messages to what its server can be said to have."""
 
 import copy
+import time
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +24,8 @@ from fedveil.attacks.inversion import Observation
 from fedveil.data import Images
 from fedveil.defenses.mods import transform_inputs
 from fedveil.errors import FedveilError
+
+_TTL = 3600.0
 
 
 def observation_from_records(
@@ -119,7 +124,7 @@ def observe_clients(
         app = _client(model, batch, mods)
         config = ConfigRecord({"learning-rate": learning_rate or 0.0})
         content = RecordDict({"arrays": sent, "config": config})
-        reply = app(Message(content, dst_node_id=0, message_type=MessageType.TRAIN), context)
+        reply = app(train_message(content), context)
         records.append(reply.content.array_records["arrays"])
         count = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
     channels, height, width = batches[0].raw.shape[1:]
@@ -133,6 +138,24 @@ def observe_clients(
         images=count,
         knows=transform,
     )
+
+
+def train_message(content: RecordDict) -> Message:
+    """Return a train message as a client receives it, made outside any running federation."""
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=_TTL,
+        message_type=MessageType.TRAIN,
+        src_task_id=0,
+        dst_task_id=None,
+    )
+    return make_message(metadata, content)
 
 
 def _client(model: nn.Module, batch: Images, mods: list) -> ClientApp:  # type: ignore[type-arg]

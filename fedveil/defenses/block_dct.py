@@ -145,10 +145,10 @@ class BlockDCT(nn.Module):
         # copied into place: columns are transformed in rows as they lie, rows in strips.
         across, down, gate = self._factors_for(images, mask)
         height, width = images.shape[-2:]
-        group = across.shape[0]
-        rows = (images.reshape(-1, group) @ across).reshape(-1, self.block, across.shape[1])
+        group, kept = across.shape
+        rows = (images.reshape(-1, group) @ across).reshape(-1, self.block, gate.shape[1])
         found = torch.matmul(down, rows)
-        rows = torch.matmul(down.T, found * gate).reshape(-1, across.shape[1])
+        rows = torch.matmul(down.T, found * gate).reshape(-1, kept)
         return (rows @ across.T).reshape(*images.shape[:-2], height, width)
 
     def _project_ycbcr(self, images: Tensor, chroma_mask: Tensor) -> Tensor:
@@ -171,14 +171,14 @@ class BlockDCT(nn.Module):
             for n in range(1, count + 1)
             if count % n == 0 and n * self.block <= max(_GROUP, self.block)
         )
-        key = (images.dtype, images.device, side_by_side, mask is self.mask)
+        key = (images.dtype, images.device, count, mask is self.mask)
         if key not in self._factors:
             matrix = dct_matrix(self.block)
             rows, columns = mask.any(dim=1), mask.any(dim=0)
-            across = torch.kron(torch.eye(side_by_side, dtype=matrix.dtype), matrix[columns].T)
-            gate = mask[rows][:, columns].double().repeat(1, side_by_side)
+            repeated = torch.kron(torch.eye(side_by_side, dtype=matrix.dtype), matrix[columns])
+            gate = mask[rows][:, columns].double().repeat(1, count)
             self._factors[key] = (
-                across.to(images),
+                repeated.T.contiguous().to(images),
                 matrix[rows].to(images),
                 gate.to(images),
             )
