@@ -12,7 +12,11 @@ from fedveil.errors import FedveilError
 def folder(tmp_path):
     src = tmp_path / "src"
     rng = np.random.default_rng(0)
-    for name, shape in {"cats/a.png": (20, 30, 3), "cats/b.jpg": (16, 16, 3), "dogs/c.png": (8, 8)}.items():
+    for name, shape in {
+        "cats/a.png": (20, 30, 3),
+        "cats/b.jpg": (16, 16, 3),
+        "dogs/c.png": (8, 8),
+    }.items():
         (src / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(src / name)
     (src / "notes.txt").write_text("not an image")
@@ -26,7 +30,9 @@ def test_writes_the_same_structure(folder, tmp_path):
     )
     assert count == 3
     assert ticks == [(1, 3), (2, 3), (3, 3)]
-    written = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*"))
+    written = sorted(
+        p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")
+    )
     assert written == ["dst/cats/a.png", "dst/cats/b.png", "dst/dogs/c.png"]
 
 

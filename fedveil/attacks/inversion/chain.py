@@ -1,11 +1,13 @@
 """A network as the chain of layers that a closed-form recovery walks backwards."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
 
@@ -104,11 +106,11 @@ def trace_chain(model: nn.Module) -> list[Layer]:
     scale, offset = 1.0, 0.0
     previous: fx.Node | None = None
     for node in graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or _asks_size(node):
             continue
         if previous is not None and previous not in node.all_input_nodes:
             raise _stopped(model, f"{node.name} does not follow {previous.name}: it is no chain")
-        if len(node.users) > 1:
+        if sum(not _asks_size(user) for user in node.users) > 1:
             raise _stopped(model, f"the output of {node.name} is used more than once")
         previous = node
         step = _read(node, modules)
@@ -139,10 +141,23 @@ def _read(node: fx.Node, modules: dict[str, nn.Module]) -> _Step:
         return None
     if node.target in _ACTIVATION_FUNCTIONS:
         return _ACTIVATION_FUNCTIONS[node.target]
+    if node.target is F.leaky_relu:
+        return _leaky(float(_argument(node, 1, "negative_slope", 0.01)))
     name = getattr(node.target, "__name__", str(node.target))
     if name in _AFFINE and len(node.args) == 2 and isinstance(node.args[1], int | float):
         return name, float(node.args[1])
     return _UNKNOWN
+
+
+def _asks_size(node: fx.Node) -> bool:
+    # x.view(x.size(0), -1) reads a size; no image passes there.
+    if node.target == "size" or node.target is getattr:
+        return True
+    return node.target is operator.getitem and _asks_size(node.all_input_nodes[0])
+
+
+def _argument(node: fx.Node, place: int, name: str, default: float) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _checked(model: nn.Module, layers: list[Layer]) -> list[Layer]:
