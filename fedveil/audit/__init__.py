@@ -1,0 +1,1 @@
+"""Runs attacks on what a federation really sent, measures, draws and reports."""

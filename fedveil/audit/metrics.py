@@ -1,0 +1,180 @@
+"""How much of an image a reconstruction gives away."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.errors import FedveilError
+
+EXACT = 40.0
+"""PSNR in dB above which a reconstruction counts as exact."""
+
+_FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
+_SSIM_WINDOW = 11
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each image in dB, float64 [N], at most 200.
+
+    Args:
+        images: [N, C, H, W], compared as they are: clip them first where the range is known.
+        reference: [N, C, H, W]; the peak is 1.
+    """
+    _same_shape(images, reference)
+    missed = images.double() - reference.double()
+    return -10 * missed.square().flatten(1).mean(dim=1).clamp_min(_FLOOR).log10()
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the structural similarity of each image, float64 [N], 1 for identical ones.
+
+    Gaussian window of 11 pixels; images with a shorter side are compared in a uniform window of
+    the largest odd size that fits.
+
+    Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
+    IEEE TIP 2004; computed by torchmetrics.
+
+    Args:
+        images: [N, C, H, W]; clipped to [0, 1].
+        reference: [N, C, H, W].
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _same_shape(images, reference)
+    side = min(images.shape[-2:])
+    small = side < _SSIM_WINDOW
+    scores = [
+        structural_similarity_index_measure(
+            image[None].double().clamp(0, 1),
+            original[None].double(),
+            gaussian_kernel=not small,
+            kernel_size=side - 1 + side % 2 if small else _SSIM_WINDOW,
+            data_range=1.0,
+        )
+        for image, original in zip(images, reference, strict=True)
+    ]
+    return torch.stack([torch.as_tensor(score).reshape(()) for score in scores])
+
+
+def exact(images: Tensor, trained: Tensor) -> Tensor:
+    """Return whether each image was recovered exactly: over 40 dB to what was trained on.
+
+    Args:
+        images: [N, C, H, W].
+        trained: [N, C, H, W], the images after any transformation.
+
+    Returns:
+        Bool [N].
+    """
+    return psnr(images, trained) > EXACT
+
+
+def identified(images: Tensor, candidates: Tensor, own: Tensor) -> Tensor:
+    """Return whether the nearest of all candidate originals is the reconstruction's own.
+
+    Args:
+        images: [N, C, H, W]; clipped to [0, 1].
+        candidates: [M, C, H, W] in [0, 1], the originals among them.
+        own: Int64 [N], where in ``candidates`` each image's original is.
+
+    Returns:
+        Bool [N].
+    """
+    flat = images.double().clamp(0, 1).flatten(1)
+    return torch.cdist(flat, candidates.double().flatten(1)).argmin(dim=1) == own
+
+
+def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:
+    """Return the share of each batch's labels that was inferred, in any order.
+
+    Args:
+        labels: Int64 [V, N].
+        truth: Int64 [V, N].
+
+    Returns:
+        Float64 [V].
+    """
+    classes = int(max(labels.max(), truth.max())) + 1
+    shares = []
+    for inferred, actual in zip(labels, truth, strict=True):
+        counts = torch.bincount(inferred, minlength=classes)
+        both = torch.minimum(counts, torch.bincount(actual, minlength=classes))
+        shares.append(both.sum().double() / len(actual))
+    return torch.stack(shares)
+
+
+def match(images: Tensor, reference: Tensor) -> Tensor:
+    """Return a batch's images in the order that suits the reference best.
+
+    A gradient does not tell the order of a batch, so the assignment of least squared error is made
+    before scoring.
+
+    Args:
+        images: [N, C, H, W].
+        reference: [N, C, H, W].
+    """
+    if len(images) == 1:
+        return images
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.cdist(reference.double().flatten(1), images.double().flatten(1)).square()
+    _, order = linear_sum_assignment(cost.numpy())
+    return images[torch.from_numpy(order)]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: Tensor,
+    *,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean or another statistic with its percentile bootstrap interval.
+
+    Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
+
+    Args:
+        values: [N], one a sample.
+        statistic: Maps [draws, N] to [draws]; None for the mean, ``median`` for the median.
+        level: Share of the draws inside the interval.
+        draws: Samples with replacement.
+        seed: Seeds the draws.
+
+    Raises:
+        FedveilError: No values.
+    """
+    if len(values) == 0:
+        raise FedveilError("there are no values to summarise; give at least one image")
+    measure = statistic or (lambda sample: sample.mean(dim=1))
+    values = values.double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (draws, len(values)), generator=generator)
+    sampled = measure(values[drawn])
+    tail = (1 - level) / 2
+    low, high = sampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(measure(values[None])[0]), low, high)
+
+
+def median(sample: Tensor) -> Tensor:
+    """Return the median of each row, the mean of the two middle ones where their number is even."""
+    return sample.quantile(0.5, dim=1)
+
+
+def _same_shape(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape:
+        raise FedveilError(
+            f"images of shape {tuple(images.shape)} cannot be compared with "
+            f"{tuple(reference.shape)}; both must be [N, C, H, W]"
+        )

@@ -1,0 +1,200 @@
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from fedveil.attacks.inversion import (
+    ATTACKS,
+    DLG,
+    IDLG,
+    RGAP,
+    LevenbergMarquardt,
+    Observation,
+    range_of,
+)
+from fedveil.defenses import BlockDCT
+from fedveil.models import LeNet
+from tests.attacks.inversion.conftest import CLASSES, observe, psnr
+
+LABELS = torch.tensor([3, 0, 9, 3, 1, 2, 7, 5])
+COLD = LevenbergMarquardt(closed_form=False, restarts=2, steps=15)
+
+
+@pytest.mark.parametrize("attack", [RGAP(), LevenbergMarquardt()])
+def test_closed_form_recovers_photographs(attack, lenet, photos):
+    result = attack(observe(lenet, photos, LABELS))
+    assert result.images.shape == (8, 1, 3, 16, 16)
+    assert (psnr(result.images[:, 0], photos) > 40).all()
+    assert torch.equal(result.labels[:, 0], LABELS)
+    assert (result.loss < 1e-7).all()
+    assert (result.seconds > 0).all()
+
+
+def test_closed_form_at_full_size():
+    torch.manual_seed(1)
+    model = LeNet((3, 32, 32), CLASSES)
+    images = torch.rand(2, 3, 32, 32)
+    result = RGAP()(observe(model, images, LABELS[:2]))
+    assert (psnr(result.images[:, 0], images) > 40).all()
+
+
+def test_closed_form_walks_other_chains(photos):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.second = nn.Conv2d(8, 16, 4, stride=2, padding=1)
+            self.hidden = nn.Linear(16 * 64, 200)
+            self.last = nn.Linear(200, CLASSES)
+
+        def forward(self, x):
+            x = nn.functional.leaky_relu(self.first((x - 0.5) * 4.0), 0.2)
+            x = torch.tanh(self.second(x))
+            x = x.view(x.size(0), -1)
+            return self.last(torch.sigmoid(self.hidden(x)))
+
+    class ModuleChain(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(3, 8, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(8, 16, 4, stride=2, padding=1),
+                nn.Tanh(),
+                nn.Flatten(),
+                nn.Linear(16 * 64, 200),
+                nn.Sigmoid(),
+                nn.Linear(200, CLASSES),
+            )
+
+    torch.manual_seed(0)
+    for model in (Chain(), ModuleChain()):
+        result = RGAP()(observe(model, photos[:2], LABELS[:2]))
+        assert (psnr(result.images[:, 0], photos[:2]) > 40).all()
+
+
+def test_levenberg_marquardt_from_a_cold_start(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:2, :, ::2, ::2].contiguous()
+    result = COLD(observe(model, images, LABELS[:2]))
+    assert (psnr(result.images[:, 0], images) > 40).all()
+    assert torch.equal(result.labels[:, 0], LABELS[:2])
+    assert (result.iterations > 0).all()
+
+
+def test_levenberg_marquardt_without_a_closed_form(photos):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.Softplus(), nn.Flatten(), nn.Linear(1024, CLASSES)
+    )
+    images = photos[:1, :, ::2, ::2].contiguous()
+    result = LevenbergMarquardt()(observe(model, images, LABELS[:1]))
+    assert (psnr(result.images[:, 0], images) > 40).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levenberg_marquardt_in_either_precision(dtype, photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:1, :, ::2, ::2].contiguous()
+    attack = dataclasses.replace(COLD, dtype=dtype)
+    result = attack(observe(model, images, LABELS[:1]))
+    assert (psnr(result.images[:, 0], images) > 40).all()
+
+
+@pytest.mark.parametrize("attack", [RGAP(), LevenbergMarquardt(), COLD])
+def test_who_knows_the_defence_finds_what_was_trained_on(attack, lenet, photos):
+    transform = BlockDCT(keep=6)
+    trained = transform(photos[:2])
+    result = attack(observe(lenet, trained, LABELS[:2], knows=transform))
+    assert (psnr(result.images[:, 0], trained) > 60).all()
+    again = transform(result.images[:, 0])
+    assert torch.allclose(again, result.images[:, 0], atol=1e-6)
+
+
+def test_naive_attacker_does_not_search_the_subspace(lenet, photos):
+    transform = BlockDCT(keep=6)
+    trained = transform(photos[:1])
+    naive = RGAP()(observe(lenet, trained, LABELS[:1]))
+    outside = naive.images[:, 0] - transform(naive.images[:, 0])
+    assert outside.abs().max() > 1e-9
+
+
+def test_no_attack_can_be_given_the_truth():
+    for attack in ATTACKS.values():
+        taken = set(inspect.signature(attack().__call__).parameters)
+        assert taken == {"observation", "progress"}
+    assert {field.name for field in dataclasses.fields(Observation)} == {
+        "model", "gradients", "shape", "classes", "images", "knows",
+    }  # fmt: skip
+
+
+def test_restarts_are_chosen_by_the_attackers_loss(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    seen = observe(model, photos[:1, :, ::2, ::2].contiguous(), LABELS[:1])
+    single = [DLG(steps=2, seed=0)(seen)]
+    several = DLG(steps=2, restarts=3, seed=0)(seen)
+    assert several.loss[0] <= single[0].loss[0]
+
+
+def test_dlg_recovers_a_small_image(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:1, :, ::2, ::2].contiguous()
+    result = DLG(steps=100, restarts=3)(observe(model, images, LABELS[:1]))
+    assert result.labels[0, 0] == LABELS[0]
+    assert psnr(result.images[:, 0], images) > 30
+
+
+def test_dlg_minimises_the_published_distance(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    seen = observe(model, photos[:1, :, ::2, ::2].contiguous(), LABELS[:1])
+    result = IDLG(steps=1)(seen)
+    again = observe(model, result.images[0].float(), result.labels[0])
+    missed = sum((again.gradients[k] - g).square().sum() for k, g in seen.gradients.items())
+    size = sum(g.square().sum() for g in seen.gradients.values())
+    assert float(result.loss[0]) == pytest.approx(float(missed / size), rel=1e-3)
+
+
+def test_idlg_reads_every_label(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:, :, ::2, ::2].contiguous()
+    result = IDLG(steps=1)(observe(model, images, LABELS))
+    assert torch.equal(result.labels[:, 0], LABELS)
+
+
+def test_range_of_any_linear_module():
+    class Blur(nn.Module):
+        def forward(self, images):
+            return (
+                nn.functional.avg_pool2d(images, 2)
+                .repeat_interleave(2, -1)
+                .repeat_interleave(2, -2)
+            )
+
+    space = range_of(Blur(), (1, 8, 8))
+    assert space.size == 16
+    image = Blur()(torch.rand(1, 1, 8, 8, dtype=torch.float64))
+    assert torch.allclose(space.images(space.coordinates(image)), image)
+    mixed = range_of(BlockDCT(keep=10, chroma_keep=3), (3, 16, 16))
+    assert mixed.size == 4 * (10 + 3 + 3)
+    padded = range_of(BlockDCT(keep=5), (1, 12, 12))
+    image = BlockDCT(keep=5)(torch.rand(1, 1, 12, 12, dtype=torch.float64))
+    assert torch.allclose(padded.images(padded.coordinates(image)), image)
+
+
+def test_progress_and_interruption(lenet, photos):
+    ticks = []
+    RGAP(together=3)(observe(lenet, photos, LABELS), progress=lambda *at: ticks.append(at[:2]))
+    assert ticks == [(3, 8), (6, 8), (8, 8)]
+
+    def interrupt(*_at):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RGAP()(observe(lenet, photos, LABELS), progress=interrupt)

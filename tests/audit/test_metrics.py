@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from fedveil.audit.metrics import (
+    bootstrap,
+    exact,
+    identified,
+    label_accuracy,
+    match,
+    median,
+    psnr,
+    ssim,
+)
+from fedveil.errors import FedveilError
+
+
+def test_psnr_by_hand():
+    reference = torch.full((2, 1, 4, 4), 0.5)
+    images = reference + torch.tensor([0.1, 0.001]).reshape(2, 1, 1, 1)
+    assert psnr(images, reference).tolist() == pytest.approx([20, 60], abs=1e-3)
+    assert psnr(reference, reference).tolist() == [200, 200]
+
+
+def test_exact_is_over_40_db():
+    reference = torch.full((2, 1, 4, 4), 0.5)
+    images = reference + torch.tensor([0.0099, 0.0101]).reshape(2, 1, 1, 1)
+    assert exact(images, reference).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("size", [8, 9, 16])
+def test_ssim_of_constant_images_by_hand(size):
+    one, other = torch.full((1, 1, size, size), 0.5), torch.full((1, 1, size, size), 0.25)
+    constant = 0.01**2
+    expected = (2 * 0.5 * 0.25 + constant) / (0.5**2 + 0.25**2 + constant)
+    assert ssim(one, other).item() == pytest.approx(expected, rel=1e-6)
+    assert ssim(one, one).item() == pytest.approx(1)
+
+
+def test_ssim_falls_with_noise():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 32, 32)
+    scores = [ssim(image + s * torch.randn_like(image), image).item() for s in (0.0, 0.1, 0.5)]
+    assert scores[0] > scores[1] > scores[2]
+
+
+def test_identification():
+    candidates = torch.stack([torch.full((1, 2, 2), v) for v in (0.0, 0.4, 1.0)])
+    images = torch.stack([torch.full((1, 2, 2), v) for v in (0.1, 0.3, 7.0, 0.6)])
+    assert identified(images, candidates, torch.tensor([0, 1, 2, 2])).tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_label_accuracy_ignores_order_and_counts_repeats():
+    labels = torch.tensor([[1, 2, 2, 5], [0, 0, 0, 0]])
+    truth = torch.tensor([[2, 1, 3, 2], [0, 1, 0, 2]])
+    assert label_accuracy(labels, truth).tolist() == [0.75, 0.5]
+
+
+def test_match_undoes_a_permutation():
+    torch.manual_seed(0)
+    reference = torch.rand(5, 1, 4, 4)
+    shuffled = reference[torch.tensor([3, 1, 0, 4, 2])] + 0.01
+    assert torch.allclose(match(shuffled, reference), reference + 0.01)
+
+
+def test_bootstrap_of_the_mean_agrees_with_the_normal_interval():
+    torch.manual_seed(0)
+    values = torch.randn(400, dtype=torch.float64)
+    interval = bootstrap(values)
+    half = 1.96 * float(values.std()) / math.sqrt(400)
+    assert interval.value == pytest.approx(float(values.mean()))
+    assert interval.low == pytest.approx(interval.value - half, abs=0.02)
+    assert interval.high == pytest.approx(interval.value + half, abs=0.02)
+
+
+def test_bootstrap_of_the_median():
+    interval = bootstrap(torch.tensor([1.0, 2.0, 3.0, 100.0]), statistic=median)
+    assert interval.value == 2.5
+    assert interval.low >= 1
+    assert interval.high <= 100
+    constant = bootstrap(torch.ones(5))
+    assert (constant.value, constant.low, constant.high) == (1, 1, 1)
+
+
+def test_refusals():
+    with pytest.raises(FedveilError, match="no values"):
+        bootstrap(torch.zeros(0))
+    with pytest.raises(FedveilError, match="cannot be compared"):
+        psnr(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3))
