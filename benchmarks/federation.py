@@ -4,8 +4,8 @@ The job is McMahan's: MNIST-sized images (random: speed does not depend on what 
 clients of 600, his CNN of 1,663,370 parameters, batches of 10, one epoch, 10 clients a round, two
 processes or threads.
 
-Every contestant is a process of its own that waits for its turn; rounds go round the table (A B C,
-A B C, ...), so that whatever else the machine does falls on all of them. Quote the ratios.
+Every contestant is a process of its own that waits for its turn; rounds go there and back (A B C,
+C B A, ...), so that whatever else the machine does falls on all of them. Quote the ratios.
 
     python benchmarks/federation.py compare --rounds 5 --out docs/results
     python benchmarks/federation.py grow --out docs/results
@@ -372,16 +372,21 @@ def _pfl(rank: int, serve: Callable[[Round], None], leave: Round) -> None:
 
     class Turns(TrainingProcessCallback):  # type: ignore[misc]
         def on_train_begin(self, *, model: Any) -> Any:
+            self.wait()
+            return Metrics()
+
+        def wait(self) -> None:
+            # Both ranks: the other would otherwise do its half before the round is timed.
             if rank == 0:
                 begin.acquire()
-            return Metrics()
+            torch.distributed.barrier()
 
         def after_central_iteration(
             self, metrics: Any, model: Any, *, central_iteration: int
         ) -> Any:
             if rank == 0:
                 done.release()
-                begin.acquire()
+            self.wait()
             return False, Metrics()
 
     data = FederatedDataset(dataset, get_user_sampler("random", list(range(CLIENTS))))
@@ -468,6 +473,18 @@ def memory(pid: int) -> float:
     return total / 1024
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time of a whole family so far, which a busy machine stretches far less."""
+    ticks = 0
+    for member in family(pid):
+        try:
+            fields = Path(f"/proc/{member}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 class Contestant:
     """A process that plays a round when told to."""
 
@@ -476,6 +493,7 @@ class Contestant:
         self.entry = entry
         self.peak = 0.0
         self.seconds: list[float] = []
+        self.processor: list[float] = []
         self.process = subprocess.Popen(
             [python, __file__, "contestant", json.dumps(asdict(entry))],
             stdin=subprocess.PIPE,
@@ -503,9 +521,10 @@ class Contestant:
                 return float(line[3:])
         raise RuntimeError(f"{self.entry.label} has ended:\n" + "".join(self.complaints))
 
-    def play(self) -> float:
-        """Let it run one round; return the seconds it took."""
+    def play(self, *, counts: bool) -> float:
+        """Let it run one round, which counts or is a warm-up; return the seconds it took."""
         assert self.process.stdin is not None
+        before = processor_seconds(self.process.pid)
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(over,))
         watch.start()
@@ -514,6 +533,9 @@ class Contestant:
         seconds = self._answer()
         over.set()
         watch.join()
+        if counts:
+            self.seconds.append(seconds)
+            self.processor.append(processor_seconds(self.process.pid) - before)
         return seconds
 
     def _watch(self, over: threading.Event) -> None:
@@ -543,6 +565,8 @@ class Contestant:
             "label": self.entry.label,
             "startup_seconds": self.startup,
             "round_seconds": self.seconds,
+            "processor_seconds": self.processor,
+            "median_processor_seconds": statistics.median(self.processor),
             "median_seconds": statistics.median(self.seconds),
             "peak_mib": self.peak,
         }
@@ -553,20 +577,20 @@ def has_pfl(python: str) -> bool:
     return done.returncode == 0
 
 
-def compare(rounds: int, python: str, out: Path) -> None:
+def compare(rounds: int, python: str, skip: Sequence[str], out: Path) -> None:
     names = ["floor", "local", "ray", "two-processes", "two-processes-best", "sequential-1"]
     entries = [Entry(name) for name in [*names, "sequential-2"]]
     entries += [Entry("local", idle=True), Entry("ray", idle=True)]
     entries += [Entry("pfl")] if has_pfl(python) else []
+    entries = [entry for entry in entries if entry.label not in skip]
     table = [
         Contestant(entry, python if entry.name == "pfl" else sys.executable) for entry in entries
     ]
     try:
         for turn in range(rounds + 1):
-            for contestant in table:
-                seconds = contestant.play()
-                if turn:  # the first is warm-up
-                    contestant.seconds.append(seconds)
+            # There and back, so that nobody always follows the same neighbour.
+            for contestant in table if turn % 2 else table[::-1]:
+                seconds = contestant.play(counts=turn > 0)
                 print(f"{turn:3d} {contestant.entry.label:20s} {seconds:8.3f} s", flush=True)
     finally:
         for contestant in table:
@@ -582,16 +606,23 @@ def compare(rounds: int, python: str, out: Path) -> None:
 
 def ratios(table: Sequence[Contestant]) -> dict[str, float]:
     """Medians over the rounds of each round's own ratio, so that a slow minute cancels."""
-    by_label = {contestant.entry.label: contestant.seconds for contestant in table}
+    by_label = {contestant.entry.label: contestant for contestant in table}
     local = by_label["local"]
-    return {
-        f"local / {label}": statistics.median(a / b for a, b in zip(local, seconds, strict=True))
-        for label, seconds in by_label.items()
-        if not label.endswith("idle") and label != "local"
-    } | {
-        "local-idle seconds": statistics.median(by_label["local-idle"]),
-        "ray-idle seconds": statistics.median(by_label["ray-idle"]),
-    }
+    found: dict[str, float] = {}
+    for label, other in by_label.items():
+        if label.endswith("idle"):
+            found[f"{label}, seconds"] = statistics.median(other.seconds)
+            found[f"{label}, processor seconds"] = statistics.median(other.processor)
+        elif other is not local:
+            found[f"local / {label}"] = _median_ratio(local.seconds, other.seconds)
+            found[f"local / {label}, processor time"] = _median_ratio(
+                local.processor, other.processor
+            )
+    return found
+
+
+def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 GROWTH: dict[str, list[Entry]] = {
@@ -611,9 +642,7 @@ def grow(rounds: int, with_ray: bool, out: Path) -> None:
             try:
                 for turn in range(rounds + 1):
                     for contestant in table:
-                        seconds = contestant.play()
-                        if turn:
-                            contestant.seconds.append(seconds)
+                        contestant.play(counts=turn > 0)
             finally:
                 for contestant in table:
                     contestant.leave()
@@ -716,6 +745,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=Path("docs/results"))
         if name == "compare":
             command.add_argument("--pfl-python", default=sys.executable)
+            command.add_argument("--skip", action="append", default=[], metavar="LABEL")
         else:
             command.add_argument("--with-ray", action="store_true")
     commands.add_parser("contestant").add_argument("entry", type=json.loads)
@@ -723,7 +753,7 @@ def main() -> None:
     if arguments.command == "contestant":
         contest(Entry(**arguments.entry))
     elif arguments.command == "compare":
-        compare(arguments.rounds, arguments.pfl_python, arguments.out)
+        compare(arguments.rounds, arguments.pfl_python, arguments.skip, arguments.out)
     else:
         grow(arguments.rounds, arguments.with_ray, arguments.out)
 
