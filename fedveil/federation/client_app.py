@@ -5,14 +5,30 @@ from functools import lru_cache
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
+from torch.nn import functional as F
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
+from fedveil.defenses.mods import transform_inputs
+from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally
 from fedveil.models import build_model
+
+
+def transform_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Train on images transformed as the task says; hand everything else through.
+
+    A Flower mod of its own because the task is known only once the message is there.
+    """
+    task = _task(message)
+    if task.transform is None:
+        return call_next(message, context)
+    return transform_inputs(_transform(task.transform))(message, context, call_next)
+
 
 app = ClientApp()
 
@@ -26,7 +42,7 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[transform_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the copy that came for the local epochs; return it with the number of images."""
     torch.set_num_threads(1)
@@ -40,6 +56,47 @@ def train(message: Message, context: Context) -> Message:
     )
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content, reply_to=message)
+
+
+@app.train("gradient", mods=[transform_mod])
+def gradient(message: Message, context: Context) -> Message:
+    """Return the gradient of one minibatch at the weights that came, as FedSGD does."""
+    torch.set_num_threads(1)
+    task = _task(message)
+    images = client_images(context, task)
+    batch = images[fedsgd_batch(len(images), task, client=_node_setting(context, "partition-id"))]
+    model = _model_for(task)
+    model.load_state_dict(_arrays(message).to_torch_state_dict())
+    model.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(model(batch.pixels), batch.labels)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    metrics = MetricRecord(
+        {
+            "num-examples": len(batch),
+            "loss": float(loss.detach()),
+            "server-round": task.server_round,
+        }
+    )
+    arrays = ArrayRecord(dict(zip(parameters, gradients, strict=True)))
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
+    """Return which of a client's images a FedSGD round uses, int64 [B].
+
+    Rounds go through the client's images in minibatches of B, in a new random order each time all
+    have been used.
+
+    Args:
+        images: How many images the client has.
+        task: Gives seed, round and B.
+        client: The client's partition.
+    """
+    batches = -(-images // task.batch_size)
+    epoch, batch = divmod(max(task.server_round, 1) - 1, batches)
+    order = torch.randperm(images, generator=_shuffler(task.seed, epoch, client))
+    return torch.split(order, task.batch_size)[batch]
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
@@ -77,6 +134,11 @@ def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.T
 
 
 @lru_cache(maxsize=4)
+def _transform(text: str) -> nn.Module:
+    return parse_defense(text).transform or nn.Identity()
+
+
+@lru_cache(maxsize=4)
 def _model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     return build_model(name, shape, classes, seed=0)
 
@@ -87,10 +149,12 @@ def _model_for(task: ClientTask) -> nn.Module:
 
 
 def _generator(task: ClientTask, context: Context) -> torch.Generator:
+    return _shuffler(task.seed, task.server_round, _node_setting(context, "partition-id"))
+
+
+def _shuffler(seed: int, number: int, client: int) -> torch.Generator:
     # Distinct for every (seed, round, client), so that no engine's order of work matters.
-    client = _node_setting(context, "partition-id")
-    seed = (task.seed * 1_000_003 + task.server_round) * 1_000_003 + client
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 1_000_003 + client)
 
 
 def _task(message: Message) -> ClientTask:

@@ -120,6 +120,10 @@ class SeededFedAvg(FedAvg):
         """Return the next w from the checked replies (at least one); here their weighted mean."""
         return weighted_mean([(update.weights, update.examples) for update in updates])
 
+    def expected(self, sent: Distribution) -> Weights:
+        """Return tensors with the names, shapes and dtypes a reply must have."""
+        return sent.copies[0]
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -167,7 +171,7 @@ class SeededFedAvg(FedAvg):
         round_number = self.completed_rounds + server_round
         asked = {client.node: client for client, _ in self.sent.assignment}
         updates, refusals = read_replies(
-            replies, asked=asked, sent=self.sent.copies[0], round_number=round_number
+            replies, asked=asked, expected=self.expected(self.sent), round_number=round_number
         )
         self.refused = tuple(f"node {refusal.node}: {refusal.reason}" for refusal in refusals)
         for refusal in self.refused:

@@ -39,7 +39,7 @@ def read_replies(
     replies: Iterable[Message],
     *,
     asked: Mapping[int, Client],
-    sent: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
     round_number: int,
 ) -> tuple[list[Update], list[Refusal]]:
     """Sort the replies of a round into usable updates and refusals.
@@ -47,7 +47,7 @@ def read_replies(
     Args:
         replies: Replies in any order.
         asked: The clients of the round by node id.
-        sent: A copy that was sent; gives the names, shapes and dtypes to expect.
+        expected: Gives the names, shapes and dtypes a reply must have.
         round_number: The round; a reply names it.
 
     Returns:
@@ -58,7 +58,7 @@ def read_replies(
     refusals: list[Refusal] = []
     for reply in replies:
         node = reply.metadata.src_node_id
-        read = _read(reply, asked.get(node), sent, round_number)
+        read = _read(reply, asked.get(node), expected, round_number)
         if isinstance(read, str):
             refusals.append(Refusal(node, read))
         elif node in updates:
@@ -69,7 +69,7 @@ def read_replies(
 
 
 def _read(
-    reply: Message, client: Client | None, sent: Mapping[str, Tensor], round_number: int
+    reply: Message, client: Client | None, expected: Mapping[str, Tensor], round_number: int
 ) -> Update | str:
     if reply.has_error():
         return reply.error.reason or f"error {reply.error.code}"
@@ -88,19 +88,19 @@ def _read(
         weights = next(iter(arrays.values())).to_torch_state_dict()
     except (ValueError, TypeError, OSError, EOFError) as error:
         return f"its arrays cannot be read ({type(error).__name__})"
-    fault = _fault(weights, sent)
+    fault = _fault(weights, expected)
     return fault or Update(client, weights, examples, float(loss))  # type: ignore[arg-type]
 
 
-def _fault(weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> str | None:
-    if weights.keys() != sent.keys():
-        odd = sorted(weights.keys() ^ sent.keys())
-        return f"tensor names differ from the model sent: {', '.join(odd[:3])}"
+def _fault(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    if weights.keys() != expected.keys():
+        odd = sorted(weights.keys() ^ expected.keys())
+        return f"tensor names differ from what was asked for: {', '.join(odd[:3])}"
     for name, value in weights.items():
-        if value.shape != sent[name].shape or value.dtype != sent[name].dtype:
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
             return (
                 f"{name} is {value.dtype} {tuple(value.shape)}, "
-                f"not {sent[name].dtype} {tuple(sent[name].shape)}"
+                f"not {expected[name].dtype} {tuple(expected[name].shape)}"
             )
         if not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinity"

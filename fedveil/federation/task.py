@@ -35,10 +35,10 @@ class ClientTask(BaseModel):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    clip: float | None = Field(None, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    clip: float | None = Field(default=None, gt=0)
     seed: int = Field(ge=0)
-    server_round: int = Field(0, ge=0)
+    server_round: int = Field(default=0, ge=0)
 
     @classmethod
     def from_record(cls, record: ConfigRecord) -> "ClientTask":

@@ -1,0 +1,99 @@
+"""FedSGD, with the notes an honest-but-curious server can take."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
+from fedveil.federation.replies import Update
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One round between the server and the client it watches, as it went over the wire.
+
+    Attributes:
+        server_round: The round.
+        sent: The model that went out.
+        returned: The gradient that came back.
+        images: How many images the client says it is of.
+    """
+
+    server_round: int
+    sent: ArrayRecord
+    returned: ArrayRecord
+    images: int
+
+
+class WatchingFedSGD(SeededFedAvg):
+    """FedSGD on a server that keeps what one of its clients sends.
+
+    w ← w - η Σ nₖ gₖ / Σ nₖ. With η = 0 the same model goes out in every round, which a curious
+    server may well do: each round then leaks another minibatch at the same weights.
+
+    Source: McMahan et al. 2017, section 2, FederatedSGD.
+
+    Args:
+        victim: Partition of the client that is watched.
+        parameters: Names of the model's parameters; its other tensors have no gradient.
+        learning_rate: η, at least 0.
+        sampling: How each round chooses its clients.
+    """
+
+    def __init__(
+        self,
+        *,
+        victim: int,
+        parameters: Collection[str],
+        learning_rate: float,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__(sampling=sampling)
+        self.parameters = frozenset(parameters)
+        self.victim = victim
+        self.learning_rate = learning_rate
+        self.exchanges: list[Exchange] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for gradients instead of weights."""
+        for message in super().configure_train(server_round, arrays, config, grid):
+            message.metadata.message_type = "train.gradient"
+            yield message
+
+    def expected(self, sent: Distribution) -> Weights:
+        """Expect a gradient for each parameter."""
+        return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Note what the victim sent, then average as usual."""
+        received = list(replies)
+        assert self.sent is not None
+        nodes = {
+            client.node for client, _ in self.sent.assignment if client.partition == self.victim
+        }
+        for reply in received:
+            if reply.metadata.src_node_id in nodes and not reply.has_error():
+                metrics = next(iter(reply.content.metric_records.values()))
+                self.exchanges.append(
+                    Exchange(
+                        server_round,
+                        ArrayRecord(dict(self.sent.copies[0])),
+                        next(iter(reply.content.array_records.values())),
+                        int(metrics["num-examples"]),  # type: ignore[arg-type]
+                    )
+                )
+        return super().aggregate_train(server_round, received)
+
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
+        """Take one step of gradient descent."""
+        base, total = dict(sent.copies[0]), sum(update.examples for update in updates)
+        for update in updates:
+            for name, gradient in update.weights.items():
+                base[name] = base[name] - self.learning_rate * update.examples / total * gradient
+        return base
