@@ -5,7 +5,8 @@ clients of 600, his CNN of 1,663,370 parameters, batches of 10, one epoch, 10 cl
 processes or threads.
 
 Every contestant is a process of its own that waits for its turn; rounds go there and back (A B C,
-C B A, ...), so that whatever else the machine does falls on all of them. Quote the ratios.
+C B A, ...), so that whatever else the machine does falls on all of them. Quote the ratios. `ray`
+runs the same client code as `local`; `ray-plain` runs what a textbook would write.
 
     python benchmarks/federation.py compare --rounds 5 --out docs/results
     python benchmarks/federation.py grow --out docs/results
@@ -86,8 +87,8 @@ def fresh_model() -> Any:
     return build_model("mnist-cnn", SHAPE, CLASSES, seed=SEED)
 
 
-def client_app() -> Any:
-    """The smallest client app that trains; replace it by the real one to measure that."""
+def client_app(*, plain: bool = False) -> Any:
+    """The smallest client app that trains, with our local training or a textbook loop."""
     import torch
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -121,8 +122,11 @@ def client_app() -> Any:
             kept[client] = client_images(client)
         model, images = kept["model"], kept[client]
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        generator = torch.Generator().manual_seed(client)
-        train_locally(model, images, LocalTraining(), generator=generator)
+        if plain:
+            textbook_epoch(model, images)
+        else:
+            generator = torch.Generator().manual_seed(client)
+            train_locally(model, images, LocalTraining(), generator=generator)
         metrics = MetricRecord({"num-examples": IMAGES})
         content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
         return Message(content, reply_to=message)
@@ -182,7 +186,7 @@ def run(entry: Entry, serve: Callable[[Round], None]) -> None:
 
     run_simulation(
         server,
-        client_app(),
+        client_app(plain=entry.name == "ray-plain"),
         entry.registered,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -194,7 +198,6 @@ def run(entry: Entry, serve: Callable[[Round], None]) -> None:
 def sequential(threads: int) -> Round:
     """What anybody would write first: no channels-last, torch's own SGD."""
     import torch
-    from torch.nn import functional as F
 
     torch.set_num_threads(threads)
     model, mean = fresh_model(), [p.detach().clone() for p in fresh_model().parameters()]
@@ -206,12 +209,7 @@ def sequential(threads: int) -> Round:
         for own in images:
             with torch.no_grad():
                 torch._foreach_copy_(list(model.parameters()), mean)
-            optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
-            for index in torch.randperm(IMAGES).split(10):
-                optimiser.zero_grad()
-                batch = own[index]
-                F.cross_entropy(model(batch.pixels), batch.labels).backward()
-                optimiser.step()
+            textbook_epoch(model, own)
             with torch.no_grad():
                 torch._foreach_add_(total, list(model.parameters()), alpha=0.1)
         mean = total
@@ -259,6 +257,18 @@ def two_processes(entry: Entry, serve: Callable[[Round], None]) -> None:
     serve(one_round)
     for ours, _ in pipes:
         ours.send(False)
+
+
+def textbook_epoch(model: Any, images: Any) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    for index in torch.randperm(IMAGES).split(10):
+        optimiser.zero_grad()
+        batch = images[index]
+        F.cross_entropy(model(batch.pixels), batch.labels).backward()
+        optimiser.step()
 
 
 def hand_written_epoch(model: Any, images: Any) -> None:
@@ -435,7 +445,7 @@ def serve_rounds(one_round: Round) -> None:
 
 
 def contest(entry: Entry) -> None:
-    if entry.name in ("local", "ray"):
+    if entry.name in ("local", "ray", "ray-plain"):
         run(entry, serve_rounds)
     elif entry.name.startswith("sequential"):
         serve_rounds(sequential(int(entry.name[-1])))
@@ -578,7 +588,15 @@ def has_pfl(python: str) -> bool:
 
 
 def compare(rounds: int, python: str, skip: Sequence[str], out: Path) -> None:
-    names = ["floor", "local", "ray", "two-processes", "two-processes-best", "sequential-1"]
+    names = [
+        "floor",
+        "local",
+        "ray",
+        "ray-plain",
+        "two-processes",
+        "two-processes-best",
+        "sequential-1",
+    ]
     entries = [Entry(name) for name in [*names, "sequential-2"]]
     entries += [Entry("local", idle=True), Entry("ray", idle=True)]
     entries += [Entry("pfl")] if has_pfl(python) else []
@@ -658,10 +676,17 @@ def grow(rounds: int, with_ray: bool, out: Path) -> None:
     draw_growth(curves, out / "federation-growth.png")
 
 
+def without_path(argument: str) -> str:
+    """Where things lie on this machine is nobody's business."""
+    return "PATH" if Path(argument).is_absolute() else argument
+
+
 def describe() -> dict[str, Any]:
     packages = ("torch", "flwr", "ray", "numpy")
     return {
-        "command": " ".join(["python", "benchmarks/federation.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "benchmarks/federation.py", *map(without_path, sys.argv[1:])]
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": SEED,
         "flop_a_round": FLOP_A_ROUND,
