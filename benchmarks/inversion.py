@@ -1,0 +1,101 @@
+"""Levenberg–Marquardt with its closed-form start beside the published attacks, in one run.
+
+LeNet with fresh weights, CIFAR-100 test images, one image a victim, gradients as a Flower client
+returns them. Restarts, steps and stopping are the attacks' own; no attack sees an image. The slow
+attacks get fewer images (``--slow-images``), the first ones of those that the fast attacks get.
+
+    FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import torch
+
+from fedveil.attacks.inversion import LevenbergMarquardt, build_attack
+from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr
+from fedveil.audit.observe import observe_clients
+from fedveil.data import Images, load_dataset
+from fedveil.models import build_model
+
+SLOW = ("dlg", "idlg", "lm-cold")
+
+
+def attack_of(name: str) -> Any:
+    if name == "lm-cold":
+        return LevenbergMarquardt(closed_form=False)
+    return build_attack(name)
+
+
+def measure(name: str, images: Images, model: torch.nn.Module, classes: int) -> dict[str, Any]:
+    batches = [images[slice(i, i + 1)] for i in range(len(images))]
+    observation = observe_clients(model, batches, classes=classes)
+    begin = time.perf_counter()
+    result = attack_of(name)(
+        observation,
+        progress=lambda done, total, loss: print(f"{name} {done}/{total} {loss:.1e}", flush=True),
+    )
+    wall = time.perf_counter() - begin
+    found = result.images[:, 0].float().clamp(0, 1)
+    decibel = psnr(found, images.pixels)
+    row: dict[str, Any] = {"attack": name, "images": len(images), "wall_seconds": wall}
+    for key, values, statistic in (
+        ("exact", exact(found, images.pixels).double(), None),
+        ("label_accuracy", label_accuracy(result.labels, images.labels[:, None]), None),
+        ("psnr", decibel, median),
+        ("seconds_per_image", result.seconds.double(), median),
+    ):
+        interval = bootstrap(values, statistic=statistic)
+        row |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+    row["psnr_all"] = [round(value, 2) for value in decibel.tolist()]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--slow-images", type=int, default=8)
+    parser.add_argument("--attack", action="append", default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
+    dataset = load_dataset("cifar100")
+    classes = len(dataset.classes)
+    model = build_model("lenet", dataset.shape, classes, seed=args.seed)
+    rows = []
+    for name in args.attack or ["lm", "rgap", "dlg", "idlg", "lm-cold"]:
+        count = args.slow_images if name in SLOW else args.images
+        rows.append(measure(name, dataset.test[slice(0, count)], model, classes))
+    own = next((row["seconds_per_image"] for row in rows if row["attack"] == "lm"), None)
+    for row in rows:
+        row["times_lm"] = row["seconds_per_image"] / own if own else None
+    report = {
+        "command": " ".join(["python", "benchmarks/inversion.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": threads,
+        "dataset": "cifar100 test",
+        "model": "lenet",
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "inversion.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
