@@ -1,18 +1,17 @@
 """``fedveil audit leakage``: attack what a server really received, and score it."""
 
+import io
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, Observation, build_attack
+from fedveil.attacks.inversion import Inversion, build_attack
 from fedveil.audit.metrics import (
     bootstrap,
     exact,
@@ -22,30 +21,16 @@ from fedveil.audit.metrics import (
     psnr,
     ssim,
 )
-from fedveil.audit.observe import observe_clients
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, parse_defense
 from fedveil.errors import FedveilError
+from fedveil.files import write_atomically
 
 CANDIDATES = 100
 """Originals among which a reconstruction must find its own, or as many as there are."""
 
 _DRAWN = 16
-
-
-class Observe(Protocol):
-    """Lets the victim train, and returns what its server has; ``observe_clients`` is one."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Images],
-        *,
-        classes: int,
-        transform: nn.Module | None = None,
-    ) -> Observation:
-        """Return the observation of one round for each batch."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +45,9 @@ class LeakageSettings:
         images: Its images, one a round.
         attacks: Names from ``fedveil.attacks.inversion.ATTACKS``.
         defenses: As ``fedveil.defenses.parse_defense`` reads them.
+        update: What clients return: ``gradient``, or ``step``, the weights after one local step.
         seed: Seeds the division and the choice.
+        workers: Worker processes of the federation.
 
     Raises:
         FedveilError: No images, attacks or defences, or a victim that is none of the clients.
@@ -73,7 +60,9 @@ class LeakageSettings:
     images: int = 16
     attacks: tuple[str, ...] = ("dlg", "lm")
     defenses: tuple[str, ...] = ("none",)
+    update: Literal["gradient", "step"] = "gradient"
     seed: int = 0
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -83,8 +72,24 @@ class LeakageSettings:
                 f"--victim {self.victim} is no client: there are {self.clients}, "
                 f"so give 0 to {self.clients - 1}"
             )
+        if self.workers is not None and self.workers < 1:
+            raise FedveilError(f"--workers {self.workers} is out of range: give at least 1")
         if not self.attacks or not self.defenses:
             raise FedveilError("name at least one --attack and one --defense")
+
+    @property
+    def federation(self) -> WatchedFederation:
+        """The federation that is watched, a round an image."""
+        return WatchedFederation(
+            dataset=self.dataset,
+            model=self.model,
+            clients=self.clients,
+            victim=self.victim,
+            rounds=self.images,
+            update=self.update,
+            seed=self.seed,
+            workers=self.workers,
+        )
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,10 @@ class LeakageReport:
         Each file appears whole or not at all.
         """
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "reconstructions.npz", lambda path: _save_arrays(self, path))
-        _write(out / "reconstructions.png", lambda path: _draw(self, path))
         text = json.dumps(self.as_json(), indent=2) + "\n"
-        _write(out / "leakage.json", lambda path: path.write_text(text))
+        write_atomically(out / "reconstructions.npz", _arrays(self))
+        write_atomically(out / "reconstructions.png", _picture(self))
+        write_atomically(out / "leakage.json", text.encode())
 
 
 Progress = Callable[[str, int, int, float], None]
@@ -168,21 +173,20 @@ def audit_leakage(
     model: nn.Module,
     settings: LeakageSettings,
     *,
-    observe: Observe = observe_clients,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> LeakageReport:
     """Attack the updates of one victim and score what comes out.
 
-    The attacks receive observations only; originals and labels stay in this function and its
-    helpers, for scoring. Under every defence each attack runs twice: as the naive attacker, who
+    A federation runs over the local engine, and its server notes what the victim sends. The attacks
+    receive that observation only; originals and labels stay in this function and its helpers, for
+    scoring. Under every defence each attack runs twice: as the naive attacker, who
     does not know it, and as the adaptive one, who does.
 
     Args:
-        dataset: Its training images are divided among the clients.
+        dataset: The dataset the settings name.
         model: What the server sends, in the mode the client trains in.
         settings: What is audited.
-        observe: Lets the victim train and returns what its server has.
         out: Folder for the results; None writes nothing.
         progress: Called as ``progress(step, images done, images, loss)``.
 
@@ -191,8 +195,8 @@ def audit_leakage(
     """
     defenses = [parse_defense(text) for text in settings.defenses]
     attacks = {name: build_attack(name) for name in settings.attacks}
-    victims, candidates = _choose(dataset, settings)
-    batches = [victims[slice(index, index + 1)] for index in range(len(victims))]
+    federation = settings.federation
+    victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)
     originals = victims.pixels
     trained: dict[str, Tensor] = {}
     rows = []
@@ -200,7 +204,7 @@ def audit_leakage(
         transform = defense.transform
         with torch.no_grad():
             trained[defense.label] = originals if transform is None else transform(originals)
-        informed = observe(model, batches, classes=len(dataset.classes), transform=transform)
+        informed = federation.observe(model, dataset, defense)
         for name, attack in attacks.items():
             for adaptive in (False,) if transform is None else (False, True):
                 seen = informed if adaptive else replace(informed, knows=None)
@@ -214,18 +218,11 @@ def audit_leakage(
     return report
 
 
-def _choose(dataset: Dataset, settings: LeakageSettings) -> tuple[Images, Tensor]:
-    generator = torch.Generator().manual_seed(settings.seed)
+def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset.train), generator=generator)
-    own = order.tensor_split(settings.clients)[settings.victim]
-    if len(own) < settings.images:
-        raise FedveilError(
-            f"--images {settings.images} is too many: client {settings.victim} of "
-            f"{settings.clients} has {len(own)} images; ask for fewer, or for fewer clients"
-        )
-    chosen = own[: settings.images]
-    others = order[~torch.isin(order, chosen)][: max(0, CANDIDATES - len(chosen))]
-    return dataset.train[chosen], dataset.train[torch.cat([chosen, others])].pixels
+    others = order[~torch.isin(order, used)][: max(0, CANDIDATES - len(used))]
+    return dataset.train[used], dataset.train[torch.cat([used, others])].pixels
 
 
 def _score(
@@ -262,21 +259,7 @@ def _named(progress: Progress | None, step: str) -> Callable[[int, int, float], 
     return lambda done, total, loss: progress(step, done, total, loss)
 
 
-def _write(path: Path, produce: Callable[[Path], object]) -> None:
-    # Same folder, so that the rename is atomic; same suffix, since writers look at it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        produce(scratch)
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _save_arrays(report: LeakageReport, path: Path) -> None:
+def _arrays(report: LeakageReport) -> bytes:
     arrays: dict[str, Any] = {"originals": report.originals.numpy()}
     for label, images in report.trained.items():
         arrays[f"trained/{label}"] = images.numpy()
@@ -284,17 +267,17 @@ def _save_arrays(report: LeakageReport, path: Path) -> None:
         key = f"{row.attack}/{row.defense}/{'adaptive' if row.adaptive else 'naive'}"
         arrays[f"images/{key}"] = row.reconstructions.numpy()
         arrays[f"loss/{key}"] = row.loss.numpy()
-    np.savez_compressed(path, **arrays)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
-def _draw(report: LeakageReport, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _picture(report: LeakageReport) -> bytes:
     from matplotlib.figure import Figure
 
     columns = _columns(report)
     count = min(len(report.originals), _DRAWN)
     figure = Figure(figsize=(1.5 * len(columns), 1.6 * count + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(count, len(columns), squeeze=False)
     for place, (title, images, scores) in enumerate(columns):
         axes[0][place].set_title(title, fontsize=7)
@@ -306,7 +289,9 @@ def _draw(report: LeakageReport, path: Path) -> None:
             axis.set_yticks([])
             if scores is not None:
                 axis.set_xlabel(f"{scores[index]:.1f} dB", fontsize=6)
-    figure.savefig(path, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord
@@ -9,7 +10,7 @@ from torch import nn
 
 from fedveil.attacks.inversion import Observation
 from fedveil.audit.observe import observation_from_records
-from fedveil.data import Dataset, Images, parse_partition
+from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses.specs import Defense
 from fedveil.errors import FedveilError
@@ -18,6 +19,9 @@ from fedveil.federation.fedavg import Sampling
 from fedveil.federation.fedsgd import WatchingFedSGD
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.task import ClientTask
+
+# Of the single step; as large as keeps the float32 difference of weights precise.
+_LEARNING_RATE = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class WatchedFederation:
         victim: Partition of the client that is watched.
         rounds: Rounds, and so minibatches of the victim's.
         batch_size: Images a minibatch.
+        update: What the clients return: ``gradient``, or ``step``, the weights after one step.
         seed: Seeds the partition and the order of the images.
         workers: Worker processes.
     """
@@ -41,6 +46,7 @@ class WatchedFederation:
     victim: int
     rounds: int
     batch_size: int = 1
+    update: Literal["gradient", "step"] = "gradient"
     seed: int = 0
     workers: int | None = None
 
@@ -59,7 +65,7 @@ class WatchedFederation:
         strategy = WatchingFedSGD(
             victim=self.victim,
             parameters=[name for name, _ in model.named_parameters()],
-            learning_rate=0.0,
+            action=self.update,
             sampling=Sampling(seed=self.seed, min_clients=self.clients),
         )
         with LocalGrid(
@@ -82,19 +88,23 @@ class WatchedFederation:
             [exchange.returned for exchange in strategy.exchanges],
             shape=data.shape,
             classes=len(data.classes),
+            learning_rate=_LEARNING_RATE if self.update == "step" else None,
             images=strategy.exchanges[0].images,
             knows=defense.transform,
         )
 
-    def ground_truth(self, data: Dataset) -> Images:
-        """Return the images the victim used, round after round; for scoring, never for attacks.
+    def ground_truth(self, data: Dataset) -> torch.Tensor:
+        """Return which training images the victim used; for scoring, never for attacks.
+
+        Returns:
+            int64 [rounds · batch_size], indices into ``data.train``, round after round.
 
         Raises:
             FedveilError: The victim has fewer images than rounds use.
         """
         scheme = parse_partition("iid")
         shares = partition(data.train.labels, clients=self.clients, scheme=scheme, seed=self.seed)
-        own, task = data.train[shares[self.victim]], self._task(Defense("none", None))
+        own, task = shares[self.victim], self._task(Defense("none", None))
         if len(own) < self.rounds * self.batch_size:
             raise FedveilError(
                 f"--images {self.rounds * self.batch_size} is too many: client {self.victim} of "
@@ -118,6 +128,6 @@ class WatchedFederation:
             model=self.model,
             epochs=1,
             batch_size=self.batch_size,
-            learning_rate=1.0,
+            learning_rate=_LEARNING_RATE,
             seed=self.seed,
         )

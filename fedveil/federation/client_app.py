@@ -1,12 +1,13 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -61,16 +62,33 @@ def train(message: Message, context: Context) -> Message:
 @app.train("gradient", mods=[transform_mod])
 def gradient(message: Message, context: Context) -> Message:
     """Return the gradient of one minibatch at the weights that came, as FedSGD does."""
+    return _one_minibatch(message, context, lambda parameter, gradient, rate: gradient)
+
+
+@app.train("step", mods=[transform_mod])
+def step(message: Message, context: Context) -> Message:
+    """Return the weights after one step of gradient descent on one minibatch."""
+    return _one_minibatch(
+        message, context, lambda parameter, gradient, rate: parameter - rate * gradient
+    )
+
+
+def _one_minibatch(
+    message: Message, context: Context, answer: Callable[[Tensor, Tensor, float], Tensor]
+) -> Message:
     torch.set_num_threads(1)
-    task = _task(message)
-    images = client_images(context, task)
-    batch = images[fedsgd_batch(len(images), task, client=_node_setting(context, "partition-id"))]
+    task, images = _task(message), client_images(context, _task(message))
+    client = _node_setting(context, "partition-id")
+    batch = images[fedsgd_batch(len(images), task, client=client)]
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    model.zero_grad(set_to_none=True)
     loss = F.cross_entropy(model(batch.pixels), batch.labels)
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()))
+    answers = {
+        name: answer(parameter.detach(), gradient, task.learning_rate)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
     metrics = MetricRecord(
         {
             "num-examples": len(batch),
@@ -78,8 +96,8 @@ def gradient(message: Message, context: Context) -> Message:
             "server-round": task.server_round,
         }
     )
-    arrays = ArrayRecord(dict(zip(parameters, gradients, strict=True)))
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    content = RecordDict({"arrays": ArrayRecord(answers), "metrics": metrics})
+    return Message(content, reply_to=message)
 
 
 def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:

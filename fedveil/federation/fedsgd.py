@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -17,7 +18,7 @@ class Exchange:
     Attributes:
         server_round: The round.
         sent: The model that went out.
-        returned: The gradient that came back.
+        returned: What came back: the gradient, or the weights after one step.
         images: How many images the client says it is of.
     """
 
@@ -30,15 +31,15 @@ class Exchange:
 class WatchingFedSGD(SeededFedAvg):
     """FedSGD on a server that keeps what one of its clients sends.
 
-    w ← w - η Σ nₖ gₖ / Σ nₖ. With η = 0 the same model goes out in every round, which a curious
-    server may well do: each round then leaks another minibatch at the same weights.
+    The same model goes out in every round, as a curious server may well arrange: each round then
+    leaks another minibatch at the same weights.
 
     Source: McMahan et al. 2017, section 2, FederatedSGD.
 
     Args:
         victim: Partition of the client that is watched.
         parameters: Names of the model's parameters; its other tensors have no gradient.
-        learning_rate: η, at least 0.
+        action: What clients are asked for: ``gradient``, or ``step``, the weights after one step.
         sampling: How each round chooses its clients.
     """
 
@@ -47,31 +48,31 @@ class WatchingFedSGD(SeededFedAvg):
         *,
         victim: int,
         parameters: Collection[str],
-        learning_rate: float,
+        action: Literal["gradient", "step"] = "gradient",
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(sampling=sampling)
         self.parameters = frozenset(parameters)
         self.victim = victim
-        self.learning_rate = learning_rate
+        self.action = action
         self.exchanges: list[Exchange] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for gradients instead of weights."""
+        """Ask for one minibatch's worth instead of local epochs."""
         for message in super().configure_train(server_round, arrays, config, grid):
-            message.metadata.message_type = "train.gradient"
+            message.metadata.message_type = f"train.{self.action}"
             yield message
 
     def expected(self, sent: Distribution) -> Weights:
-        """Expect a gradient for each parameter."""
+        """Expect a tensor for each parameter."""
         return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """Note what the victim sent, then average as usual."""
+        """Note what the victim sent."""
         received = list(replies)
         assert self.sent is not None
         nodes = {
@@ -91,9 +92,5 @@ class WatchingFedSGD(SeededFedAvg):
         return super().aggregate_train(server_round, received)
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
-        """Take one step of gradient descent."""
-        base, total = dict(sent.copies[0]), sum(update.examples for update in updates)
-        for update in updates:
-            for name, gradient in update.weights.items():
-                base[name] = base[name] - self.learning_rate * update.examples / total * gradient
-        return base
+        """Return the model that was sent."""
+        return sent.copies[0]

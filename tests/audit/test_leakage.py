@@ -3,36 +3,31 @@ import json
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import nn
 
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
-from fedveil.audit.observe import observation_from_records, observe_clients
-from fedveil.data import Dataset, Images
-from fedveil.defenses import BlockDCT
+from fedveil.audit.observe import observation_from_records
+from fedveil.audit.watch import WatchedFederation
+from fedveil.data import load_dataset
+from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError
-from fedveil.models import LeNet
-
-CLASSES = tuple("abcdefghij")
+from fedveil.models import build_model
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    picture = torch.from_numpy(load_sample_images().images[0].copy()).permute(2, 0, 1)[:, ::4, ::4]
-    cut = picture.unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
-    images = Images(cut.contiguous()[:40], torch.arange(40) % 10)
-    return Dataset("photos", images, images, CLASSES)
+    return load_dataset("digits")
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return LeNet((3, 16, 16), 10)
+def model(dataset):
+    return build_model("lenet", dataset.shape, 10, seed=0)
 
 
 def _settings(**changes):
-    given = {"dataset": "photos", "model": "lenet", "clients": 4, "victim": 3, "images": 3}
+    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 3, "images": 3}
     return LeakageSettings(**{**given, "attacks": ("rgap",), **changes})
 
 
@@ -72,35 +67,21 @@ def test_report_files(dataset, model, tmp_path):
         ):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
         assert row["images"] == 3
-        assert row["exact"] == row["label_accuracy"] == row["identified"] == 1
-    defended = rows[3]
+    assert rows[1]["exact"] == rows[1]["label_accuracy"] == rows[1]["identified"] == 1
+    defended = rows[-1]
     assert defended["psnr_trained"] > 60
     assert defended["psnr_original"] == pytest.approx(defended["psnr_ceiling"], abs=0.1)
     arrays = np.load(out / "reconstructions.npz")
-    assert arrays["images/rgap/dct:keep=6/adaptive"].shape == (3, 3, 16, 16)
+    assert arrays["images/lm/dct:keep=6/adaptive"].shape == (3, 1, 8, 8)
     assert np.array_equal(arrays["originals"], report.originals.numpy())
     assert Image.open(out / "reconstructions.png").width > 500
     assert "lm on dct:keep=6 (adaptive)" in steps
 
 
-def test_attacks_see_observations_only(dataset, model):
-    seen = []
-
-    def observe(model, batches, *, classes, transform=None):
-        seen.append((batches, transform))
-        return observe_clients(model, batches, classes=classes, transform=transform)
-
-    audit_leakage(dataset, model, _settings(defenses=("dct:keep=6",)), observe=observe)
-    batches, transform = seen[0]
-    assert len(seen) == 1
-    assert [len(batch) for batch in batches] == [1, 1, 1]
-    assert isinstance(transform, BlockDCT)
-
-
 def test_nothing_is_written_when_an_attack_refuses(dataset, tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 10))
+    model = build_model("cnn", dataset.shape, 10, seed=0)
     with pytest.raises(FedveilError, match="rgap does not apply"):
-        audit_leakage(dataset, model, _settings(), out=tmp_path / "out")
+        audit_leakage(dataset, model, _settings(model="cnn"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +91,8 @@ def test_nothing_is_written_when_an_attack_refuses(dataset, tmp_path):
         ({"images": 0}, "--images 0"),
         ({"victim": 4}, "--victim 4"),
         ({"attacks": ()}, "at least one --attack"),
-        ({"images": 11}, "has 10 images"),
+        ({"images": 1000}, "--images 1000 is too many"),
+        ({"workers": 0}, "--workers 0"),
     ],
 )
 def test_settings_that_cannot_be(dataset, model, changes, message):
@@ -118,35 +100,61 @@ def test_settings_that_cannot_be(dataset, model, changes, message):
         audit_leakage(dataset, model, _settings(**changes))
 
 
-def test_gradients_come_from_messages(dataset, model):
-    batch = dataset.train[torch.tensor([0, 1])]
-    seen = observe_clients(model, [batch], classes=10)
-    loss = nn.functional.cross_entropy(model(batch.pixels), batch.labels)
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    for got, wanted in zip(seen.gradients.values(), expected, strict=True):
-        assert torch.equal(got[0], wanted)
+@pytest.mark.parametrize("defense", ["none", "dct:keep=6"])
+def test_the_servers_notes_are_the_gradient_of_the_victims_own_images(dataset, model, defense):
+    """The federation's messages against a gradient computed here, on the scored images."""
+    watched = WatchedFederation("digits", "lenet", clients=4, victim=2, rounds=3, batch_size=2)
+    parsed = parse_defense(defense)
+    seen = watched.observe(model, dataset, parsed)
+    used = dataset.train[watched.ground_truth(dataset)]
     assert seen.images == 2
-    assert seen.model is not model
+    for number in range(3):
+        batch = used[2 * number : 2 * number + 2]
+        pixels = batch.pixels if parsed.transform is None else parsed.transform(batch.pixels)
+        loss = nn.functional.cross_entropy(model(pixels), batch.labels)
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        for got, wanted in zip(seen.gradients.values(), expected, strict=True):
+            assert torch.allclose(got[number], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_after_a_step_tell_the_gradient(dataset, model):
-    batch = [dataset.train[torch.tensor([0])]]
-    plain = observe_clients(model, batch, classes=10)
-    stepped = observe_clients(model, batch, classes=10, learning_rate=1.0)
+    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 1, "rounds": 2}
+    plain, stepped = (
+        WatchedFederation(**given, update=update).observe(model, dataset, parse_defense("none"))
+        for update in ("gradient", "step")
+    )
     for name, gradient in plain.gradients.items():
         assert torch.allclose(stepped.gradients[name].float(), gradient, atol=2e-7)
 
 
-def test_records_that_do_not_match(dataset, model):
-    from flwr.app import ArrayRecord
+def test_only_the_adaptive_attacker_is_told_of_the_defence(dataset, model):
+    watched = WatchedFederation("digits", "lenet", clients=4, victim=0, rounds=1)
+    seen = watched.observe(model, dataset, parse_defense("dct:keep=6"))
+    assert isinstance(seen.knows, BlockDCT)
+    assert set(vars(seen)) == {
+        "model",
+        "gradients",
+        "shape",
+        "classes",
+        "images",
+        "knows",
+    }
 
+
+def test_rounds_go_through_the_victims_images_without_repeating(dataset):
+    watched = WatchedFederation("digits", "lenet", clients=10, victim=3, rounds=100)
+    used = watched.ground_truth(dataset).tolist()
+    assert len(set(used)) == 100
+    other = WatchedFederation("digits", "lenet", clients=10, victim=4, rounds=100)
+    assert not set(used) & set(other.ground_truth(dataset).tolist())
+
+
+def test_records_that_do_not_match(model):
     sent = ArrayRecord(model.state_dict())
     state = {k: v for k, v in model.state_dict().items() if k != "fc.bias"}
     with pytest.raises(FedveilError, match=r"lacks fc\.bias"):
-        observation_from_records(model, sent, [ArrayRecord(state)], shape=(3, 16, 16), classes=10)
+        observation_from_records(model, sent, [ArrayRecord(state)], shape=(1, 8, 8), classes=10)
     with pytest.raises(FedveilError, match="learning rate 0"):
         observation_from_records(
-            model, sent, [sent], shape=(3, 16, 16), classes=10, learning_rate=0.0
+            model, sent, [sent], shape=(1, 8, 8), classes=10, learning_rate=0.0
         )
-    with pytest.raises(FedveilError, match="at least one"):
-        observe_clients(model, [], classes=10)
