@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedveil import __version__
+from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
@@ -22,7 +23,9 @@ app = typer.Typer(
     add_completion=False,
 )
 reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_help=True)
+audit = typer.Typer(help="Attack what a federation gives away, and measure.", no_args_is_help=True)
 app.add_typer(reproduce, name="reproduce")
+app.add_typer(audit, name="audit")
 
 
 class Strategy(StrEnum):
@@ -223,3 +226,77 @@ def reproduce_noise(
         raise typer.Exit(130) from None
     typer.echo((out / "noise.md").read_text())
     typer.echo(f"{out / 'noise.json'}  {out / 'noise.png'}")
+
+
+class Update(StrEnum):
+    """What a client returns in ``fedveil audit leakage``."""
+
+    GRADIENT = "gradient"
+    STEP = "step"
+
+
+@audit.command("leakage")
+def audit_leakage(
+    out: Annotated[Path, typer.Option(help="Directory for the results.")],
+    dataset: Annotated[
+        str, typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path.")
+    ] = "photos",
+    model: Annotated[
+        str,
+        typer.Option(help="lenet, another name of fedveil train, or package.module:factory."),
+    ] = "lenet",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights for it: .safetensors, or .pt of tensors.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients in all.")] = 10,
+    victim: Annotated[int, typer.Option(help="The client the server watches, from 0.")] = 0,
+    images: Annotated[int, typer.Option(help="Its images, one a round.")] = 16,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="dlg, idlg, rgap or lm; may be repeated.")
+    ] = None,
+    defense: Annotated[
+        list[str] | None, typer.Option(help="none or dct:keep=N; may be repeated.")
+    ] = None,
+    update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds model, partition and order.")] = 0,
+) -> None:
+    """Reconstruct a client's images from what the server receives, and score the result.
+
+    Writes leakage.json, reconstructions.png and reconstructions.npz.
+    """
+    from fedveil.audit.leakage import LeakageSettings
+    from fedveil.audit.leakage_run import run_leakage_audit
+
+    settings = LeakageSettings(
+        dataset=dataset,
+        model=model,
+        clients=clients,
+        victim=victim,
+        images=images,
+        attacks=tuple(attack or ("lm",)),
+        defenses=tuple(defense or ("none",)),
+        update=update.value,
+        seed=seed,
+        workers=workers,
+    )
+    try:
+        report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for pictures and summary.")] = Path("demo"),
+) -> None:
+    """Show both protections and the attack on them in three minutes, on built-in photographs."""
+    from fedveil.audit.demo import run_demo
+
+    typer.echo(run_demo(out))
+
+
+app.command("transform")(transform)

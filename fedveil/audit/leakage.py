@@ -153,6 +153,15 @@ class LeakageReport:
             "rows": [row.summary() for row in self.rows],
         }
 
+    def table(self) -> str:
+        """Return the rows as lines of text."""
+        lines = [
+            f"{'attack':8}{'defence':16}{'attacker':10}{'exact':>7}{'found':>7}{'labels':>8}"
+            f"{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
+        ]
+        lines += [_line(row.summary()) for row in self.rows]
+        return "\n".join(lines)
+
     def write(self, out: Path) -> None:
         """Write leakage.json, reconstructions.npz and reconstructions.png into ``out``.
 
@@ -163,6 +172,14 @@ class LeakageReport:
         write_atomically(out / "reconstructions.npz", _arrays(self))
         write_atomically(out / "reconstructions.png", _picture(self))
         write_atomically(out / "leakage.json", text.encode())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['attack']:8}{row['defense']:16}{'adaptive' if row['adaptive'] else 'naive':10}"
+        f"{row['exact']:7.0%}{row['identified']:7.0%}{row['label_accuracy']:8.0%}"
+        f"{row['psnr_original']:16.1f}{row['psnr_trained']:15.1f}{row['seconds_per_image']:9.2f}"
+    )
 
 
 Progress = Callable[[str, int, int, float], None]

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.federation.run_directory import RoundRecord, RunDirectory, versions
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
-
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_BLACK, _BLUE, _ORANGE, _GREEN, _GREY = "#000000", "#0072B2", "#D55E00", "#009E73", "#666666"
 
 
 @dataclass(frozen=True)
@@ -209,11 +207,11 @@ def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
         for axes in line[len(others) :]:
             axes.set_visible(False)
         for axes, row in zip(line, others, strict=False):
-            _band(axes, baseline["accuracy"], _BLACK, "fedavg, the baseline", "-.")
-            _band(axes, row["accuracy"], _BLUE, "w, kept by the server", "-")
-            _band(axes, row["copies_high"], _ORANGE, "better of the two copies", "--")
-            _band(axes, row["copies_low"], _GREEN, "worse of the two copies", ":")
-            axes.axhline(study.common["cap"], color=_GREY, linewidth=0.8)
+            _band(axes, baseline["accuracy"], BLACK, "fedavg, the baseline", "-.")
+            _band(axes, row["accuracy"], BLUE, "w, kept by the server", "-")
+            _band(axes, row["copies_high"], ORANGE, "better of the two copies", "--")
+            _band(axes, row["copies_low"], GREEN, "worse of the two copies", ":")
+            axes.axhline(study.common["cap"], color=GREY, linewidth=0.8)
             axes.set(title=f"{row['arm']}\n{partition}", xlabel="round", ylim=(0, 1))
             axes.grid(alpha=0.2)
         line[0].set_ylabel("accuracy on report images")

@@ -19,33 +19,39 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    dataset: str = Field("digits", min_length=1)
-    model: str = Field("cnn", min_length=1)
-    partition: str = Field("iid", min_length=1, description="iid, dirichlet:ALPHA or shards:N")
-    transform: str | None = Field(None, description="what clients do to images: dct:keep=N")
-    clients: int = Field(100, ge=1, le=1_000_000, description="K")
-    fraction: float = Field(0.1, gt=0, le=1, description="C")
-    rounds: int = Field(50, ge=1, le=1_000_000)
-    epochs: int = Field(1, ge=1, le=10_000, description="E")
-    batch_size: int = Field(10, ge=1, le=1_000_000, description="B")
-    learning_rate: float = Field(0.05, gt=0, le=100, description="eta")
-    momentum: float = Field(0.0, ge=0, lt=1)
-    clip: float | None = Field(None, gt=0, description="largest norm of a step's gradient")
+    dataset: str = Field(default="digits", min_length=1)
+    model: str = Field(default="cnn", min_length=1)
+    partition: str = Field(
+        default="iid", min_length=1, description="iid, dirichlet:ALPHA or shards:N"
+    )
+    transform: str | None = Field(default=None, description="what clients do to images: dct:keep=N")
+    clients: int = Field(default=100, ge=1, le=1_000_000, description="K")
+    fraction: float = Field(default=0.1, gt=0, le=1, description="C")
+    rounds: int = Field(default=50, ge=1, le=1_000_000)
+    epochs: int = Field(default=1, ge=1, le=10_000, description="E")
+    batch_size: int = Field(default=10, ge=1, le=1_000_000, description="B")
+    learning_rate: float = Field(default=0.05, gt=0, le=100, description="eta")
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    clip: float | None = Field(default=None, gt=0, description="largest norm of a step's gradient")
     strategy: Literal["fedavg", "noise-pair", "noise-delta"] = "noise-delta"
-    cap: float = Field(0.6, gt=0, lt=1, description="theta")
-    noise: str | None = Field(None, min_length=1, description="first-conv, output, all, a pattern")
-    temperature: float | None = Field(None, ge=0, le=1e6, description="0: none")
+    cap: float = Field(default=0.6, gt=0, lt=1, description="theta")
+    noise: str | None = Field(
+        default=None, min_length=1, description="first-conv, output, all, a pattern"
+    )
+    temperature: float | None = Field(default=None, ge=0, le=1e6, description="0: none")
     bound: Literal["labels", "agreement"] = "labels"
-    server_clients: int = Field(5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
-    sigma_start: float = Field(0.1, gt=0, le=1e6)
-    sigma_step: float = Field(0.1, gt=0, le=1e6, description="raise of noise-pair's loop")
-    sigma_limit: float = Field(100.0, gt=0, le=1e9)
-    calibration_images: int = Field(2_000, ge=20, le=10_000_000)
-    report_images: int = Field(2_000, ge=20, le=10_000_000, description="a round; all at the end")
+    server_clients: int = Field(default=5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
+    sigma_start: float = Field(default=0.1, gt=0, le=1e6)
+    sigma_step: float = Field(default=0.1, gt=0, le=1e6, description="raise of noise-pair's loop")
+    sigma_limit: float = Field(default=100.0, gt=0, le=1e9)
+    calibration_images: int = Field(default=2_000, ge=20, le=10_000_000)
+    report_images: int = Field(
+        default=2_000, ge=20, le=10_000_000, description="a round; all at the end"
+    )
     engine: Literal["local", "ray", "deployed"] = "local"
-    workers: int | None = Field(None, ge=1, le=1024)
-    timeout: float = Field(3_600, gt=0, description="seconds a round waits for replies")
-    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int | None = Field(default=None, ge=1, le=1024)
+    timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @classmethod
     def check(cls, settings: Mapping[str, Any]) -> "TrainConfig":

@@ -3,12 +3,17 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedveil.federation.run_directory import RoundRecord
 from fedveil.files import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # Okabe and Ito's colours, told apart by colour-blind readers.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLACK, BLUE, ORANGE = "#000000", "#0072B2", "#D55E00"
+GREEN, GREY = "#009E73", "#666666"
 
 
 def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None) -> None:
@@ -22,7 +27,14 @@ def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    draw_curves_on(figure.subplots(), rounds, cap=cap)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def draw_curves_on(axes: "Axes", rounds: Sequence[RoundRecord], *, cap: float | None) -> None:
+    """Draw the same on given axes."""
     number = [record.round for record in rounds]
     axes.plot(number, [r.accuracy for r in rounds], color=BLUE, label="w, kept by the server")
     if cap is not None:
@@ -33,7 +45,4 @@ def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None)
         axes.axhline(cap, color=GREY, linestyle=":", label=f"cap {cap:.0%}")
     axes.set(xlabel="round", ylabel="accuracy on report images", ylim=(0, 1))
     axes.grid(alpha=0.2)
-    axes.legend(loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    axes.legend(loc="best")
