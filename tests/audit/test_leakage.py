@@ -7,7 +7,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
+from fedveil.attacks.inversion import LevenbergMarquardt
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.metrics import exact
 from fedveil.audit.observe import observation_from_records, observe_clients
 from fedveil.data import Dataset, Images
 from fedveil.defenses import BlockDCT
@@ -135,6 +137,19 @@ def test_weights_after_a_step_tell_the_gradient(dataset, model):
     stepped = observe_clients(model, batch, classes=10, learning_rate=1.0)
     for name, gradient in plain.gradients.items():
         assert torch.allclose(stepped.gradients[name].float(), gradient, atol=2e-7)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1, 0.01])
+def test_attacks_know_what_rounding_costs(dataset, model, rate):
+    batch = [dataset.train[torch.tensor([0])]]
+    plain = observe_clients(model, batch, classes=10)
+    stepped = observe_clients(model, batch, classes=10, learning_rate=rate)
+    pairs = [(stepped.gradients[k].double(), g.double()) for k, g in plain.gradients.items()]
+    missed = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(b.square().sum()) for _, b in pairs)
+    assert missed / size == pytest.approx(stepped.rounding, rel=0.3)
+    result = LevenbergMarquardt()(stepped)
+    assert exact(result.images[:, 0], batch[0].pixels).all()
 
 
 def test_records_that_do_not_match(dataset, model):
