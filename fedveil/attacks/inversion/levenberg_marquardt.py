@@ -185,9 +185,7 @@ class _Search:
         for attempt in range(len(starts) + self.attack.restarts):
             images = starts[attempt] if attempt < len(starts) else self._cold()
             unknowns = self.subspace.coordinates(images).flatten()
-            unknowns, loss, steps = _descend(
-                problem, unknowns, self.attack, self.observation.rounding
-            )
+            unknowns, loss, steps = _descend(problem, unknowns, self.attack, floor)
             spent += steps
             if best is None or loss < best[0]:
                 best = loss, unknowns
