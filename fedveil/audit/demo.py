@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings
@@ -84,7 +83,7 @@ def _picture(rounds: Sequence[RoundRecord], report: LeakageReport) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), dpi=120, layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2))
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     axes = left.subplots()
     draw_curves_on(axes, rounds, cap=_TRAINING.cap)
     axes.set_title("The model stays with its owner", fontsize=11)

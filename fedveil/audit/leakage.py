@@ -314,8 +314,9 @@ def _picture(report: LeakageReport) -> bytes:
 def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:
     columns: list[tuple[str, Tensor, Tensor | None]] = [("original", report.originals, None)]
     for label, images in report.trained.items():
-        scores = psnr(images.clamp(0, 1), report.originals)
-        columns.append((f"trained on\n{label}", images, None if label == "none" else scores))
+        if not torch.equal(images, report.originals):
+            scores = psnr(images.clamp(0, 1), report.originals)
+            columns.append((f"trained on\n{label}", images, scores))
         for row in report.rows:
             if row.defense == label:
                 kind = "adaptive" if row.adaptive else "naive"

@@ -50,6 +50,7 @@ def observation_from_records(
     trained = [name for name, p in own.named_parameters() if p.requires_grad]
     updates = [record.to_torch_state_dict() for record in returned]
     gradients: dict[str, Tensor] = {}
+    rounding = 0.0
     for name in trained:
         if any(name not in update for update in updates):
             raise FedveilError(
@@ -58,8 +59,10 @@ def observation_from_records(
         stacked = torch.stack([update[name] for update in updates]) if updates else torch.empty(0)
         if learning_rate is not None:
             # In float64, so that nothing is lost beyond what the client's own rounding lost.
+            rounding += _rounding_energy(stacked) / learning_rate**2
             stacked = (before[name].double() - stacked.double()) / learning_rate
         gradients[name] = stacked
+    size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
     return Observation(
         model=own,
         gradients=gradients,
@@ -67,4 +70,12 @@ def observation_from_records(
         classes=classes,
         images=images,
         knows=knows,
+        rounding=rounding / max(size, 1e-30),
     )
+
+
+def _rounding_energy(weights: Tensor) -> float:
+    # A float is off by a uniform error of one unit in the last place, which is eps·2^exponent.
+    _, exponent = torch.frexp(weights)
+    unit = torch.finfo(weights.dtype).eps * torch.exp2(exponent.double() - 1)
+    return float(unit.square().sum() / 12)

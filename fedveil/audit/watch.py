@@ -20,9 +20,6 @@ from fedveil.federation.fedsgd import WatchingFedSGD
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.task import ClientTask
 
-# Of the single step; as large as keeps the float32 difference of weights precise.
-_LEARNING_RATE = 1.0
-
 
 @dataclass(frozen=True)
 class WatchedFederation:
@@ -36,6 +33,7 @@ class WatchedFederation:
         rounds: Rounds, and so minibatches of the victim's.
         batch_size: Images a minibatch.
         update: What the clients return: ``gradient``, or ``step``, the weights after one step.
+        learning_rate: Of that step; the larger, the less the rounding of the weights hides.
         seed: Seeds the partition and the order of the images.
         workers: Worker processes.
     """
@@ -47,6 +45,7 @@ class WatchedFederation:
     rounds: int
     batch_size: int = 1
     update: Literal["gradient", "step"] = "gradient"
+    learning_rate: float = 1.0
     seed: int = 0
     workers: int | None = None
 
@@ -88,7 +87,7 @@ class WatchedFederation:
             [exchange.returned for exchange in strategy.exchanges],
             shape=data.shape,
             classes=len(data.classes),
-            learning_rate=_LEARNING_RATE if self.update == "step" else None,
+            learning_rate=self.learning_rate if self.update == "step" else None,
             images=strategy.exchanges[0].images,
             knows=defense.transform,
         )
@@ -128,6 +127,6 @@ class WatchedFederation:
             model=self.model,
             epochs=1,
             batch_size=self.batch_size,
-            learning_rate=_LEARNING_RATE,
+            learning_rate=self.learning_rate,
             seed=self.seed,
         )

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
 
-_GROUP = 32  # columns handled by one matrix product; wider ones multiply more zeros than they save
+_GROUP = 16  # columns handled by one matrix product; wider ones multiply more zeros than they save
+_CHUNK = 2**18  # values whose intermediate results stay in a core's cache
 
 # ITU-R BT.601, without the constant that JPEG adds to chroma: a linear map needs none.
 _YCBCR = (
@@ -141,6 +142,18 @@ class BlockDCT(nn.Module):
         return blocks.flatten(-4, -3).flatten(-2)
 
     def _project(self, images: Tensor, mask: Tensor) -> Tensor:
+        if images.requires_grad or images.numel() <= _CHUNK:
+            return self._project_once(images, mask)
+        height, width = images.shape[-2:]
+        flat = images.reshape(-1, height, width)
+        result = torch.empty_like(flat)
+        several = max(1, _CHUNK // (height * width))
+        for start in range(0, len(flat), several):
+            part = flat[start : start + several]
+            result[start : start + several] = self._project_once(part, mask)
+        return result.reshape(images.shape)
+
+    def _project_once(self, images: Tensor, mask: Tensor) -> Tensor:
         # Only the frequencies that some kept coefficient has are computed, and no block is ever
         # copied into place: columns are transformed in rows as they lie, rows in strips.
         across, down, gate = self._factors_for(images, mask)
@@ -148,6 +161,7 @@ class BlockDCT(nn.Module):
         group, kept = across.shape
         rows = (images.reshape(-1, group) @ across).reshape(-1, self.block, gate.shape[1])
         found = torch.matmul(down, rows)
+        _check_numbers(found)
         rows = torch.matmul(down.T, found * gate).reshape(-1, kept)
         return (rows @ across.T).reshape(*images.shape[:-2], height, width)
 
@@ -226,9 +240,15 @@ def _check(images: Tensor) -> None:
         )
     if images.ndim < 2:
         raise FedveilError(f"images need a height and a width, not shape {tuple(images.shape)}")
+
+
+def _check_numbers(coefficients: Tensor) -> None:
+    # One bad pixel spoils every coefficient of its block, so the few that are computed tell.
     try:
-        bad = bool(torch.isnan(images.detach().sum()))
+        bad = bool(torch.isnan(coefficients.detach().sum()))
     except RuntimeError:  # inside torch.func.vmap no value can be read
         return
     if bad:
-        raise FedveilError("the images hold NaN; find and mend them before training on them")
+        raise FedveilError(
+            "the images hold NaN or infinite pixels; find and mend them before training on them"
+        )

@@ -112,6 +112,16 @@ def test_works_under_vmap():
     assert torch.allclose(torch.func.vmap(transform)(images), transform(images), atol=1e-6)
 
 
+def test_many_images_are_handled_in_parts():
+    images = torch.rand(400, 1, 32, 32, dtype=torch.float64)
+    transform = BlockDCT(keep=5)
+    together = transform(images)
+    assert torch.allclose(together[::100], transform(images[::100]))
+    assert torch.allclose(transform(images.requires_grad_()), together)
+    energy = torch.func.grad(lambda x: transform(x).square().sum() / 2)(images.detach())
+    assert torch.allclose(energy, together)
+
+
 def test_coefficients_and_back():
     images = torch.rand(2, 3, 16, 24, dtype=torch.float64)
     transform = BlockDCT(keep=9)

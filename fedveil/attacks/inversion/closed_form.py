@@ -85,11 +85,13 @@ class Convolution:
         self._module = module
         weight = module.weight.detach().double()
         self._weight = weight * layer.scale
-        flat = self._apply(weight.new_full((1, math.prod(shape)), layer.offset), weight)
-        self.out_shape: Shape = self._out_shape
+        offsets = self._convolve(weight.new_full((1, *shape), layer.offset), weight)
+        self.out_shape: Shape = (offsets.shape[1], offsets.shape[2], offsets.shape[3])
         assert module.bias is not None
         positions = math.prod(self.out_shape[1:])
-        self._constant = flat[0] + module.bias.detach().double().repeat_interleave(positions)
+        self._constant = offsets.flatten() + module.bias.detach().double().repeat_interleave(
+            positions
+        )
         self._parities = _parities(module, shape)
         self._check_count(subspace)
         settled = self.out_shape[0] * math.prod(module.kernel_size) >= shape[1] * shape[2]
@@ -140,18 +142,12 @@ class Convolution:
         )
         return back.flatten(1)
 
-    def _apply(self, h: Tensor, weight: Tensor) -> Tensor:
+    def _apply(self, h: Tensor) -> Tensor:
+        return self._convolve(h.reshape(-1, *self.shape), self._weight).flatten(1)
+
+    def _convolve(self, images: Tensor, weight: Tensor) -> Tensor:
         module = self._module
-        out = F.conv2d(
-            h.reshape(-1, *self.shape),
-            weight,
-            None,
-            module.stride,
-            module.padding,
-            module.dilation,
-        )
-        self._out_shape = (out.shape[1], out.shape[2], out.shape[3])
-        return out.flatten(1)
+        return F.conv2d(images, weight, None, module.stride, module.padding, module.dilation)
 
     def _check_count(self, subspace: Subspace) -> None:
         unknowns = subspace.size
@@ -180,7 +176,7 @@ class Convolution:
         if sound:
             return x.flatten(1)
         factor = torch.linalg.cholesky(self._innovation(inverses))
-        missed = (target - self._apply(x, self._weight))[..., None]
+        missed = (target - self._apply(x))[..., None]
         back = self.backward(torch.cholesky_solve(missed, factor)[..., 0]).reshape(x.shape)
         for parity, inverse in zip(self._parities, inverses, strict=True):
             x[:, :, parity.positions] += back[:, :, parity.positions] @ inverse
@@ -206,7 +202,7 @@ class Convolution:
         self, forward: _Forward, target: Tensor, systems: list[Tensor], values: list[Tensor]
     ) -> Tensor:
         victims, channels = len(target), self.shape[0]
-        right = self.backward(target - self._apply(forward.mean[None], self._weight))
+        right = self.backward(target - self._apply(forward.mean[None]))
         if forward.basis is not None:
             right = right @ forward.basis
         step = torch.cholesky_solve(right.T, forward.factor).T

@@ -16,6 +16,7 @@ from fedveil.errors import FedveilError
 _MOST = 8
 _SOLVED = 1e-7  # squared relative residual: calibrated on training images, it means over 50 dB
 _EXHAUSTED = 1e-12  # float32 rounding of the observation
+_ROUNDINGS = 4.0
 _STALLED = 0.9
 _TRIES = 8
 _ROWS = 2  # sketched equations for each unknown
@@ -83,7 +84,7 @@ class LevenbergMarquardt:
         closed_form: Start from the closed form where the model allows it; a victim whose gradient
             is then explained needs no step.
         columns: Columns of the Jacobian computed at once; memory grows with it.
-        dtype: float64 or float32 of the computation.
+        dtype: float32, or float64 at twice the time for systems so stiff that float32 stalls.
         device: Where to compute; None for a GPU when there is one.
         seed: Seeds the cold starts and the sketch.
 
@@ -98,7 +99,7 @@ class LevenbergMarquardt:
     restarts: int = 3
     closed_form: bool = True
     columns: int = 64
-    dtype: torch.dtype = torch.float64
+    dtype: torch.dtype = torch.float32
     device: torch.device | None = None
     seed: int = 0
 
@@ -112,7 +113,7 @@ class LevenbergMarquardt:
         seconds = []
         for victim in range(observation.victims):
             begin = time.perf_counter()
-            if found is None or float(found.loss[victim]) > _SOLVED:
+            if found is None or float(found.loss[victim]) > search.solved:
                 search.run(victim, None if found is None else found.images[victim])
             else:
                 search.accept(found.images[victim], float(found.loss[victim]))
@@ -153,6 +154,7 @@ class _Search:
         self.subspace = range_of(self.observation.knows, self.observation.shape).to(like)
         self.map = GradientMap.of(self.observation, dtype=self.attack.dtype, device=self.device)
         self.labels = infer_labels(self.observation).cpu()
+        self.solved = max(_SOLVED, _ROUNDINGS * self.observation.rounding)
         self.generator = torch.Generator().manual_seed(self.attack.seed)
         unknowns = self.subspace.size * self.observation.images
         weights = sum(p.numel() for p in self.map.parameters.values())
@@ -179,14 +181,15 @@ class _Search:
         starts = [] if start is None else [start.to(self.device, self.attack.dtype).clamp(0, 1)]
         best: tuple[float, Tensor] | None = None
         spent = 0
+        floor = max(_EXHAUSTED, self.observation.rounding)
         for attempt in range(len(starts) + self.attack.restarts):
             images = starts[attempt] if attempt < len(starts) else self._cold()
             unknowns = self.subspace.coordinates(images).flatten()
-            unknowns, loss, steps = _descend(problem, unknowns, self.attack)
+            unknowns, loss, steps = _descend(problem, unknowns, self.attack, floor)
             spent += steps
             if best is None or loss < best[0]:
                 best = loss, unknowns
-            if best[0] <= _SOLVED or attempt < len(starts):
+            if best[0] <= self.solved or attempt < len(starts):
                 break
         assert best is not None
         flat = best[1].reshape(self.observation.images, -1)
@@ -207,12 +210,12 @@ class _Search:
 
 
 def _descend(
-    problem: _Problem, unknowns: Tensor, attack: LevenbergMarquardt
+    problem: _Problem, unknowns: Tensor, attack: LevenbergMarquardt, floor: float
 ) -> tuple[Tensor, float, int]:
     damping = 1e-3
     loss = problem.loss(unknowns)
     step = 0
-    while step < attack.steps and loss > _EXHAUSTED:
+    while step < attack.steps and loss > floor:
         step += 1
         normal, slope = problem.normal_equations(unknowns, attack.columns)
         before = loss

@@ -31,6 +31,9 @@ class Observation:
         images: Images in a victim's batch, which the reply's example count tells the server.
         knows: The linear image transformation that is public knowledge, or None for an attacker
             who knows of no defence.
+        rounding: Squared error that rounding put into a gradient, as a share of its squared length;
+            what no reconstruction can be expected to explain. Negligible where gradients are sent,
+            not where they are differences of weights.
 
     Raises:
         FedveilError: No victims, no images, or gradients that do not match the model.
@@ -42,6 +45,7 @@ class Observation:
     classes: int
     images: int = 1
     knows: nn.Module | None = None
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         if self.images < 1:

@@ -127,7 +127,7 @@ def test_no_attack_can_be_given_the_truth():
         taken = set(inspect.signature(attack().__call__).parameters)
         assert taken == {"observation", "progress"}
     assert {field.name for field in dataclasses.fields(Observation)} == {
-        "model", "gradients", "shape", "classes", "images", "knows",
+        "model", "gradients", "shape", "classes", "images", "knows", "rounding",
     }  # fmt: skip
 
 
