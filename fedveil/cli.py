@@ -122,6 +122,7 @@ def train(
     ] = None,
     sigma_start: Annotated[float | None, typer.Option(help="First sigma tried.")] = None,
     sigma_step: Annotated[float | None, typer.Option(help="Raise of noise-pair's loop.")] = None,
+    sigma_factor: Annotated[float | None, typer.Option(help="The same, as a factor.")] = None,
     sigma_limit: Annotated[float | None, typer.Option(help="Largest sigma tried.")] = None,
     calibration_images: Annotated[
         int | None, typer.Option(help="Test images sigma is calibrated on.")

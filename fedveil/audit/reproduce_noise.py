@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,8 +67,17 @@ _PAPER = {
     "noise": "first-conv",
     "learning_rate": 0.05,
     "clip": 1.0,
-    "sigma_start": 0.5,
-    "sigma_step": 0.5,
+    "sigma_start": 0.1,
+    "sigma_step": 0.0,
+    "sigma_factor": 1.5,
+    "sigma_limit": 1e4,
+}
+_SHARDS_DELTA = {
+    **_SHARDS,
+    "strategy": "noise-delta",
+    "noise": "output.bias",
+    "temperature": 1.0,
+    "sigma_limit": 1e4,
 }
 
 # Learning rates and the noise's place were searched on seed 0 in a separate simulation, for the
@@ -94,22 +104,17 @@ NOISE = Study(
                 "noise": "output",
                 "temperature": 10.0,
                 "sigma_start": 0.01,
-                "sigma_step": 0.01,
+                "sigma_step": 0.0,
+                "sigma_factor": 1.5,
             },
         ),
         Arm("fedavg", "shards:2", {**_SHARDS, "strategy": "fedavg"}),
-        Arm(
-            "noise-delta",
-            "shards:2",
-            {
-                **_SHARDS,
-                "strategy": "noise-delta",
-                "noise": "output.bias",
-                "temperature": 1.0,
-                "sigma_limit": 1e4,
-            },
-        ),
+        Arm("noise-delta", "shards:2", _SHARDS_DELTA),
         Arm("noise-pair, first-conv", "shards:2", _PAPER),
+        *(
+            Arm(f"noise-delta, cap {cap:.0%}", "shards:2", {**_SHARDS_DELTA, "cap": cap})
+            for cap in (0.3, 0.8, 0.9)
+        ),
     ),
 )
 
@@ -143,13 +148,18 @@ def reproduce(study: Study, out: Path) -> dict[str, Any]:
     }
     write_atomically(out / "noise.json", (json.dumps(result, indent=1) + "\n").encode())
     write_atomically(out / "noise.png", _draw(study, rows))
+    write_atomically(out / "noise-frontier.png", _draw_frontier(rows))
     write_atomically(out / "noise.md", _table(rows).encode())
     return result
 
 
 def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
-    runs = [_run(study.config(arm, seed), arm, out) for seed in study.seeds]
-    finals = [rounds[-1].accuracy for rounds in runs]
+    runs = [_run(study, arm, seed, out) for seed in study.seeds]
+    finals = [
+        _final(study, arm, seed, out, rounds)
+        for seed, rounds in zip(study.seeds, runs, strict=True)
+    ]
+    cap = arm.settings.get("cap", study.common["cap"])
     calibration = sum(r.calibration_seconds for rounds in runs for r in rounds)
     return {
         "arm": arm.name,
@@ -164,9 +174,8 @@ def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
         "final_mean": float(np.mean(finals)),
         "final_sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0,
         "copies_max": max(max(r.copies) for rounds in runs for r in rounds),
-        "rounds_over_cap": sum(
-            max(r.copies) > study.common["cap"] for rounds in runs for r in rounds
-        ),
+        "cap": cap,
+        "rounds_over_cap": sum(max(r.copies) > cap for rounds in runs for r in rounds),
         "evaluations_per_round": sum(r.calibration_evaluations for rounds in runs for r in rounds)
         / sum(len(rounds) for rounds in runs),
         "calibration_share_of_time": calibration
@@ -174,11 +183,21 @@ def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
     }
 
 
-def _run(config: TrainConfig, arm: Arm, out: Path) -> list[RoundRecord]:
-    slug = "".join(
-        c if c.isalnum() else "-" for c in f"{arm.name}-{config.partition}-{config.seed}"
-    )
-    path = out / "runs" / slug
+def _path(study: Study, arm: Arm, seed: int, out: Path) -> Path:
+    name = f"{arm.name}-{arm.partition}-{seed}"
+    return out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _final(study: Study, arm: Arm, seed: int, out: Path, rounds: list[RoundRecord]) -> float:
+    """Return the accuracy of w on all report images, or of its last round where it broke off."""
+    summary = _path(study, arm, seed, out) / "summary.json"
+    if not summary.exists():
+        return rounds[-1].accuracy
+    return float(json.loads(summary.read_text())["accuracy"])
+
+
+def _run(study: Study, arm: Arm, seed: int, out: Path) -> list[RoundRecord]:
+    config, path = study.config(arm, seed), _path(study, arm, seed, out)
     directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
     if directory.config != config:
         raise FedveilError(
@@ -190,6 +209,7 @@ def _run(config: TrainConfig, arm: Arm, out: Path) -> list[RoundRecord]:
         if "no noise up to sigma" not in str(error) or not directory.rounds():
             raise
         (path / "ended.txt").write_text(f"{error}\n")
+        logging.getLogger(__name__).warning("%s: %s", path.name, error)
     return directory.rounds()
 
 
@@ -197,7 +217,9 @@ def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     shown = {
-        partition: [row for row in rows if row["partition"] == partition]
+        partition: [
+            row for row in rows if row["partition"] == partition and "cap" not in row["settings"]
+        ]
         for partition in study.partitions
     }
     columns = max(len(rows) for rows in shown.values()) - 1
@@ -216,6 +238,32 @@ def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.grid(alpha=0.2)
         line[0].set_ylabel("accuracy on report images")
     grid[0, 0].legend(loc="center right", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.8), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for partition, color, marker in (("iid", BLUE, "o"), ("shards:2", ORANGE, "s")):
+        chosen = [row for row in rows if row["partition"] == partition]
+        delta = sorted(
+            (row["cap"], row["final_mean"], row["final_sd"])
+            for row in chosen
+            if row["settings"]["strategy"] == "noise-delta"
+        )
+        caps, means, spreads = zip(*delta, strict=True)
+        axes.errorbar(
+            caps, means, spreads, color=color, marker=marker, capsize=3, label=f"w, {partition}"
+        )
+        plain = next(row for row in chosen if row["arm"] == "fedavg")
+        axes.axhline(plain["final_mean"], color=color, linestyle=":", linewidth=1)
+    axes.set(xlabel="cap on the accuracy of every copy", ylabel="final accuracy of w", xlim=(0, 1))
+    axes.grid(alpha=0.2)
+    axes.legend(title="dotted: fedavg, no cap", loc="lower right")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -93,9 +93,10 @@ def raise_until_below(
     cap: float,
     start: float,
     step: float,
+    factor: float,
     limit: float,
 ) -> Calibration:
-    """Raise σ by equal steps until every copy's accuracy is at most the cap: the paper's loop.
+    """Raise σ turn by turn until every copy's accuracy is at most the cap: the paper's loop.
 
     Source: noise-based federated averaging, Algorithm 1, the ``while`` loop: each time round, the
     noise is drawn anew and every copy evaluated on all calibration images.
@@ -105,21 +106,24 @@ def raise_until_below(
         evaluate: Starts an evaluation of one copy.
         cap: Accuracy that no copy may exceed, θ of the paper.
         start: First σ tried.
-        step: Added at each further turn of the loop.
+        step: Added at each further turn of the loop; not below 0.
+        factor: What σ is multiplied by before that; not below 1, and above it if ``step`` is 0.
         limit: Largest σ tried.
 
     Raises:
         FedveilError: σ passed ``limit``.
     """
     evaluations = images = 0
-    for turn in range(int((limit - start) / step + 1e-9) + 1):
-        sigma, worst = start + turn * step, 0.0
+    sigma, turn = start, 0
+    while sigma <= limit * (1 + 1e-9):
+        worst = 0.0
         for copy in copies(sigma, turn):
             right, count = (sum(column) for column in zip(*evaluate(copy), strict=True))
             worst = max(worst, right / count)
             evaluations, images = evaluations + 1, images + count
         if worst <= cap:
             return Calibration(sigma, turn, evaluations, images)
+        sigma, turn = sigma * factor + step, turn + 1
     raise _out_of_reach(cap, limit)
 
 

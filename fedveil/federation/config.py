@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedveil.errors import FedveilError
 
@@ -42,7 +42,8 @@ class TrainConfig(BaseModel):
     bound: Literal["labels", "agreement"] = "labels"
     server_clients: int = Field(default=5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
     sigma_start: float = Field(default=0.1, gt=0, le=1e6)
-    sigma_step: float = Field(default=0.1, gt=0, le=1e6, description="raise of noise-pair's loop")
+    sigma_step: float = Field(default=0.1, ge=0, le=1e6, description="raise of noise-pair's loop")
+    sigma_factor: float = Field(default=1.0, ge=1, le=1e3, description="the same, as a factor")
     sigma_limit: float = Field(default=100.0, gt=0, le=1e9)
     calibration_images: int = Field(default=2_000, ge=20, le=10_000_000)
     report_images: int = Field(
@@ -52,6 +53,12 @@ class TrainConfig(BaseModel):
     workers: int | None = Field(default=None, ge=1, le=1024)
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _sigma_must_rise(self) -> "TrainConfig":
+        if self.sigma_step == 0 and self.sigma_factor == 1:
+            raise ValueError("sigma-step 0 with sigma-factor 1 never raises sigma; raise either")
+        return self
 
     @classmethod
     def check(cls, settings: Mapping[str, Any]) -> "TrainConfig":
@@ -101,6 +108,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         known = ", ".join(field.replace("_", "-") for field in TrainConfig.model_fields)
         return f"unknown setting {name!r}; known: {known}"
+    if not name:
+        return str(detail["msg"])
     return f"setting {name} = {detail['input']!r} is not allowed: {detail['msg']}{_range(name)}"
 
 

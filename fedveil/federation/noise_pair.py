@@ -28,11 +28,13 @@ class RaisingLoop:
     Attributes:
         start: First σ of a round.
         step: Added at each turn.
+        factor: What σ is multiplied by before that; the paper does not tell how σ is raised.
         limit: Largest σ tried.
     """
 
     start: float = 0.1
     step: float = 0.1
+    factor: float = 1.0
     limit: float = 100.0
 
 
@@ -121,6 +123,7 @@ class NoisePair(NoisyFedAvg):
             cap=cap,
             start=schedule.start,
             step=schedule.step,
+            factor=schedule.factor,
             limit=schedule.limit,
         )
 

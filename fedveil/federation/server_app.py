@@ -129,7 +129,12 @@ def _noise_pair(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
         cap=Cap(config.cap, job.evaluation.calibration, config.bound),
         noise=config.noise or "first-conv",
         temperature=config.temperature or None,
-        schedule=RaisingLoop(config.sigma_start, config.sigma_step, config.sigma_limit),
+        schedule=RaisingLoop(
+            start=config.sigma_start,
+            step=config.sigma_step,
+            factor=config.sigma_factor,
+            limit=config.sigma_limit,
+        ),
         server_clients=config.server_clients,
         key=key,
         sampling=_sampling(config),

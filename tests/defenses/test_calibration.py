@@ -92,7 +92,7 @@ def test_a_good_start_takes_two_evaluations():
 def test_the_papers_loop_evaluates_both_copies_whole_at_every_turn():
     landscape = Landscape(1.0)
     found = raise_until_below(
-        landscape.copies, landscape.evaluate, cap=0.6, start=0.25, step=0.25, limit=10
+        landscape.copies, landscape.evaluate, cap=0.6, start=0.25, step=0.25, factor=1, limit=10
     )
     assert found.sigma == 1.25  # 0.8 · 1.25 is the first that reaches 1.0
     assert landscape.draws == [0, 1, 2, 3, 4]
@@ -107,6 +107,7 @@ def test_the_cap_itself_is_allowed_by_the_papers_loop():
         cap=0.6,
         start=0.1,
         step=0.1,
+        factor=1,
         limit=1,
     )
     assert found.sigma == 0.1
@@ -117,7 +118,7 @@ def test_noise_that_never_suffices_is_an_error_that_names_the_limit():
     for find in (
         lambda: search_sigma(landscape.copies, landscape.evaluate, cap=0.6, start=1, limit=7.5),
         lambda: raise_until_below(
-            landscape.copies, landscape.evaluate, cap=0.6, start=1, step=2, limit=7.5
+            landscape.copies, landscape.evaluate, cap=0.6, start=1, step=2, factor=1, limit=7.5
         ),
     ):
         with pytest.raises(FedveilError, match=r"7\.5.*60%"):
@@ -138,3 +139,12 @@ def test_a_draw_that_stays_above_at_any_strength_is_given_up_for_the_next():
     )
     assert found.draw == 2
     assert found.sigma >= 3
+
+
+def test_the_papers_loop_can_raise_by_a_factor():
+    landscape = Landscape(1.0)
+    found = raise_until_below(
+        landscape.copies, landscape.evaluate, cap=0.6, start=0.1, step=0, factor=2, limit=10
+    )
+    assert found.sigma == pytest.approx(1.6)  # 0.8 · 0.8 is too little, 1.6 · 0.8 enough
+    assert landscape.draws == [0, 1, 2, 3, 4]
