@@ -35,6 +35,7 @@ _LEAKAGE = LeakageSettings(
     attacks=("lm",),
     defenses=("none", "dct:keep=3"),
 )
+_DRAWN = 3
 
 
 def run_demo(out: Path) -> str:
@@ -86,20 +87,22 @@ def _picture(rounds: Sequence[RoundRecord], report: LeakageReport) -> bytes:
     left, right = figure.subfigures(1, 2, squeeze=False)[0]
     axes = left.subplots()
     draw_curves_on(axes, rounds, cap=_TRAINING.cap)
-    axes.set_title("The model stays with its owner", fontsize=11)
+    axes.set_title("What the owner keeps, and what clients receive", fontsize=11)
     right.suptitle("What the server reads from one update", fontsize=11)
     columns = _columns(report)
-    grid = right.subplots(3, len(columns))
+    grid = right.subplots(_DRAWN, len(columns))
+    # Sky and shadow show nothing, so those with the most detail are drawn; the scores are of all.
+    drawn = report.originals.std(dim=(1, 2, 3)).argsort(descending=True)[:_DRAWN].tolist()
     for column, (title, images, scores) in enumerate(columns):
         grid[0, column].set_title(title, fontsize=8)
-        for row in range(3):
+        for row, index in enumerate(drawn):
             axis = grid[row, column]
-            pixels = images[row].clamp(0, 1).permute(1, 2, 0)
+            pixels = images[index].clamp(0, 1).permute(1, 2, 0)
             axis.imshow(pixels.numpy(), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             if scores is not None:
-                axis.set_xlabel(f"{scores[row]:.0f} dB", fontsize=7)
+                axis.set_xlabel(f"{scores[index]:.0f} dB", fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

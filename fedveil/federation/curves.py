@@ -45,4 +45,4 @@ def draw_curves_on(axes: "Axes", rounds: Sequence[RoundRecord], *, cap: float | 
         axes.axhline(cap, color=GREY, linestyle=":", label=f"cap {cap:.0%}")
     axes.set(xlabel="round", ylabel="accuracy on report images", ylim=(0, 1))
     axes.grid(alpha=0.2)
-    axes.legend(loc="best")
+    axes.legend(loc="lower right", fontsize=8)
