@@ -135,9 +135,12 @@ class NoisePair(NoisyFedAvg):
         self.state = replace(self.state, base=self.cool(base))
         if not self.state.noisy or self._delivered is None:
             return clone(base)
-        held = [(self._delivered, float(count)) for count in self._server_counts(round_number)]
+        counts = self._server_counts(round_number, updates)
+        held = [(self._delivered, float(count)) for count in counts]
         return self.keep_statistics(weighted_mean(returned + held), base)
 
-    def _server_counts(self, round_number: int) -> list[int]:
+    def _server_counts(self, round_number: int, updates: Sequence[Update]) -> list[int]:
+        known = [client.examples for client in self.clients if client.examples is not None]
+        drawn_from = known or [update.examples for update in updates]
         generator = random.Random(f"fedveil server clients {self.sampling.seed} {round_number}")
-        return [generator.choice(self.clients).examples for _ in range(self.server_clients)]
+        return [generator.choice(drawn_from) for _ in range(self.server_clients)]

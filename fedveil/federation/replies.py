@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fedveil.federation.roster import Client
 
+# Of a client that did not say how many images it has.
+_MOST_EXAMPLES = 10_000_000
+
 
 @dataclass(frozen=True)
 class Update:
@@ -48,7 +51,7 @@ def read_replies(
         replies: Replies in any order.
         asked: The clients of the round by node id.
         expected: Gives the names, shapes and dtypes a reply must have.
-        round_number: The round; a reply names it.
+        round_number: The round; a reply that names another is stale.
 
     Returns:
         The updates in the order of the clients' partitions, so that sums do not depend on who
@@ -79,11 +82,12 @@ def _read(
     if len(arrays) != 1 or len(metrics) != 1:
         return "it must send one ArrayRecord and one MetricRecord"
     metric = next(iter(metrics.values()))
-    if metric.get("server-round") != round_number:
+    if metric.get("server-round", round_number) != round_number:
         return f"its answer is for round {metric.get('server-round')}, not {round_number}"
     examples, loss = metric.get("num-examples"), metric.get("loss", float("nan"))
-    if not isinstance(examples, int) or not 0 < examples <= client.examples:
-        return f"num-examples is {examples!r}; it registered {client.examples} images"
+    most = _MOST_EXAMPLES if client.examples is None else client.examples
+    if not isinstance(examples, int) or not 0 < examples <= most:
+        return f"num-examples is {examples!r}; allowed: 1 to {most}"
     try:
         weights = next(iter(arrays.values())).to_torch_state_dict()
     except (ValueError, TypeError, OSError, EOFError) as error:

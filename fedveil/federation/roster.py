@@ -22,12 +22,12 @@ class Client:
     Attributes:
         partition: Number of its share of the data, from 0; stays the same between runs.
         node: Flower's node id; changes from run to run.
-        examples: How many images it says it has.
+        examples: How many images it says it has; ``None`` where its app answers no query.
     """
 
     partition: int
     node: int
-    examples: int
+    examples: int | None
 
 
 def query_roster(
@@ -42,7 +42,9 @@ def query_roster(
         timeout: Seconds to wait for the nodes, and again for their answers.
 
     Returns:
-        The clients that answered, in the order of their partitions.
+        The clients that answered, in the order of their partitions. Where no node answers a query
+        but all say so, as ordinary Flower apps do that register none, all nodes, numbered in the
+        order of their ids.
 
     Raises:
         FedveilError: Too few nodes came, nobody answered, or two nodes claim one partition.
@@ -55,6 +57,9 @@ def query_roster(
     ]
     replies = list(grid.send_and_receive(messages, timeout=timeout))
     clients = [_client(reply) for reply in replies if not reply.has_error()]
+    if not clients and replies and all(_has_no_query(reply) for reply in replies):
+        nodes = sorted(message.metadata.dst_node_id for message in messages)
+        return tuple(Client(number, node, None) for number, node in enumerate(nodes))
     if not clients:
         reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
         raise FedveilError(
@@ -66,6 +71,11 @@ def query_roster(
             "two nodes claim the same partition-id; give every node its own --node-config"
         )
     return tuple(sorted(clients, key=lambda client: client.partition))
+
+
+def _has_no_query(reply: Message) -> bool:
+    # Flower's own words for a message type without a registered function.
+    return reply.has_error() and "No query function registered" in str(reply.error.reason)
 
 
 def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> None:

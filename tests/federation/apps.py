@@ -78,6 +78,16 @@ add = _app(_add)
 spoil = _app(_spoil)
 
 
+ordinary = ClientApp()
+
+
+@ordinary.train()
+def _ordinary_train(message: Message, context: Context) -> Message:
+    metrics = MetricRecord({"num-examples": 10})
+    content = RecordDict({"arrays": message.content["arrays"], "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
 def _broken(make):
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])

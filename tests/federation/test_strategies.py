@@ -205,7 +205,7 @@ def test_server_side_clients_hold_the_previous_w_with_a_drawn_count(model, cap):
     """w = (Σ real nₖ rₖ + Σ drawn nₛ w) / Σ all, while base has no server-side clients."""
     strategy = pair(model, cap, server_clients=3)
     (_, after), _ = run(strategy, model, "add", clients=4)
-    counts = strategy._server_counts(1)
+    counts = strategy._server_counts(1, [])
     assert len(counts) == 3
     assert set(counts) <= {apps.examples(client) for client in range(4)}
     real = sum(apps.examples(client) for client in range(4))
@@ -221,8 +221,8 @@ def test_server_side_clients_hold_the_previous_w_with_a_drawn_count(model, cap):
 def test_a_new_server_side_client_is_drawn_for_every_round_and_seed(model, cap):
     strategy = pair(model, cap, server_clients=50, sampling=Sampling(seed=3))
     strategy.clients = tuple(Client(i, i, i + 1) for i in range(1000))
-    assert strategy._server_counts(1) != strategy._server_counts(2)
-    assert strategy._server_counts(1) == strategy._server_counts(1)
+    assert strategy._server_counts(1, []) != strategy._server_counts(2, [])
+    assert strategy._server_counts(1, []) == strategy._server_counts(1, [])
 
 
 @pytest.mark.parametrize("make", [delta, pair])
@@ -333,3 +333,11 @@ def test_every_client_gets_its_turn():
         for client in sample_clients(everyone, fraction=0.1, seed=0, round_number=number)
     }
     assert seen == set(range(20))
+
+
+def test_an_ordinary_flower_app_that_answers_no_query_and_names_no_round_works(model, cap):
+    for strategy in (delta(model, cap), pair(model, cap, server_clients=2), SeededFedAvg()):
+        (_, after), _ = run(strategy, model, "ordinary", clients=4)
+        assert strategy.averaged == (0, 1, 2, 3)
+        if not isinstance(strategy, NoisePair):
+            assert torch.equal(after["1.weight"], model.state_dict()["1.weight"])
