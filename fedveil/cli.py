@@ -208,20 +208,25 @@ def reproduce_noise(
     ] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
+    also_search: Annotated[
+        bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
+    ] = False,
 ) -> None:
     """Accuracy of w and of the copies over the rounds, for noise-pair and noise-delta.
 
-    Writes noise.json, noise.png and noise.md. Interrupted, it goes on where it stopped.
+    Writes noise.json, noise.png, noise-frontier.png and noise.md, and with --search
+    noise-search.json and noise-search.md. Interrupted, it goes on where it stopped.
     """
     from dataclasses import replace
 
-    from fedveil.audit.reproduce_noise import NOISE
+    from fedveil.audit.reproduce_noise import NOISE, SEARCH, search
     from fedveil.audit.reproduce_noise import reproduce as run
 
     common = {**NOISE.common, "dataset": dataset, "rounds": rounds}
-    study = replace(NOISE, common=common, seeds=tuple(range(seeds)))
     try:
-        run(study, out)
+        run(replace(NOISE, common=common, seeds=tuple(range(seeds))), out)
+        if also_search:
+            search(replace(SEARCH, common=common), out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

@@ -43,11 +43,13 @@ class Study:
         common: Settings of every run.
         arms: The lines of the comparison.
         seeds: A run each.
+        prefix: Begins the names of the runs' directories.
     """
 
     common: Mapping[str, Any]
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    prefix: str = ""
 
     def config(self, arm: Arm, seed: int) -> TrainConfig:
         """Return the settings of one run."""
@@ -119,6 +121,42 @@ NOISE = Study(
 )
 
 
+def _search_arm(name: str, partition: str, **settings: Any) -> Arm:
+    usual = {"strategy": "noise-delta", "clip": 20.0, "sigma_limit": 1e6}
+    chosen = {**usual, **settings}
+    return Arm(f"{name}, lr {chosen['learning_rate']}", partition, chosen)
+
+
+# What else was tried, one seed each: where the noise goes, at which temperature, how fast.
+SEARCH = Study(
+    common=NOISE.common,
+    arms=(
+        _search_arm("output, temperature 10", "iid", learning_rate=0.2),
+        _search_arm("output, temperature 10", "iid", learning_rate=0.05),
+        _search_arm("output, temperature 1", "iid", learning_rate=0.2, temperature=1.0),
+        _search_arm("output, none", "iid", learning_rate=0.2, temperature=0.0),
+        _search_arm("output, none", "iid", learning_rate=0.05, temperature=0.0),
+        _search_arm("output.bias, temperature 10", "iid", learning_rate=0.2, noise="output.bias"),
+        _search_arm("hidden.*, temperature 10", "iid", learning_rate=0.1, noise="hidden.*"),
+        _search_arm("all, temperature 10", "iid", learning_rate=0.1, noise="all"),
+        _search_arm("all, none", "iid", learning_rate=0.05, noise="all", temperature=0.0),
+        _search_arm(
+            "first-conv, none",
+            "iid",
+            learning_rate=0.05,
+            noise="first-conv",
+            clip=1.0,
+            temperature=0.0,
+        ),
+        _search_arm("first-conv, temperature 10", "iid", learning_rate=0.1, noise="first-conv"),
+        _search_arm("output, temperature 10", "shards:2", learning_rate=0.1),
+        _search_arm("output, temperature 1", "shards:2", learning_rate=0.05, temperature=1.0),
+    ),
+    seeds=(0,),
+    prefix="search ",
+)
+
+
 def reproduce(study: Study, out: Path) -> dict[str, Any]:
     """Run what is missing of a study, then write ``noise.json``, ``noise.png`` and ``noise.md``.
 
@@ -137,20 +175,46 @@ def reproduce(study: Study, out: Path) -> dict[str, Any]:
             result, and is reported as such instead.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [_row(study, arm, out) for arm in study.arms]
-    result = {
-        "command": "fedveil reproduce noise",
+    rows = _rows(study, out)
+    result = _result("fedveil reproduce noise", study, rows)
+    write_atomically(out / "noise.json", (json.dumps(result) + "\n").encode())
+    write_atomically(out / "noise.png", _draw(study, rows))
+    write_atomically(out / "noise-frontier.png", _draw_frontier(rows))
+    write_atomically(out / "noise.md", _table(rows).encode())
+    return result
+
+
+def search(study: Study, out: Path) -> dict[str, Any]:
+    """Run what is missing of the search, then write ``noise-search.json`` and ``.md``.
+
+    Args:
+        study: What to run.
+        out: Directory of the study; runs are kept and resumed as by ``reproduce``.
+
+    Returns:
+        The content of ``noise-search.json``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _rows(study, out)
+    result = _result("fedveil reproduce noise --search", study, rows)
+    write_atomically(out / "noise-search.json", (json.dumps(result) + "\n").encode())
+    write_atomically(out / "noise-search.md", _search_table(rows).encode())
+    return result
+
+
+def _result(command: str, study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "seeds": list(study.seeds),
         "common": dict(study.common),
         "rows": rows,
     }
-    write_atomically(out / "noise.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_atomically(out / "noise.png", _draw(study, rows))
-    write_atomically(out / "noise-frontier.png", _draw_frontier(rows))
-    write_atomically(out / "noise.md", _table(rows).encode())
-    return result
+
+
+def _rows(study: Study, out: Path) -> list[dict[str, Any]]:
+    return [_row(study, arm, out) for arm in study.arms]
 
 
 def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
@@ -184,7 +248,7 @@ def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
 
 
 def _path(study: Study, arm: Arm, seed: int, out: Path) -> Path:
-    name = f"{arm.name}-{arm.partition}-{seed}"
+    name = f"{study.prefix}{arm.name}-{arm.partition}-{seed}"
     return out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
 
 
@@ -291,6 +355,20 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| {row['final_mean']:.2%} ± {row['final_sd']:.2%} | {row['copies_max']:.1%} "
         f"| {row['rounds_over_cap']} of {sum(row['rounds'])} | {row['evaluations_per_round']:.1f} "
         f"| {row['calibration_share_of_time']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _search_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| partition | noise | rounds | accuracy of w | best w | best copy | last sigma |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['partition']} | {row['arm']} "
+        f"| {row['rounds'][0]} | {row['final_mean']:.1%} | {max(row['accuracy'][0]):.1%} "
+        f"| {row['copies_max']:.1%} | {row['sigma'][0][-1]:.3g} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
