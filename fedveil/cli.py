@@ -1,5 +1,6 @@
 """The command line; each command checks its options, calls one function and prints the outcome."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +54,9 @@ class Bound(StrEnum):
 
 def main() -> None:
     """Run the command line; a mistake of the user ends in a sentence, never in a traceback."""
+    # Before torch is loaded: threads that spin while they wait stall the server whenever another
+    # process wants its core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FedveilError as error:
