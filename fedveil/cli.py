@@ -187,7 +187,8 @@ def _finish_training(directory: "RunDirectory") -> None:
     try:
         summary = run_to_completion(directory)
     except KeyboardInterrupt:
-        rounds = len(directory.rounds())
+        last = directory.checkpoint()
+        rounds = last.round if last else 0
         Console(stderr=True, soft_wrap=True).print(
             f"\nInterrupted after round {rounds}; nothing is lost. Go on with\n"
             f"  fedveil train --resume {directory.path}"

@@ -117,22 +117,21 @@ def train_deployed(directory: RunDirectory, machine: Machine, on_round: OnRound)
     config = directory.config
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedveil-")))
-        runtime, control, fleet = _free_port(), _free_port(), _free_port()
+        superlink = f"127.0.0.1:{_free_port()}"
         environment = {**os.environ, **_ENVIRONMENT, "FLWR_HOME": str(home / "flwr")}
         start = _Starter(stack, environment, directory.path / "logs")
         start(
             "superlink",
             "flower-superlink --insecure --disable-runtime-dependency-installation "
-            f"--port {runtime} --fleet-api-address 127.0.0.1:{fleet} "
-            f"--control-api-address 127.0.0.1:{control}",
+            f"--port {superlink.rpartition(':')[2]}",
         )
         for client in range(config.clients):
             start(
                 f"supernode-{client}",
-                f"flower-supernode --insecure --superlink 127.0.0.1:{fleet} --port {_free_port()} "
+                f"flower-supernode --insecure --superlink {superlink} --port {_free_port()} "
                 f"--node-config 'partition-id={client} num-partitions={config.clients}'",
             )
-        _write_app(home, directory, control)
+        _write_app(home, directory, superlink)
         _submit(home, environment)
         _follow(directory, config.rounds, start.processes, on_round)
 
@@ -195,11 +194,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _write_app(home: Path, directory: RunDirectory, control: int) -> None:
+def _write_app(home: Path, directory: RunDirectory, superlink: str) -> None:
     (home / "flwr").mkdir()
     (home / "flwr" / "config.toml").write_text(
         '[superlink]\ndefault = "here"\n\n[superlink.here]\n'
-        f'address = "127.0.0.1:{control}"\ninsecure = true\n'
+        f'address = "{superlink}"\ninsecure = true\n'
     )
     app = home / "app"
     app.mkdir()
@@ -226,7 +225,7 @@ def _submit(home: Path, environment: Mapping[str, str]) -> None:
         )
         if done.returncode == 0:
             return
-        if "onnect" not in done.stdout + done.stderr or attempt == 59:
+        if "unavailable" not in done.stdout + done.stderr or attempt == 59:
             break
         time.sleep(1)
     raise FedveilError(f"the run could not be submitted: {(done.stdout + done.stderr).strip()}")
