@@ -120,6 +120,9 @@ def train(
     temperature: Annotated[
         float | None, typer.Option(help="How flat the copies' logits are; 0: as trained.")
     ] = None,
+    smoothing: Annotated[
+        float | None, typer.Option(help="How much of the last w noise-delta keeps in w, below 1.")
+    ] = None,
     bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
     server_clients: Annotated[
         int | None, typer.Option(help="|s|: server-side clients of noise-pair.")

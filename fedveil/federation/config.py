@@ -39,6 +39,7 @@ class TrainConfig(BaseModel):
         default=None, min_length=1, description="first-conv, output, all, a pattern"
     )
     temperature: float | None = Field(default=None, ge=0, le=1e6, description="0: none")
+    smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the delivered w")
     bound: Literal["labels", "agreement"] = "labels"
     server_clients: int = Field(default=5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
     sigma_start: float = Field(default=0.1, gt=0, le=1e6)

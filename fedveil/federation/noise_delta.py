@@ -22,6 +22,7 @@ from fedveil.federation.fedavg import (
 )
 from fedveil.federation.noisy_fedavg import Cap, NoisyFedAvg
 from fedveil.federation.replies import Update
+from fedveil.federation.roster import Client
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class NoiseDelta(NoisyFedAvg):
             parameters' names.
         temperature: How much smaller than at the start the copies' logits are; ``None`` leaves
             them as training makes them.
+        smoothing: β in [0, 1): w becomes β·w + (1 - β)·(the new average) once copies carry noise.
+            The next copies start from the average itself, so this only steadies what is delivered.
         search: Where the search for σ starts and ends.
         key: Secret of the noise; drawn from the operating system where it is not given.
         run: Name of the run.
@@ -68,6 +71,7 @@ class NoiseDelta(NoisyFedAvg):
         cap: Cap,
         noise: str = "output",
         temperature: float | None = 10.0,
+        smoothing: float = 0.0,
         search: SigmaSearch | None = None,
         key: NoiseKey | None = None,
         run: str = "run",
@@ -85,6 +89,15 @@ class NoiseDelta(NoisyFedAvg):
             resume=resume,
         )
         self.search = search or SigmaSearch()
+        self.smoothing = smoothing
+        self._delivered: Weights | None = None
+
+    def distribute(
+        self, round_number: int, weights: Weights, clients: Sequence[Client]
+    ) -> Distribution:
+        """Make the copies from base; ``weights`` is w."""
+        self._delivered = weights
+        return super().distribute(round_number, weights, clients)
 
     def passed_cap(self, round_number: int, base: Weights) -> bool:
         """Return True from the first round on in which w is not surely below the cap.
@@ -110,7 +123,7 @@ class NoiseDelta(NoisyFedAvg):
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return base plus the weighted mean of what each client changed.
 
-        The next base is the same model at the fixed temperature.
+        The next base is that model at the fixed temperature; w is it, smoothed.
         """
         base = self.state.base or sent.copies[0]
         received = {client: sent.copies[copy] for client, copy in sent.assignment}
@@ -122,7 +135,10 @@ class NoiseDelta(NoisyFedAvg):
         mean = {name: base[name] + change for name, change in step.items()}
         weights = self.keep_statistics(mean, base)
         self.state = replace(self.state, base=self.cool(weights))
-        return weights
+        if not (self.smoothing and self.state.noisy and self._delivered):
+            return weights
+        past = [(self._delivered, self.smoothing), (weights, 1 - self.smoothing)]
+        return self.keep_statistics(weighted_mean(past), base)
 
 
 def difference(returned: Weights, sent: Weights, names: Collection[str]) -> dict[str, Tensor]:

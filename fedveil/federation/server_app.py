@@ -149,6 +149,7 @@ def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
         cap=Cap(config.cap, job.evaluation.calibration, config.bound),
         noise=config.noise or "output",
         temperature=10.0 if config.temperature is None else config.temperature or None,
+        smoothing=config.smoothing,
         search=SigmaSearch(start=config.sigma_start, limit=config.sigma_limit),
         key=key,
         sampling=_sampling(config),

@@ -119,6 +119,7 @@ def test_delta_mean_does_not_depend_on_the_noise(counts, sigma, seed):
     strategy._parameters = frozenset(base)
     strategy._batch_norm = False
     strategy.temperature = None
+    strategy.smoothing = 0.0
     after = strategy.combine(1, sent, updates)["1.weight"].double()
     expected = base["1.weight"].double() + sum(
         n * change.double() for n, change in zip(counts, changes, strict=True)
@@ -145,7 +146,9 @@ def test_the_temperature_changes_no_answer_and_fixes_the_scale_of_the_copies(mod
         torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
     )
     net.load_state_dict(model.state_dict())
-    start = torch.cat([net[3].weight.flatten(), net[3].bias]).square().mean().sqrt()
+    start = (
+        torch.cat([net[3].weight.detach().flatten(), net[3].bias.detach()]).square().mean().sqrt()
+    )
     strategy = delta(net, cap, noise="output", temperature=10.0)
     history, _ = run(strategy, net, "add", rounds=2)
     after, base = history[2], strategy.state.base
@@ -159,6 +162,19 @@ def test_the_temperature_changes_no_answer_and_fixes_the_scale_of_the_copies(mod
     assert torch.equal(*answers)
     ratio = after["3.weight"] / base["3.weight"]
     assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-4)
+
+
+def test_smoothing_averages_what_is_delivered_and_not_what_copies_start_from(model, cap):
+    strategy = delta(model, cap, smoothing=0.75)
+    (start, first, second), _ = run(strategy, model, "add", rounds=2)
+    total = sum(apps.examples(client) for client in range(6))
+    step = sum(apps.examples(client) * 0.01 * (client + 1) for client in range(6)) / total
+    for name, before in start.items():
+        assert torch.allclose(first[name], before + 0.25 * step, atol=2e-4)
+        assert torch.allclose(
+            second[name], 0.75 * first[name] + 0.25 * (before + 2 * step), atol=2e-4
+        )
+        assert torch.allclose(strategy.state.base[name], before + 2 * step, atol=2e-4)
 
 
 def test_pair_keeps_the_papers_residue_of_the_noise_in_base(model, cap):
