@@ -79,7 +79,8 @@ _SHARDS_DELTA = {
     "strategy": "noise-delta",
     "noise": "output.bias",
     "temperature": 1.0,
-    "sigma_limit": 1e4,
+    "smoothing": 0.8,
+    "sigma_limit": 1e6,
 }
 
 # Learning rates and the noise's place were searched on seed 0 in a separate simulation, for the
@@ -115,7 +116,7 @@ NOISE = Study(
         Arm("noise-pair, first-conv", "shards:2", _PAPER),
         *(
             Arm(f"noise-delta, cap {cap:.0%}", "shards:2", {**_SHARDS_DELTA, "cap": cap})
-            for cap in (0.3, 0.8, 0.9)
+            for cap in (0.8, 0.9)
         ),
     ),
 )
@@ -133,24 +134,19 @@ SEARCH = Study(
     arms=(
         _search_arm("output, temperature 10", "iid", learning_rate=0.2),
         _search_arm("output, temperature 10", "iid", learning_rate=0.05),
-        _search_arm("output, temperature 1", "iid", learning_rate=0.2, temperature=1.0),
         _search_arm("output, none", "iid", learning_rate=0.2, temperature=0.0),
         _search_arm("output, none", "iid", learning_rate=0.05, temperature=0.0),
-        _search_arm("output.bias, temperature 10", "iid", learning_rate=0.2, noise="output.bias"),
         _search_arm("hidden.*, temperature 10", "iid", learning_rate=0.1, noise="hidden.*"),
         _search_arm("all, temperature 10", "iid", learning_rate=0.1, noise="all"),
-        _search_arm("all, none", "iid", learning_rate=0.05, noise="all", temperature=0.0),
-        _search_arm(
-            "first-conv, none",
-            "iid",
-            learning_rate=0.05,
-            noise="first-conv",
-            clip=1.0,
-            temperature=0.0,
-        ),
         _search_arm("first-conv, temperature 10", "iid", learning_rate=0.1, noise="first-conv"),
-        _search_arm("output, temperature 10", "shards:2", learning_rate=0.1),
-        _search_arm("output, temperature 1", "shards:2", learning_rate=0.05, temperature=1.0),
+        _search_arm("output, temperature 10", "shards:2", learning_rate=0.1, smoothing=0.8),
+        _search_arm(
+            "output.bias, temperature 1, unsmoothed",
+            "shards:2",
+            learning_rate=0.05,
+            noise="output.bias",
+            temperature=1.0,
+        ),
     ),
     seeds=(0,),
     prefix="search ",
