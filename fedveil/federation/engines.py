@@ -118,7 +118,14 @@ def train_deployed(directory: RunDirectory, machine: Machine, on_round: OnRound)
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedveil-")))
         superlink = f"127.0.0.1:{_free_port()}"
-        environment = {**os.environ, **_ENVIRONMENT, "FLWR_HOME": str(home / "flwr")}
+        # Flower's processes start each other by name.
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {
+            **os.environ,
+            **_ENVIRONMENT,
+            "FLWR_HOME": str(home / "flwr"),
+            "PATH": programs,
+        }
         start = _Starter(stack, environment, directory.path / "logs")
         start(
             "superlink",
@@ -132,8 +139,8 @@ def train_deployed(directory: RunDirectory, machine: Machine, on_round: OnRound)
                 f"--node-config 'partition-id={client} num-partitions={config.clients}'",
             )
         _write_app(home, directory, superlink)
-        _submit(home, environment)
-        _follow(directory, config.rounds, start.processes, on_round)
+        _submit(home, environment, lambda: _check_alive(start.processes, directory))
+        _follow(directory, lambda: _check_alive(start.processes, directory), on_round)
 
 
 _ENGINES: Mapping[str, Callable[[RunDirectory, Machine, OnRound], None]] = {
@@ -217,9 +224,20 @@ def _write_app(home: Path, directory: RunDirectory, superlink: str) -> None:
     )
 
 
-def _submit(home: Path, environment: Mapping[str, str]) -> None:
+def _check_alive(processes: Mapping[str, subprocess.Popen[bytes]], directory: RunDirectory) -> None:
+    for name, process in processes.items():
+        if process.poll() is not None:
+            raise FedveilError(
+                f"{name} ended with status {process.returncode}; see "
+                f"{directory.path / 'logs' / name}.log, then go on with fedveil train --resume "
+                f"{directory.path}"
+            )
+
+
+def _submit(home: Path, environment: Mapping[str, str], check: Callable[[], None]) -> None:
     command = [str(Path(sys.executable).with_name("flwr")), "run", str(home / "app")]
     for attempt in range(60):
+        check()
         done = subprocess.run(
             command, env=dict(environment), capture_output=True, text=True, check=False
         )
@@ -231,23 +249,13 @@ def _submit(home: Path, environment: Mapping[str, str]) -> None:
     raise FedveilError(f"the run could not be submitted: {(done.stdout + done.stderr).strip()}")
 
 
-def _follow(
-    directory: RunDirectory,
-    rounds: int,
-    processes: Mapping[str, subprocess.Popen[bytes]],
-    on_round: OnRound,
-) -> None:
+def _follow(directory: RunDirectory, check: Callable[[], None], on_round: OnRound) -> None:
     told = len(directory.rounds())
     while not directory.complete:
         for record in directory.rounds()[told:]:
             on_round(record)
             told += 1
-        for name, process in processes.items():
-            if process.poll() is not None:
-                raise FedveilError(
-                    f"{name} ended with status {process.returncode}; see "
-                    f"{directory.path / 'logs' / name}.log, then --resume"
-                )
+        check()
         time.sleep(0.2)
     for record in directory.rounds()[told:]:
         on_round(record)

@@ -119,7 +119,7 @@ def test_only_the_run_directory_is_written(tmp_path, monkeypatch):
 def test_batch_statistics_are_the_copys_own(tmp_path):
     """Neither w's running statistics nor any client's are in what the next round sends."""
     job, _, grid, delivered = train(
-        tmp_path / "run", model="resnet-bn", rounds=4, learning_rate=0.2, epochs=4
+        tmp_path / "run", model="resnet-bn", noise="all", rounds=3, learning_rate=0.2, epochs=4
     )
     noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
     assert noisy
@@ -139,7 +139,7 @@ def test_batch_statistics_are_the_copys_own(tmp_path):
 
 def test_w_of_a_batch_norm_model_works_with_the_statistics_it_is_delivered_with(tmp_path):
     _, _, _, delivered = train(
-        tmp_path / "run", model="resnet-bn", rounds=4, learning_rate=0.2, epochs=4
+        tmp_path / "run", model="resnet-bn", rounds=3, learning_rate=0.2, epochs=4
     )
     assert delivered[-1][0].accuracy > 0.6
     assert max(max(record.copies) for record, _, _ in delivered) < 0.6
