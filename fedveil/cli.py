@@ -11,6 +11,7 @@ from rich.console import Console
 from fedveil import __version__
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
+from fedveil.files import check_directory
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
     from fedveil.federation.run_directory import RunDirectory
@@ -238,7 +239,7 @@ class Update(StrEnum):
 
 @audit.command("leakage")
 def audit_leakage(
-    out: Annotated[Path, typer.Option(help="Directory for the results.")],
+    out: Annotated[Path, typer.Option(help="New directory for the results.")],
     dataset: Annotated[
         str, typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path.")
     ] = "photos",
@@ -266,22 +267,23 @@ def audit_leakage(
 
     Writes leakage.json, reconstructions.png and reconstructions.npz.
     """
-    from fedveil.audit.leakage import LeakageSettings
-    from fedveil.audit.leakage_run import run_leakage_audit
-
-    settings = LeakageSettings(
-        dataset=dataset,
-        model=model,
-        clients=clients,
-        victim=victim,
-        images=images,
-        attacks=tuple(attack or ("lm",)),
-        defenses=tuple(defense or ("none",)),
-        update=update.value,
-        seed=seed,
-        workers=workers,
-    )
+    check_directory(out, new=True)
     try:
+        from fedveil.audit.leakage import LeakageSettings
+        from fedveil.audit.leakage_run import run_leakage_audit
+
+        settings = LeakageSettings(
+            dataset=dataset,
+            model=model,
+            clients=clients,
+            victim=victim,
+            images=images,
+            attacks=tuple(attack or ("lm",)),
+            defenses=tuple(defense or ("none",)),
+            update=update.value,
+            seed=seed,
+            workers=workers,
+        )
         report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)

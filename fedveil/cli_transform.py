@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fedveil.errors import FedveilError
+
 
 def transform(
     src: Annotated[Path, typer.Argument(help="Folder of images, nested at will.")],
@@ -23,6 +25,8 @@ def transform(
     """Write a copy of an image folder without its high spatial frequencies, as PNG."""
     from fedveil.defenses import BlockDCT, transform_folder
 
+    if (keep is None) == (cutoff is None):
+        raise FedveilError("give either --keep N or --cutoff SHARE: what is kept of a block")
     module = BlockDCT(keep=keep, cutoff=cutoff, block=block)
     console = Console()
     with Progress(console=console, transient=True) as bar:
