@@ -23,10 +23,10 @@ def transform(
     block: Annotated[int, typer.Option(help="Side of a block in pixels.")] = 8,
 ) -> None:
     """Write a copy of an image folder without its high spatial frequencies, as PNG."""
-    from fedveil.defenses import BlockDCT, transform_folder
-
     if (keep is None) == (cutoff is None):
         raise FedveilError("give either --keep N or --cutoff SHARE: what is kept of a block")
+    from fedveil.defenses import BlockDCT, transform_folder
+
     module = BlockDCT(keep=keep, cutoff=cutoff, block=block)
     console = Console()
     with Progress(console=console, transient=True) as bar:
