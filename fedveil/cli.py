@@ -12,6 +12,7 @@ from rich.console import Console
 from fedveil import __version__
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
+from fedveil.files import check_directory
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
     from fedveil.federation.run_directory import RunDirectory
@@ -242,6 +243,55 @@ def reproduce_noise(
     typer.echo(f"{out / 'noise.json'}  {out / 'noise.png'}")
 
 
+@reproduce.command("dct")
+def reproduce_dct(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    images: Annotated[int, typer.Option(help="Images attacked for each keep.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Training runs for each keep: seeds 0, 1, …")] = 3,
+    dataset: Annotated[
+        str, typer.Option(help="What is attacked; losslessly stored images.")
+    ] = "cifar100",
+    accuracy_dataset: Annotated[str, typer.Option(help="What is learnt.")] = "cifar10",
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(help="Coefficients kept of 64; may be repeated.  [default: 1 to 64, eight]"),
+    ] = None,
+    figure_images: Annotated[int, typer.Option(help="Images of figure 3.")] = 4,
+    figure_keep: Annotated[int, typer.Option(help="Coefficients kept in figure 3.")] = 6,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Local epochs a round.")] = 1,
+) -> None:
+    """Figure 3 of the paper, and leakage and accuracy against the coefficients kept.
+
+    Writes dct.json, dct.png, dct.md and figure3.png. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.reproduce_dct import KEEPS, DctStudy
+        from fedveil.audit.reproduce_dct import reproduce as run
+
+        study = DctStudy(
+            images=images,
+            seeds=seeds,
+            dataset=dataset,
+            accuracy_dataset=accuracy_dataset,
+            keeps=tuple(keep or KEEPS),
+            figure_images=figure_images,
+            figure_keep=figure_keep,
+            rounds=rounds,
+            epochs=epochs,
+        )
+        run(study, out, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "dct.md").read_text())
+    typer.echo(f"{out / 'dct.json'}  {out / 'dct.png'}  {out / 'figure3.png'}")
+
+
+def _show_piece(name: str, done: int, total: int) -> None:
+    typer.echo(f"[{done + 1}/{total}] {name}", err=True)
+
+
 class Update(StrEnum):
     """What a client returns in ``fedveil audit leakage``."""
 
@@ -251,7 +301,7 @@ class Update(StrEnum):
 
 @audit.command("leakage")
 def audit_leakage(
-    out: Annotated[Path, typer.Option(help="Directory for the results.")],
+    out: Annotated[Path, typer.Option(help="New directory for the results.")],
     dataset: Annotated[
         str, typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path.")
     ] = "photos",
@@ -279,22 +329,23 @@ def audit_leakage(
 
     Writes leakage.json, reconstructions.png and reconstructions.npz.
     """
-    from fedveil.audit.leakage import LeakageSettings
-    from fedveil.audit.leakage_run import run_leakage_audit
-
-    settings = LeakageSettings(
-        dataset=dataset,
-        model=model,
-        clients=clients,
-        victim=victim,
-        images=images,
-        attacks=tuple(attack or ("lm",)),
-        defenses=tuple(defense or ("none",)),
-        update=update.value,
-        seed=seed,
-        workers=workers,
-    )
+    check_directory(out, new=True)
     try:
+        from fedveil.audit.leakage import LeakageSettings
+        from fedveil.audit.leakage_run import run_leakage_audit
+
+        settings = LeakageSettings(
+            dataset=dataset,
+            model=model,
+            clients=clients,
+            victim=victim,
+            images=images,
+            attacks=tuple(attack or ("lm",)),
+            defenses=tuple(defense or ("none",)),
+            update=update.value,
+            seed=seed,
+            workers=workers,
+        )
         report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fedveil.errors import FedveilError
+
 
 def transform(
     src: Annotated[Path, typer.Argument(help="Folder of images, nested at will.")],
@@ -21,6 +23,8 @@ def transform(
     block: Annotated[int, typer.Option(help="Side of a block in pixels.")] = 8,
 ) -> None:
     """Write a copy of an image folder without its high spatial frequencies, as PNG."""
+    if (keep is None) == (cutoff is None):
+        raise FedveilError("give either --keep N or --cutoff SHARE: what is kept of a block")
     from fedveil.defenses import BlockDCT, transform_folder
 
     module = BlockDCT(keep=keep, cutoff=cutoff, block=block)

@@ -1,8 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and directories for results."""
 
 import os
 import secrets
 from pathlib import Path
+
+from fedveil.errors import FedveilError
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -31,3 +33,27 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_directory(path: Path, *, new: bool = False) -> None:
+    """Refuse a directory for results that could not be made or written; nothing is made yet.
+
+    Args:
+        path: The user's ``--out``.
+        new: Refuse one that holds something, too.
+
+    Raises:
+        FedveilError: A file is in the way, it may not be written, or it is not empty.
+    """
+    nearest = path.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise FedveilError(f"--out {path}: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FedveilError(
+            f"--out {path}: {nearest} may not be written; mend its permissions, or name another "
+            "directory"
+        )
+    if new and path.exists() and any(path.iterdir()):
+        raise FedveilError(f"--out {path} is not empty; name a new directory")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, build_attack
+from fedveil.attacks.inversion import Inversion, build_attack, check_model
 from fedveil.audit.metrics import (
     bootstrap,
     exact,
@@ -165,13 +165,26 @@ class LeakageReport:
     def write(self, out: Path) -> None:
         """Write leakage.json, reconstructions.npz and reconstructions.png into ``out``.
 
-        Each file appears whole or not at all.
+        Each file appears whole or not at all, leakage.json last.
+
+        Raises:
+            FedveilError: The directory cannot be made or written.
         """
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.as_json(), indent=2) + "\n"
-        write_atomically(out / "reconstructions.npz", _arrays(self))
-        write_atomically(out / "reconstructions.png", _picture(self))
-        write_atomically(out / "leakage.json", text.encode())
+        # All are made before the first is written: making them takes longer than writing them.
+        files = {
+            "reconstructions.npz": _arrays(self),
+            "reconstructions.png": _picture(self),
+            "leakage.json": (json.dumps(self.as_json(), indent=2) + "\n").encode(),
+        }
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write_atomically(out / name, content)
+        except OSError as error:
+            raise FedveilError(
+                f"--out {out} could not be written: {error.strerror}; make room, mend the "
+                "permissions or name another directory"
+            ) from error
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -210,6 +223,7 @@ def audit_leakage(
     Raises:
         FedveilError: Fewer images than asked for, or what an attack refuses.
     """
+    check_model(model, dataset.shape, len(dataset.classes))
     defenses = [parse_defense(text) for text in settings.defenses]
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation

@@ -1,13 +1,13 @@
 """A leakage audit from its settings: loads what they name, shows progress, writes the report."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
 from fedveil.data import load_dataset
@@ -33,6 +33,7 @@ def run_leakage_audit(
     model = build_model(settings.model, dataset.shape, len(dataset.classes), seed=settings.seed)
     if checkpoint:
         load_checkpoint(model, checkpoint)
+    model.train()  # as the clients will, whatever mode the user's factory leaves it in
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -59,17 +60,43 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         FedveilError: The file cannot be read, or does not fit the model.
     """
+    state = _read_state(path)
+    wanted = model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise FedveilError(
+            f"--checkpoint {path} holds no state dict; write one with "
+            "torch.save(model.state_dict(), FILE) or safetensors"
+        )
+    faults = [
+        *(f"it lacks {name}" for name in wanted if name not in state),
+        *(f"it has {name}, which the model has not" for name in state if name not in wanted),
+        *(
+            f"its {name} has shape {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ),
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise FedveilError(
+            f"--checkpoint {path} does not fit the model: {faults[0]}{more}; give the weights of "
+            "this --model, trained on images of this size and as many classes"
+        )
+    model.load_state_dict(state)
+
+
+def _read_state(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except (OSError, SafetensorError) as error:
-        raise FedveilError(f"--checkpoint {path} cannot be read: {error}") from None
-    except Exception as error:  # unpickling and loading raise what they like
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
         raise FedveilError(
-            f"--checkpoint {path} does not fit the model: {first} Give a .safetensors file, or a "
-            ".pt file with the state dict of the same architecture"
+            f"--checkpoint {path} cannot be read: {error.strerror or error}; give the path of a "
+            ".safetensors file, or of a .pt file of tensors"
+        ) from None
+    except Exception:  # unpickling raises what it likes, and says nothing a user can mend
+        raise FedveilError(
+            f"--checkpoint {path} is damaged or no file of tensors; give a .safetensors file, or a "
+            ".pt file with a state dict and nothing else"
         ) from None

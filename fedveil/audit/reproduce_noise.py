@@ -17,7 +17,7 @@ from fedveil.federation.config import TrainConfig
 from fedveil.federation.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.federation.run_directory import RoundRecord, RunDirectory, versions
 from fedveil.federation.training_run import run_to_completion
-from fedveil.files import write_atomically
+from fedveil.files import check_directory, write_atomically
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def reproduce(study: Study, out: Path) -> dict[str, Any]:
         FedveilError: Anything the user can mend; a run whose noise cannot reach the cap is a
             result, and is reported as such instead.
     """
+    check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     rows = _rows(study, out)
     result = _result("fedveil reproduce noise", study, rows)

@@ -46,7 +46,7 @@ def build_model(name: str, shape: Shape, classes: int, *, seed: int) -> nn.Modul
     factory = _import_factory(name) if ":" in name else _known_factory(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = factory(shape, classes)
+        model = _made(name, factory, shape, classes)
     _check_forward(name, model, shape, classes)
     return model
 
@@ -78,6 +78,18 @@ def _import_factory(path: str) -> Factory:
     return factory  # type: ignore[no-any-return]
 
 
+def _made(name: str, factory: Factory, shape: Shape, classes: int) -> nn.Module:
+    try:
+        return factory(shape, classes)
+    except FedveilError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise FedveilError(
+            f"model {name!r} cannot be made for images of shape {shape} (C, H, W) and {classes} "
+            f"classes: {error}; mend factory(shape, classes), or give images of another size"
+        ) from error
+
+
 def _check_forward(name: str, model: object, shape: Shape, classes: int) -> None:
     if not isinstance(model, nn.Module):
         raise FedveilError(
@@ -90,7 +102,8 @@ def _check_forward(name: str, model: object, shape: Shape, classes: int) -> None
             logits = model(torch.zeros(2, *shape))
     except Exception as error:  # the user's own code may raise anything
         raise FedveilError(
-            f"model {name!r} fails on images of shape {shape} (C, H, W): {error}"
+            f"model {name!r} fails on images of shape {shape} (C, H, W): {error}; give images of "
+            "the size it takes, or another model"
         ) from error
     finally:
         model.train(training)

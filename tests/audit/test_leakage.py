@@ -9,6 +9,7 @@ from torch import nn
 
 from fedveil.attacks.inversion import LevenbergMarquardt
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
 from fedveil.audit.observe import observation_from_records
 from fedveil.audit.watch import WatchedFederation
@@ -165,3 +166,38 @@ def test_records_that_do_not_match(model):
         observation_from_records(
             model, sent, [sent], shape=(1, 8, 8), classes=10, learning_rate=0.0
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("junk.pt", b"junk", r"junk\.pt is damaged or no file of tensors; give"),
+        ("list.pt", [1, 2], "holds no state dict"),
+        ("half.pt", {"fc.bias": torch.zeros(10)}, r"it lacks body\.0\.weight"),
+    ],
+)
+def test_checkpoints_that_do_not_serve(model, tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(FedveilError, match=message):
+        load_checkpoint(model, path)
+
+
+def test_a_model_that_cannot_tell_is_refused_before_any_round(dataset, monkeypatch):
+    monkeypatch.setattr(WatchedFederation, "observe", None)
+    frozen = build_model("lenet", dataset.shape, 10, seed=0).requires_grad_(False)
+    with pytest.raises(FedveilError, match="no weight that is trained"):
+        audit_leakage(dataset, frozen, _settings())
+    diverged = build_model("lenet", dataset.shape, 10, seed=0)
+    diverged.fc.weight.data.fill_(torch.nan)
+    with pytest.raises(FedveilError, match="returns NaN or infinity"):
+        audit_leakage(dataset, diverged, _settings())
+
+
+def test_a_result_that_cannot_be_written_is_one_sentence(dataset, model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FedveilError, match="could not be written: Not a directory; make room"):
+        audit_leakage(dataset, model, _settings(images=1), out=tmp_path / "file" / "out")

@@ -369,6 +369,24 @@ def test_no_worker_outlives_its_parent(end, tmp_path):
     assert errors.count("Traceback") == (end == signal.SIGINT)  # the parent's own
 
 
+def test_ctrl_c_while_a_worker_is_forked_is_not_lost():
+    """Python drops what its hooks around a fork raise; the second fork meets an interrupt there."""
+    forks = []
+
+    def interrupt():
+        forks.append(os.getpid())
+        if len(forks) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    os.register_at_fork(before=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LocalGrid("engine_apps:app", nodes=3, workers=3)
+    finally:
+        forks.extend([0, 0])  # the hook stays for good; let it do nothing from now on
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_grid_that_was_never_closed_lets_the_program_end(tmp_path):
     process = start_script("time.sleep(1)\n", tmp_path / "begun")
     process.communicate(timeout=10)

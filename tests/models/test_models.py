@@ -112,6 +112,7 @@ def test_a_model_without_layers_says_what_to_do():
         ("my_models:text", "returned a str"),
         ("my_models:narrow", r"returns \(2, 3\).*\(2, 10\)"),
         ("my_models:wrong_size", r"fails on images of shape \(1, 28, 28\)"),
+        ("my_models:raising", r"cannot be made for images of shape \(1, 28, 28\).*: no such width"),
     ],
 )
 def test_a_wrong_model_is_explained(name, words, tmp_path, monkeypatch):
@@ -119,6 +120,7 @@ def test_a_wrong_model_is_explained(name, words, tmp_path, monkeypatch):
         "from torch import nn\nnumber = 3\n"
         "def text(shape, classes): return 'no'\n"
         "def narrow(shape, classes): return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))\n"
+        "def raising(shape, classes): raise ValueError('no such width')\n"
         "def wrong_size(shape, classes): return nn.Linear(5, classes)\n"
         "def good(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
     )

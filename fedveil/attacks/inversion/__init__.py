@@ -4,7 +4,12 @@ import difflib
 from collections.abc import Callable
 
 from fedveil.attacks.inversion.dlg import DLG
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, infer_labels
+from fedveil.attacks.inversion.gradients import (
+    GradientMap,
+    check_attackable,
+    check_model,
+    infer_labels,
+)
 from fedveil.attacks.inversion.idlg import IDLG
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
 from fedveil.attacks.inversion.observation import Attack, Inversion, Observation, Progress
@@ -47,6 +52,7 @@ __all__ = [
     "Subspace",
     "build_attack",
     "check_attackable",
+    "check_model",
     "infer_labels",
     "range_of",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.inversion.observation import Observation, Shape
 from fedveil.errors import FedveilError
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -134,54 +134,88 @@ def check_attackable(observation: Observation, *, attack: str, most: int | None)
             f"--attack {attack} handles batches of at most {most}, not of {observation.images} "
             "images; use --attack dlg, or observe smaller batches"
         )
-    for name, module in observation.model.named_modules():
+    check_model(
+        observation.model, observation.shape, observation.classes, images=observation.images
+    )
+
+
+def check_model(model: nn.Module, shape: Shape, classes: int, *, images: int = 1) -> None:
+    """Refuse a model whose gradients no attack can match.
+
+    Args:
+        model: In the mode the client trains in.
+        shape: (C, H, W) of one image.
+        classes: Number of classes.
+        images: Images in a batch.
+
+    Raises:
+        FedveilError: Dropout or batch normalisation in training mode, a forward pass that fails or
+            returns no finite logits, or a gradient that does not follow the input.
+    """
+    for name, module in model.named_modules():
         if module.training and isinstance(module, _DROPOUTS) and module.p > 0:
             raise FedveilError(
                 f"layer {name} ({type(module).__name__}) draws at random in training mode, so the "
-                "attacker cannot repeat the client's gradient; set its p to 0 or call model.eval()"
+                "attacker cannot repeat the client's gradient; set its p to 0, or observe clients "
+                "that train in evaluation mode"
             )
         if module.training and isinstance(module, _BATCH_NORMS):
             raise FedveilError(
                 f"layer {name} ({type(module).__name__}) is in training mode and mixes the images "
-                "of a batch; call model.eval() or use a model with group normalisation"
+                "of a batch; use a model with group normalisation (--model resnet-gn is one), or "
+                "observe clients that train in evaluation mode"
             )
-    _check_differentiable(observation)
+    logits, pixels = _probe(model, shape, classes, images)
+    if not _follows(model, logits, pixels):
+        raise FedveilError(
+            f"model {type(model).__name__} is not differentiable: its gradient does not follow its "
+            "input, so no gradient-matching attack applies; remove detach(), rounding or argmax "
+            "from its forward pass"
+        )
 
 
-def _check_differentiable(observation: Observation) -> None:
-    model = observation.model
+def _probe(model: nn.Module, shape: Shape, classes: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return logits of random images, and the images."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    if not weights:
+        raise FedveilError(
+            f"model {type(model).__name__} has no weight that is trained, so an update tells "
+            "nothing of images; let at least one parameter require its gradient"
+        )
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(observation.images, *observation.shape, generator=generator)
-    images = images.to(weights[0]).requires_grad_()
+    images = torch.rand(count, *shape, generator=generator).to(weights[0]).requires_grad_()
     try:
         logits = model(images)
     except Exception as error:  # the model is the user's own code
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FedveilError(
-            f"model {type(model).__name__} fails on images of shape {observation.shape} (C, H, W): "
+            f"model {type(model).__name__} fails on images of shape {shape} (C, H, W): "
             f"{reason}; give images of the size it takes, or another model"
         ) from error
-    wanted = (observation.images, observation.classes)
+    wanted = (count, classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise FedveilError(
             f"model {type(model).__name__} returns {got} where logits {wanted} are needed; give "
             "the number of classes it was built for"
         )
-    follows = False
-    if logits.requires_grad:
-        loss = F.cross_entropy(
-            logits, torch.zeros(len(logits), dtype=torch.int64).to(images.device)
-        )
-        found = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-        total = sum((g.square().sum() for g in found if g is not None), images.new_zeros(()))
-        if total.requires_grad:
-            back = torch.autograd.grad(total, images, allow_unused=True)[0]
-            follows = back is not None and bool(back.abs().sum() > 0)
-    if not follows:
+    if not torch.isfinite(logits).all():
         raise FedveilError(
-            f"model {type(model).__name__} is not differentiable: its gradient does not follow its "
-            "input, so no gradient-matching attack applies; remove detach(), rounding or argmax "
-            "from its forward pass"
+            f"model {type(model).__name__} returns NaN or infinity for pixels in [0, 1]; give "
+            "weights that have not diverged"
         )
+    return logits, images
+
+
+def _follows(model: nn.Module, logits: Tensor, images: Tensor) -> bool:
+    if not logits.requires_grad:
+        return False
+    weights = [p for p in model.parameters() if p.requires_grad]
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=images.device)
+    loss = F.cross_entropy(logits, labels)
+    found = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    total = sum((g.square().sum() for g in found if g is not None), images.new_zeros(()))
+    if not total.requires_grad:
+        return False
+    back = torch.autograd.grad(total, images, allow_unused=True)[0]
+    return back is not None and bool(back.abs().sum() > 0)
