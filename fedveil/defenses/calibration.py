@@ -80,6 +80,19 @@ def below_cap(blocks: Blocks, cap: float, *, error_rate: float = 1e-3) -> Verdic
     return Verdict(False, correct / max(images, 1), images)
 
 
+def certifiable(images: int, cap: float, *, error_rate: float = 1e-3) -> float:
+    """Return the highest accuracy on ``images`` images that ``below_cap`` would still pass.
+
+    Returns:
+        A fraction below ``cap``; negative where not even no right answer at all would do.
+    """
+    for correct in range(int(cap * images), -1, -1):
+        below = correct < cap * images
+        if below and _log_evidence(correct, images, cap) >= -math.log(error_rate):
+            return correct / images
+    return -1.0
+
+
 def _log_evidence(correct: int, images: int, cap: float) -> float:
     wrong = images - correct
     log_beta = math.lgamma(correct + 1) + math.lgamma(wrong + 1) - math.lgamma(images + 2)

@@ -10,9 +10,11 @@ from fedveil.defenses.calibration import (
     Copies,
     Evaluate,
     below_cap,
+    certifiable,
     search_sigma,
 )
 from fedveil.defenses.noise import NoiseKey
+from fedveil.errors import FedveilError
 from fedveil.federation.fedavg import (
     Distribution,
     Resume,
@@ -88,6 +90,7 @@ class NoiseDelta(NoisyFedAvg):
             sampling=sampling,
             resume=resume,
         )
+        require_enough_images(cap)
         self.search = search or SigmaSearch()
         self.smoothing = smoothing
         self._delivered: Weights | None = None
@@ -144,3 +147,22 @@ class NoiseDelta(NoisyFedAvg):
 def difference(returned: Weights, sent: Weights, names: Collection[str]) -> dict[str, Tensor]:
     """Return what a client changed: returned - sent, for the parameters ``names``."""
     return {name: returned[name] - sent[name] for name in sent if name in names}
+
+
+def require_enough_images(cap: Cap) -> None:
+    """Refuse a cap that the calibration images are too few to check.
+
+    Noise can bring a copy down to guessing, and no further; so guessing has to pass the test.
+
+    Raises:
+        FedveilError: Even a copy that guesses could not be told from one at the cap.
+    """
+    images, classes = len(cap.images), cap.images.labels.bincount()
+    guessing = float(classes.max()) / images
+    limit = certifiable(images, cap.accuracy)
+    if cap.bound == "labels" and limit < guessing:
+        raise FedveilError(
+            f"{images} calibration images are too few for a cap of {cap.accuracy:.0%}: they tell "
+            f"an accuracy below {max(limit, 0):.0%} from the cap, and guessing the commonest class "
+            f"is right on {guessing:.0%}. Use a larger test split, or raise --cap"
+        )

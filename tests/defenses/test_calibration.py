@@ -11,6 +11,7 @@ from fedveil.defenses.calibration import (
     _log_evidence,
     agreement_margin,
     below_cap,
+    certifiable,
     raise_until_below,
     search_sigma,
 )
@@ -148,3 +149,17 @@ def test_the_papers_loop_can_raise_by_a_factor():
     )
     assert found.sigma == pytest.approx(1.6)  # 0.8 · 0.8 is too little, 1.6 · 0.8 enough
     assert landscape.draws == [0, 1, 2, 3, 4]
+
+
+@given(images=st.integers(20, 500), cap=st.floats(0.2, 0.95))
+def test_certifiable_is_the_edge_of_what_passes(images, cap):
+    def passes(correct):
+        return below_cap(iter([(correct, images)]), cap).below
+
+    limit = certifiable(images, cap)
+    if limit < 0:
+        assert not passes(0)
+        return
+    edge = round(limit * images)
+    assert passes(edge)
+    assert edge + 1 >= cap * images or not passes(edge + 1)

@@ -357,3 +357,8 @@ def test_an_ordinary_flower_app_that_answers_no_query_and_names_no_round_works(m
         assert strategy.averaged == (0, 1, 2, 3)
         if not isinstance(strategy, NoisePair):
             assert torch.equal(after["1.weight"], model.state_dict()["1.weight"])
+
+
+def test_a_cap_that_too_few_images_could_check_is_refused_at_the_start(model, images):
+    with pytest.raises(FedveilError, match=r"40 calibration images are too few.*--cap"):
+        delta(model, Cap(0.6, images[:40]))
