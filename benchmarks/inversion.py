@@ -1,8 +1,10 @@
 """Levenberg–Marquardt with its closed-form start beside the published attacks, in one run.
 
-LeNet with fresh weights, CIFAR-100 test images, one image a victim, gradients as a Flower client
-returns them. Restarts, steps and stopping are the attacks' own; no attack sees an image. The slow
-attacks get fewer images (``--slow-images``), the first ones of those that the fast attacks get.
+LeNet with fresh weights; a federation of 3 clients that share out CIFAR-100's *test* images, on
+none of which any constant of an attack was chosen; one image a round; the gradients that the server
+received from one client. Restarts, steps and stopping are the attacks' own; no attack sees an
+image. The slow attacks get fewer images (``--slow-images``), the first ones of those that the fast
+attacks get.
 
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
 """
@@ -12,6 +14,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +23,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
+from torch import nn
 
 from fedveil.attacks.inversion import LevenbergMarquardt, build_attack
 from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr
-from fedveil.audit.observe import observe_clients
-from fedveil.data import Images, load_dataset
+from fedveil.audit.watch import WatchedFederation
+from fedveil.data import Dataset, load_dataset
+from fedveil.defenses import parse_defense
 from fedveil.models import build_model
 
 SLOW = ("dlg", "idlg", "lm-cold")
@@ -36,9 +41,11 @@ def attack_of(name: str) -> Any:
     return build_attack(name)
 
 
-def measure(name: str, images: Images, model: torch.nn.Module, classes: int) -> dict[str, Any]:
-    batches = [images[slice(i, i + 1)] for i in range(len(images))]
-    observation = observe_clients(model, batches, classes=classes)
+def measure(
+    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module
+) -> dict[str, Any]:
+    observation = watched.observe(model, data, parse_defense("none"))
+    images = data.train[watched.ground_truth(data)]
     begin = time.perf_counter()
     result = attack_of(name)(
         observation,
@@ -70,13 +77,19 @@ def main() -> None:
     args = parser.parse_args()
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
-    dataset = load_dataset("cifar100")
-    classes = len(dataset.classes)
-    model = build_model("lenet", dataset.shape, classes, seed=args.seed)
-    rows = []
-    for name in args.attack or ["lm", "rgap", "dlg", "idlg", "lm-cold"]:
-        count = args.slow_images if name in SLOW else args.images
-        rows.append(measure(name, dataset.test[slice(0, count)], model, classes))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(os.environ["FEDVEIL_DATA"]) / "cifar100"
+        for number, file in enumerate(sorted(source.glob("test-*.parquet"))):
+            (Path(folder) / f"train-{number}.parquet").symlink_to(file.resolve())
+        data = load_dataset(folder, seed=args.seed)
+        model = build_model("lenet", data.shape, len(data.classes), seed=args.seed)
+        rows = []
+        for name in args.attack or ["lm", "rgap", "dlg", "idlg", "lm-cold"]:
+            count = args.slow_images if name in SLOW else args.images
+            watched = WatchedFederation(
+                folder, "lenet", clients=3, victim=0, rounds=count, seed=args.seed
+            )
+            rows.append(measure(name, watched, data, model))
     own = next((row["seconds_per_image"] for row in rows if row["attack"] == "lm"), None)
     for row in rows:
         row["times_lm"] = row["seconds_per_image"] / own if own else None
