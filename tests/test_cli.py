@@ -331,6 +331,8 @@ def test_a_study_of_the_transformation_from_the_command_line(folder):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests in the background has had Ctrl-C ignored for all children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     first = Path("study/leakage/figure3-dlg-none/leakage.json")
