@@ -92,17 +92,6 @@ class TrainConfig(BaseModel):
         named = {key.replace("-", "_"): value for key, value in settings.items()}
         return cls.check(named | overrides)
 
-    @classmethod
-    def from_run_config(cls, run_config: Mapping[str, Any]) -> "TrainConfig":
-        """Take the settings out of a Flower run configuration; other keys are the app's own."""
-        named = {key.replace("-", "_"): value for key, value in run_config.items()}
-        return cls.check({key: named[key] for key in cls.model_fields if key in named})
-
-    def to_run_config(self) -> dict[str, str | int | float | bool]:
-        """Return the settings as a Flower run configuration, which holds no ``None``."""
-        settings = self.model_dump(exclude_none=True)
-        return {key.replace("_", "-"): value for key, value in settings.items()}
-
 
 def _explain(detail: Any) -> str:
     name = "-".join(str(part) for part in detail["loc"]).replace("_", "-")

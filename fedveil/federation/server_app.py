@@ -277,9 +277,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run on any of Flower's own engines, from the run configuration alone.
+    """Run on a deployed SuperLink, from the run's directory.
 
-    The run configuration holds the settings of ``TrainConfig`` and ``out``, the run's directory.
+    The run configuration holds ``out``, the run's directory, whose ``config.json`` has the rest.
     """
     out = context.run_config.get("out")
     if not out:
