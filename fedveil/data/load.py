@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fedveil.errors import FedveilError
 
 _TEST_SHARE = 0.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FOLD = re.compile(r"(?P<name>.+)@(?P<number>\d+)/(?P<folds>\d+)")
 
 
 def load_dataset(name: str, *, seed: int = 0) -> Dataset:
@@ -38,6 +40,10 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
 
             A path that exists wins over a hub name. Test images are the split called ``test``,
             ``validation``, ``valid`` or ``val``, in this order.
+
+            Any of them with ``@k/n`` behind it is one fold of a cross-validation: every n-th
+            training image from the k-th on (k in 1 … n, n at least 2) stands in for the test split,
+            which is left out. For choosing settings without a look at the test images.
         seed: Draws the test images (one in five, of every class) where the source sets none apart;
             otherwise without effect. At least 0.
 
@@ -48,13 +54,19 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
         there, and processes share the memory.
 
     Raises:
-        FedveilError: The name is unknown, the folder or the hub cannot be read, an image is
-            damaged or differs in size, labels are missing, or there are fewer than two classes.
+        FedveilError: The name or the fold is unknown, the folder or the hub cannot be read, an
+            image is damaged or differs in size, labels are missing, or there are fewer than two
+            classes.
     """
     if seed < 0:
         raise FedveilError(f"the seed is {seed}; it must be at least 0.")
-    decoded = _cached(_find(name))
+    source, fold = _parse_fold(name)
+    decoded = _cached(_find(source))
     train, test = decoded.train, decoded.test
+    if fold:
+        if test is None:
+            train, _ = _split(train, seed)
+        train, test = fold.divide(train)
     if len(_present(train.labels)) < 2:
         raise FedveilError(
             f"the dataset {name!r} has training images of one class only "
@@ -63,6 +75,30 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     if test is None:
         train, test = _split(train, seed)
     return Dataset(name, train, test, decoded.classes)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    number: int
+    folds: int
+
+    def divide(self, images: Images) -> tuple[Images, Images]:
+        """Return the other folds and this one."""
+        held_out = torch.arange(len(images)) % self.folds == self.number - 1
+        return images[~held_out], images[held_out]
+
+
+def _parse_fold(name: str) -> tuple[str, _Fold | None]:
+    match = _FOLD.fullmatch(name)
+    if not match or Path(name).expanduser().exists():
+        return name, None
+    fold = _Fold(int(match["number"]), int(match["folds"]))
+    if fold.folds < 2 or not 1 <= fold.number <= fold.folds:
+        raise FedveilError(
+            f"the dataset {name!r} asks for fold {fold.number} of {fold.folds}; give NAME@k/n with "
+            "n at least 2 and k from 1 to n"
+        )
+    return match["name"], fold
 
 
 def _published(name: str, hub_name: str) -> Source:

@@ -23,6 +23,7 @@ from fedveil.federation.client_app import app as client_app
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import OnRound, prepare_job, run_rounds
+from fedveil.federation.worker import usable_cores
 
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,7 +49,7 @@ class Machine:
     @classmethod
     def of(cls, workers: int | None) -> "Machine":
         """Return ``workers``, or one worker a core."""
-        return cls(workers or os.cpu_count() or 1)
+        return cls(workers or usable_cores())
 
 
 def train(directory: RunDirectory, *, on_round: OnRound) -> None:

@@ -41,6 +41,7 @@ from fedveil.federation.worker import (
     receive,
     send,
     unpack,
+    usable_cores,
     work,
 )
 
@@ -194,7 +195,7 @@ class LocalGrid(Grid):
         run_config: Mapping[str, UserConfigValue] | None = None,
         start_method: Literal["fork", "spawn"] | None = None,
     ) -> None:
-        workers = (os.cpu_count() or 1) if workers is None else workers
+        workers = usable_cores() if workers is None else workers
         if nodes < 1 or workers < 1:
             raise FedveilError(f"nodes = {nodes} and workers = {workers}: both must be at least 1")
         self._forked = (start_method or _START_METHOD) == "fork"

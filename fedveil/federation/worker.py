@@ -50,6 +50,13 @@ _LARGER_THAN_ANY_GRADIENT = 1 << 30
 _logger = logging.getLogger(__name__)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on, which a container or taskset may limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Packed(NamedTuple):
     """A pickle and the large buffers that belong to it, in order."""
 

@@ -59,6 +59,13 @@ def test_negative_seed(message):
     assert "seed is -1" in message("digits", seed=-1)
 
 
+@pytest.mark.parametrize("fold", ["digits@0/5", "digits@6/5", "digits@1/1"])
+def test_a_fold_that_is_none(message, fold):
+    text = message(fold)
+    assert fold in text
+    assert "k from 1 to n" in text
+
+
 def test_fedveil_data_without_the_dataset(message, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDVEIL_DATA", str(tmp_path))
     text = message("mnist")

@@ -99,6 +99,18 @@ def test_photos_can_be_learnt():
 # --- parquet ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["digits", "photos"])
+@pytest.mark.parametrize("folds", [2, 6])
+def test_folds_divide_the_training_images_and_leave_the_test_images_out(name, folds):
+    whole = load_dataset(name)
+    parts = [load_dataset(f"{name}@{number}/{folds}") for number in range(1, folds + 1)]
+    for number, part in enumerate(parts):
+        assert torch.equal(part.test.raw, whole.train.raw[number::folds])
+        assert torch.equal(part.test.labels, whole.train.labels[number::folds])
+        rest = np.delete(whole.train.raw.numpy(), np.s_[number::folds], axis=0)
+        assert np.array_equal(part.train.raw.numpy(), rest)
+
+
 @pytest.mark.parametrize(
     ("name", "image", "label"), [("mnist", "image", "label"), ("cifar100", "img", "fine_label")]
 )
