@@ -215,7 +215,12 @@ def reproduce_noise(
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds 0, 1, …: a run of each arm for each.")
     ] = 3,
-    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    dataset: Annotated[
+        str, typer.Option(help="What is reported on: NAME or a fold of it, NAME@k/n.")
+    ] = "mnist@1/6",
+    search_dataset: Annotated[
+        str, typer.Option(help="What the settings are chosen on, with --search.")
+    ] = "mnist@6/6",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
     also_search: Annotated[
         bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
@@ -231,11 +236,12 @@ def reproduce_noise(
     from fedveil.audit.reproduce_noise import NOISE, SEARCH, search
     from fedveil.audit.reproduce_noise import reproduce as run
 
-    common = {**NOISE.common, "dataset": dataset, "rounds": rounds}
+    common = {**NOISE.common, "rounds": rounds}
+    searched, reported = ({**common, "dataset": name} for name in (search_dataset, dataset))
     try:
-        run(replace(NOISE, common=common, seeds=tuple(range(seeds))), out)
         if also_search:
-            search(replace(SEARCH, common=common), out)
+            search(replace(SEARCH, common=searched), out)
+        run(replace(NOISE, common=reported, seeds=tuple(range(seeds))), out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None
