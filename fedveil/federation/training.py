@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from fedveil.data import Images
+from fedveil.data.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LocalTraining:
         learning_rate: Step size of the descent.
         momentum: Part of the last step that the next one repeats.
         clip: Largest norm a step's gradient may have, over all parameters; None for no limit.
+        augmentation: Changes every minibatch at random before the step.
     """
 
     epochs: int = 1
@@ -29,6 +31,7 @@ class LocalTraining:
     learning_rate: float = 0.05
     momentum: float = 0.0
     clip: float | None = None
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
 
 
 def train_locally(
@@ -43,7 +46,7 @@ def train_locally(
         model: Takes float pixels [N, C, H, W] in [0, 1], returns logits [N, classes].
         images: The client's images; at least one.
         settings: How to train.
-        generator: Shuffles the images, anew each epoch.
+        generator: Shuffles the images, anew each epoch, and augments them.
 
     Returns:
         Mean loss over all images and epochs, each before the step that used it. Not finite where
@@ -63,7 +66,8 @@ def train_locally(
             order = torch.randperm(len(images), generator=generator)
             for index in torch.split(order, settings.batch_size):
                 batch = images[index]
-                pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
+                pixels = settings.augmentation(batch.pixels, generator)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
                 loss = F.cross_entropy(model(pixels), batch.labels)
                 loss.backward()  # type: ignore[no-untyped-call]
                 step()
