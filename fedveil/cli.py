@@ -134,6 +134,13 @@ def train(
         int | None,
         typer.Option(help="Rounds of plain averaging before protected sends nothing more."),
     ] = None,
+    share_unlabelled: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-unlabelled",
+            help="protected: send clients the calibration images, for clients of few classes.",
+        ),
+    ] = None,
     distillation_steps: Annotated[
         int | None, typer.Option(help="Steps a round in which protected teaches w.")
     ] = None,

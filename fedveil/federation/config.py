@@ -40,6 +40,9 @@ class TrainConfig(BaseModel):
     shared_rounds: int = Field(
         default=0, ge=0, le=1_000_000, description="of protected: rounds of plain averaging"
     )
+    share_unlabelled: bool = Field(
+        default=False, description="of protected: clients receive the calibration images"
+    )
     distillation_steps: int = Field(
         default=40, ge=1, le=1_000_000, description="of protected, a round"
     )

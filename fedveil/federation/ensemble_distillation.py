@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from fedveil.federation.fedavg import (
 )
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
+from fedveil.federation.task import UNLABELLED
 
 _TEACHER_BATCH = 250
 
@@ -64,8 +66,11 @@ class EnsembleDistillation(SeededFedAvg):
 
     Args:
         model: Architecture; takes on the weights of each answer.
-        unlabelled: The server's images, float [N, C, H, W] in [0, 1], at least one.
+        unlabelled: The server's images, uint8 [N, C, H, W], at least one.
         distillation: How w is taught.
+        share_unlabelled: Whether clients receive ``unlabelled`` too, in the record ``UNLABELLED``.
+            One that has images of a few classes only can then learn what sets them apart from the
+            others. The images, not the model, are thereby given away.
         shared_rounds: Rounds of plain federated averaging at the start; not below 0.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
@@ -77,6 +82,7 @@ class EnsembleDistillation(SeededFedAvg):
         model: nn.Module,
         unlabelled: Tensor,
         distillation: Distillation | None = None,
+        share_unlabelled: bool = False,
         shared_rounds: int = 0,
         sampling: Sampling | None = None,
         resume: Resume | None = None,
@@ -84,6 +90,7 @@ class EnsembleDistillation(SeededFedAvg):
         super().__init__(sampling=sampling, resume=resume)
         self.model = model
         self.unlabelled = unlabelled
+        self.share_unlabelled = share_unlabelled
         self.distillation = distillation or Distillation()
         self.shared_rounds = shared_rounds
         self._delivered: Weights | None = None
@@ -97,6 +104,12 @@ class EnsembleDistillation(SeededFedAvg):
             self.state = replace(self.state, base=clone(weights))
         assert self.state.base is not None
         return super().distribute(round_number, self.state.base, clients)
+
+    def attachments(self) -> dict[str, ArrayRecord]:
+        """Return the server's images, where clients are to learn from them."""
+        if not self.share_unlabelled:
+            return {}
+        return {UNLABELLED: ArrayRecord({"images": self.unlabelled})}
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return w after it has learnt from the round's answers.
@@ -116,7 +129,8 @@ class EnsembleDistillation(SeededFedAvg):
     def _draw(self, generator: torch.Generator) -> Tensor:
         order = torch.randperm(len(self.unlabelled), generator=generator)
         chosen = self.unlabelled[order[: self.distillation.images]]
-        return self.distillation.augmentation(chosen, generator).contiguous(
+        pixels = chosen.to(torch.float32).div_(255)
+        return self.distillation.augmentation(pixels, generator).contiguous(
             memory_format=torch.channels_last
         )
 

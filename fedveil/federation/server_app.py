@@ -165,10 +165,11 @@ def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
     return EnsembleDistillation(
         model=deepcopy(job.model),
-        unlabelled=job.evaluation.calibration.pixels,
+        unlabelled=job.evaluation.calibration.raw,
         distillation=Distillation(
             steps=config.distillation_steps, augmentation=parse_augmentation(config.augment)
         ),
+        share_unlabelled=config.share_unlabelled,
         shared_rounds=config.shared_rounds,
         sampling=_sampling(config),
         resume=resume,

@@ -9,6 +9,9 @@ from fedveil.data.augmentation import parse_augmentation
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.training import LocalTraining
 
+UNLABELLED = "unlabelled"
+"""Record of a message to a client that holds the server's images, uint8 [M, C, H, W]."""
+
 
 class ClientTask(BaseModel):
     """The configuration record of a message to a client, read and checked.
