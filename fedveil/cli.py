@@ -110,6 +110,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
+    decay: Annotated[
+        bool | None,
+        typer.Option("--decay", help="Let eta fall to zero over a client's steps of a round."),
+    ] = None,
     momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
     augment: Annotated[

@@ -31,6 +31,7 @@ class TrainConfig(BaseModel):
     epochs: int = Field(default=1, ge=1, le=10_000, description="E")
     batch_size: int = Field(default=10, ge=1, le=1_000_000, description="B")
     learning_rate: float = Field(default=0.05, gt=0, le=100, description="eta")
+    decay: bool = Field(default=False, description="of eta to zero over a client's steps")
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0, description="largest norm of a step's gradient")
     augment: str | None = Field(

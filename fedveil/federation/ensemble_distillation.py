@@ -1,6 +1,7 @@
 """Federated learning in which nothing that was learnt is ever sent to a client."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,7 @@ from fedveil.federation.roster import Client
 from fedveil.federation.task import UNLABELLED
 
 _TEACHER_BATCH = 250
+_ANSWERS, _EXAMPLES = "answers", "examples"
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,13 @@ class Distillation:
     """How the server teaches w what a round's answers know.
 
     Attributes:
-        images: Unlabelled images a round, drawn at random; no more than there are.
         steps: Steps of gradient descent a round.
         batch_size: Images a step.
         learning_rate: Step size.
         momentum: Part of the last step that the next one repeats.
-        augmentation: Changes the images anew in every round, so that few go further.
+        augmentation: Changes the images anew in every step, while what they are stays the same.
     """
 
-    images: int = 1_000
     steps: int = 40
     batch_size: int = 50
     learning_rate: float = 0.05
@@ -49,10 +49,11 @@ class Distillation:
 class EnsembleDistillation(SeededFedAvg):
     """w learns from what clients' models answer; clients only ever receive the untrained model.
 
-    Each client trains the model of round 1 on its own images and returns it. The server lets all
-    that came back classify its unlabelled images, and trains w to give the mean of their
-    probabilities. w, and all that is made of it, stays on the server, so a client receives nothing
-    it could not have drawn itself: there is nothing to steal, by any attack or number of colluders.
+    Each client trains the model of round 1 on its own images and returns it. The server lets what
+    comes back classify its unlabelled images, and trains w to give the mean of all probabilities
+    returned so far. w, and all that is made of it, stays on the server, so a client receives
+    nothing it could not have drawn itself: there is nothing to steal, by any attack or number of
+    colluders.
 
     The price is paid in accuracy, where a client's own images teach little (many classes, few
     images, one class a client). ``shared_rounds`` buys some of it back: after that many rounds of
@@ -88,11 +89,14 @@ class EnsembleDistillation(SeededFedAvg):
         resume: Resume | None = None,
     ) -> None:
         super().__init__(sampling=sampling, resume=resume)
-        self.model = model
+        # A copy, because it takes on the weights of each answer.
+        self.model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unlabelled = unlabelled
         self.share_unlabelled = share_unlabelled
         self.distillation = distillation or Distillation()
         self.shared_rounds = shared_rounds
+        pixels = unlabelled.to(torch.float32).div_(255)
+        self._pixels = pixels.contiguous(memory_format=torch.channels_last)
         self._delivered: Weights | None = None
 
     def distribute(
@@ -120,52 +124,43 @@ class EnsembleDistillation(SeededFedAvg):
         if round_number <= self.shared_rounds:
             return super().combine(round_number, sent, updates)
         start = self._delivered
-        if round_number == self.shared_rounds + 1:
+        if self.state.memory is None:
             start = super().combine(round_number, sent, updates)
+        memory = self._remember(updates)
+        self.state = replace(self.state, memory=memory)
         generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
-        images = self._draw(generator)
-        return self._teach(start, images, self._answers(images, updates), generator)
+        return self._teach(start, memory[_ANSWERS], generator)
 
-    def _draw(self, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(len(self.unlabelled), generator=generator)
-        chosen = self.unlabelled[order[: self.distillation.images]]
-        pixels = chosen.to(torch.float32).div_(255)
-        return self.distillation.augmentation(pixels, generator).contiguous(
-            memory_format=torch.channels_last
-        )
-
-    def _answers(self, images: Tensor, updates: Sequence[Update]) -> Tensor:
-        """Return the mean of the clients' class probabilities, float [N, classes]."""
-        answers = [
-            ({"probabilities": self._probabilities(update.weights, images)}, update.examples)
+    def _remember(self, updates: Sequence[Update]) -> Weights:
+        """Return the mean of the class probabilities that every answer so far gives an image."""
+        terms = [
+            ({_ANSWERS: self._probabilities(update.weights)}, float(update.examples))
             for update in updates
         ]
-        return weighted_mean(answers)["probabilities"]
+        if past := self.state.memory:
+            terms.append(({_ANSWERS: past[_ANSWERS]}, float(past[_EXAMPLES])))
+        examples = torch.tensor(sum(count for _, count in terms), dtype=torch.float64)
+        return {_EXAMPLES: examples, **weighted_mean(terms)}
 
-    def _probabilities(self, weights: Weights, images: Tensor) -> Tensor:
+    def _probabilities(self, weights: Weights) -> Tensor:
         self.model.load_state_dict(dict(weights))
         self.model.eval()
         with torch.inference_mode():
-            logits = torch.cat([self.model(some) for some in torch.split(images, _TEACHER_BATCH)])
-        return torch.softmax(logits, dim=1)
+            logits = [self.model(some) for some in torch.split(self._pixels, _TEACHER_BATCH)]
+        return torch.softmax(torch.cat(logits), dim=1)
 
-    def _teach(
-        self, start: Weights, images: Tensor, answers: Tensor, generator: torch.Generator
-    ) -> Weights:
+    def _teach(self, start: Weights, answers: Tensor, generator: torch.Generator) -> Weights:
         self.model.load_state_dict(dict(start))
         self.model.train()
-        optimiser = torch.optim.SGD(
-            self.model.parameters(), self.distillation.learning_rate, self.distillation.momentum
-        )
-        for index in self._batches(len(images), generator):
+        how = self.distillation
+        optimiser = torch.optim.SGD(self.model.parameters(), how.learning_rate, how.momentum)
+        size = min(how.batch_size, len(answers))
+        for _ in range(how.steps):
+            index = torch.randint(len(answers), (size,), generator=generator)
+            pixels = how.augmentation(self._pixels[index], generator)
             optimiser.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(self.model(images[index]), answers[index])
+            loss = F.cross_entropy(self.model(pixels), answers[index])
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         self.model.eval()
         return clone({name: value.detach() for name, value in self.model.state_dict().items()})
-
-    def _batches(self, images: int, generator: torch.Generator) -> Iterator[Tensor]:
-        size = min(self.distillation.batch_size, images)
-        for _ in range(self.distillation.steps):
-            yield torch.randint(images, (size,), generator=generator)

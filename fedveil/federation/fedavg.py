@@ -48,11 +48,13 @@ class StrategyState:
         base: The model the next copies are made from.
         sigma: Where the next search for σ starts.
         noisy: Whether the model has passed the cap.
+        memory: What else the strategy keeps, by name.
     """
 
     base: Weights | None = None
     sigma: float = 0.0
     noisy: bool = False
+    memory: Weights | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
 def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
     return EnsembleDistillation(
-        model=deepcopy(job.model),
+        model=job.model,
         unlabelled=job.evaluation.calibration.raw,
         distillation=Distillation(
             steps=config.distillation_steps, augmentation=parse_augmentation(config.augment)

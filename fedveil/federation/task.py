@@ -24,6 +24,7 @@ class ClientTask(BaseModel):
         epochs: E.
         batch_size: B.
         learning_rate: η.
+        decay: Whether η falls to zero over a client's steps.
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
         augment: How the client changes its images at random in every step.
@@ -40,6 +41,7 @@ class ClientTask(BaseModel):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+    decay: bool = False
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
     augment: str | None = None
@@ -68,6 +70,7 @@ class ClientTask(BaseModel):
             epochs=self.epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            decay=self.decay,
             momentum=self.momentum,
             clip=self.clip,
             augmentation=parse_augmentation(self.augment),

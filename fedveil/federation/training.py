@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
@@ -21,6 +22,7 @@ class LocalTraining:
         epochs: Passes over the client's images (McMahan's E).
         batch_size: Images a step (McMahan's B); the last step of an epoch may have fewer.
         learning_rate: Step size of the descent.
+        decay: Whether the step size falls in a straight line to zero over a client's steps.
         momentum: Part of the last step that the next one repeats.
         clip: Largest norm a step's gradient may have, over all parameters; None for no limit.
         augmentation: Changes every minibatch at random before the step.
@@ -29,6 +31,7 @@ class LocalTraining:
     epochs: int = 1
     batch_size: int = 10
     learning_rate: float = 0.05
+    decay: bool = False
     momentum: float = 0.0
     clip: float | None = None
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
@@ -94,7 +97,8 @@ def train_locally(
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     held = images.labels.bincount().nonzero().flatten()
-    with _descent(model, settings) as step:
+    steps = settings.epochs * -(-len(images) // settings.batch_size)
+    with _descent(model, settings, steps) as step:
         for _ in range(settings.epochs):
             order = torch.randperm(len(images), generator=generator)
             for index in torch.split(order, settings.batch_size):
@@ -125,11 +129,11 @@ def _loss(logits: Tensor, labels: Tensor, held: Tensor) -> Tensor:
 
 
 @contextmanager
-def _descent(model: nn.Module, settings: LocalTraining) -> Iterator[Callable[[], None]]:
-    """Yield what applies the gradients and clears them."""
+def _descent(model: nn.Module, settings: LocalTraining, steps: int) -> Iterator[Callable[[], None]]:
+    """Yield what applies the gradients and clears them, ``steps`` times in all."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if settings.momentum or settings.clip is not None:
-        yield _optimiser_step(parameters, settings)
+    if settings.momentum or settings.clip is not None or settings.decay:
+        yield _optimiser_step(parameters, settings, steps)
         return
 
     def descend(parameter: Tensor) -> None:
@@ -150,13 +154,18 @@ def _descent(model: nn.Module, settings: LocalTraining) -> Iterator[Callable[[],
             handle.remove()
 
 
-def _optimiser_step(parameters: list[nn.Parameter], settings: LocalTraining) -> Callable[[], None]:
+def _optimiser_step(
+    parameters: list[nn.Parameter], settings: LocalTraining, steps: int
+) -> Callable[[], None]:
     optimiser = torch.optim.SGD(parameters, settings.learning_rate, settings.momentum, foreach=True)
+    end = 0.0 if settings.decay else 1.0
+    schedule = LinearLR(optimiser, start_factor=1.0, end_factor=end, total_iters=steps)
 
     def step() -> None:
         if settings.clip is not None:
             clip_grad_norm_(parameters, settings.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        schedule.step()
 
     return step
