@@ -22,6 +22,8 @@ TOLD = {
     "learning-rate",
     "momentum",
     "clip",
+    "decay",
+    "augment",
     "seed",
     "server-round",
 }

@@ -91,7 +91,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert job.accuracy(model.state_dict()) == summary["accuracy"]
 
 
-@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair"])
+@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair", "protected"])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, strategy):
     options = [*FAST, "--rounds", 8, "--strategy", strategy, "--learning-rate", 0.1]
     options += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
