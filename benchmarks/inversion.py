@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from fedveil.attacks.inversion import LevenbergMarquardt, build_attack
-from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr
+from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr, wilson
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
@@ -55,13 +55,12 @@ def measure(
     found = result.images[:, 0].float().clamp(0, 1)
     decibel = psnr(found, images.pixels)
     row: dict[str, Any] = {"attack": name, "images": len(images), "wall_seconds": wall}
-    for key, values, statistic in (
-        ("exact", exact(found, images.pixels).double(), None),
-        ("label_accuracy", label_accuracy(result.labels, images.labels[:, None]), None),
-        ("psnr", decibel, median),
-        ("seconds_per_image", result.seconds.double(), median),
+    for key, interval in (
+        ("exact", wilson(exact(found, images.pixels))),
+        ("label_accuracy", wilson(label_accuracy(result.labels, images.labels[:, None]))),
+        ("psnr", bootstrap(decibel, statistic=median)),
+        ("seconds_per_image", bootstrap(result.seconds, statistic=median)),
     ):
-        interval = bootstrap(values, statistic=statistic)
         row |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     row["psnr_all"] = [round(value, 2) for value in decibel.tolist()]
     return row
