@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fedveil.errors import FedveilError
 
 _GROUP = 16  # columns handled by one matrix product; wider ones multiply more zeros than they save
-_CHUNK = 2**18  # values whose intermediate results stay in a core's cache
+_CHUNK = 2**17  # values whose intermediate results stay in a core's cache
 
 # ITU-R BT.601, without the constant that JPEG adds to chroma: a linear map needs none.
 _YCBCR = (
