@@ -7,12 +7,22 @@ image. The slow attacks get fewer images (``--slow-images``), the first ones of 
 attacks get.
 
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
+
+``--throughput 64`` adds images per minute of so many victims attacked together and one by one, in
+turns. What a step of a search costs does not depend on how long it goes on once its memory of 100
+curvature pairs is full, so searches are cut to ``--throughput-steps`` steps of 20 iterations and
+reckoned up to 100, and one by one only ``--alone`` victims are timed. Processor seconds stand by
+wall-clock ones, since they change less with what else the machine does.
+
+``--batch 2 --keep 6`` attacks batches of several images, by an attacker who knows the
+transformation.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -25,14 +35,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import torch
 from torch import nn
 
-from fedveil.attacks.inversion import LevenbergMarquardt, build_attack
-from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr
+from fedveil.attacks.inversion import (
+    DLG,
+    IDLG,
+    RGAP,
+    LevenbergMarquardt,
+    Observation,
+    build_attack,
+)
+from fedveil.audit.metrics import bootstrap, exact, label_accuracy, match, median, psnr, wilson
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
-from fedveil.defenses import parse_defense
+from fedveil.defenses import Defense, parse_defense
 from fedveil.models import build_model
 
 SLOW = ("dlg", "idlg", "lm-cold")
+ALL = ("lm", "rgap", "dlg", "idlg", "lm-cold")
+CLIENTS = 3
+STEPS = 100  # of a published search
 
 
 def attack_of(name: str) -> Any:
@@ -42,38 +62,101 @@ def attack_of(name: str) -> Any:
 
 
 def measure(
-    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module
+    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module, defense: Defense
 ) -> dict[str, Any]:
-    observation = watched.observe(model, data, parse_defense("none"))
+    observation = watched.observe(model, data, defense)
     images = data.train[watched.ground_truth(data)]
-    begin = time.perf_counter()
+    trained = images.pixels if defense.transform is None else defense.transform(images.pixels)
+    begin, worked = time.perf_counter(), time.process_time()
     result = attack_of(name)(
         observation,
         progress=lambda done, total, loss: print(f"{name} {done}/{total} {loss:.1e}", flush=True),
     )
-    wall = time.perf_counter() - begin
-    found = result.images[:, 0].float().clamp(0, 1)
-    decibel = psnr(found, images.pixels)
-    row: dict[str, Any] = {"attack": name, "images": len(images), "wall_seconds": wall}
-    for key, values, statistic in (
-        ("exact", exact(found, images.pixels).double(), None),
-        ("label_accuracy", label_accuracy(result.labels, images.labels[:, None]), None),
-        ("psnr", decibel, median),
-        ("seconds_per_image", result.seconds.double(), median),
+    wall, work = time.perf_counter() - begin, time.process_time() - worked
+    batch = watched.batch_size
+    batches = trained.split(batch)
+    found = torch.cat(
+        [match(f.float(), own) for f, own in zip(result.images, batches, strict=True)]
+    )
+    found = found.clamp(0, 1) if defense.transform is None else found
+    decibel = psnr(found, trained)
+    row: dict[str, Any] = {
+        "attack": name,
+        "images": len(images),
+        "batch": batch,
+        "defense": defense.label,
+        "wall_seconds": wall,
+        "processor_seconds_per_image": work / len(images),
+    }
+    for key, interval in (
+        ("exact", wilson(exact(found, trained))),
+        ("label_accuracy", wilson(label_accuracy(result.labels, images.labels.reshape(-1, batch)))),
+        ("psnr", bootstrap(decibel, statistic=median)),
+        ("seconds_per_image", bootstrap(result.seconds / batch, statistic=median)),
     ):
-        interval = bootstrap(values, statistic=statistic)
         row |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     row["psnr_all"] = [round(value, 2) for value in decibel.tolist()]
+    row["loss_all"] = result.loss.tolist()
+    row["iterations_all"] = result.iterations.tolist()
     return row
+
+
+def throughput(
+    observation: Observation, steps: int, alone: int, turns: int
+) -> list[dict[str, Any]]:
+    """Time attacks on all victims together against the same attacks on one after another."""
+    attacks: dict[str, Any] = {
+        "dlg": DLG(steps=steps),
+        "idlg": IDLG(steps=steps),
+        "rgap": RGAP(),
+        "lm": LevenbergMarquardt(),
+    }
+    rows = []
+    for name, attack in attacks.items():
+        costs: dict[str, list[tuple[float, float]]] = {"together": [], "alone": []}
+        for _ in range(turns):
+            costs["together"].append(cost(attack, [observation], search=name in SLOW))
+            single = [observation.select(torch.tensor([victim])) for victim in range(alone)]
+            costs["alone"].append(cost(attack, single, search=name in SLOW))
+        row: dict[str, Any] = {"attack": name, "victims": observation.victims}
+        for place, clock in enumerate(("wall", "processor")):
+            ratios = []
+            for kind, found in costs.items():
+                seconds = statistics.median(turn[place] for turn in found)
+                row[f"{kind}_images_per_minute_{clock}"] = 60 / seconds
+            for one, other in zip(costs["alone"], costs["together"], strict=True):
+                ratios.append(one[place] / other[place])
+            row[f"times_alone_{clock}"] = statistics.median(ratios)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def cost(attack: Any, observations: list[Observation], *, search: bool) -> tuple[float, float]:
+    """Return wall and processor seconds for an image; of a search, as if it went on for STEPS."""
+    begin, worked = time.perf_counter(), time.process_time()
+    results = [attack(observation) for observation in observations]
+    wall, work = time.perf_counter() - begin, time.process_time() - worked
+    images = sum(len(result.loss) for result in results)
+    done = sum(int(result.iterations.sum()) for result in results)
+    share = STEPS / done if search else 1 / images
+    return wall * share, work * share
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--slow-images", type=int, default=8)
-    parser.add_argument("--attack", action="append", default=None)
+    parser.add_argument("--attack", action="append", default=None, help="or none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--keep", type=int, default=None)
+    parser.add_argument("--throughput", type=int, default=0)
+    parser.add_argument("--throughput-steps", type=int, default=15)
+    parser.add_argument("--alone", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="inversion")
     args = parser.parse_args()
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
@@ -83,13 +166,28 @@ def main() -> None:
             (Path(folder) / f"train-{number}.parquet").symlink_to(file.resolve())
         data = load_dataset(folder, seed=args.seed)
         model = build_model("lenet", data.shape, len(data.classes), seed=args.seed)
-        rows = []
-        for name in args.attack or ["lm", "rgap", "dlg", "idlg", "lm-cold"]:
-            count = args.slow_images if name in SLOW else args.images
-            watched = WatchedFederation(
-                folder, "lenet", clients=3, victim=0, rounds=count, seed=args.seed
+
+        def watch(images: int, batch: int) -> WatchedFederation:
+            return WatchedFederation(
+                folder,
+                "lenet",
+                clients=CLIENTS,
+                victim=0,
+                rounds=images // batch,
+                batch_size=batch,
+                seed=args.seed,
             )
-            rows.append(measure(name, watched, data, model))
+
+        defense = parse_defense(f"dct:keep={args.keep}" if args.keep else "none")
+        rows = []
+        for name in [] if args.attack == ["none"] else args.attack or ALL:
+            count = args.slow_images if name in SLOW else args.images
+            watched = watch(count, args.batch)
+            rows.append(measure(name, watched, data, model, defense))
+        rates = []
+        if args.throughput:
+            seen = watch(args.throughput, 1).observe(model, data, parse_defense("none"))
+            rates = throughput(seen, args.throughput_steps, args.alone, args.turns)
     own = next((row["seconds_per_image"] for row in rows if row["attack"] == "lm"), None)
     for row in rows:
         row["times_lm"] = row["seconds_per_image"] / own if own else None
@@ -102,12 +200,13 @@ def main() -> None:
         "dataset": "cifar100 test",
         "model": "lenet",
         "rows": rows,
+        "throughput": rates,
     }
     text = json.dumps(report, indent=2)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "inversion.json").write_text(text + "\n")
+        (args.out / f"{args.name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

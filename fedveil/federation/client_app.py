@@ -15,18 +15,21 @@ from fedveil.data.partition import partition
 from fedveil.defenses.mods import transform_inputs
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally
 from fedveil.models import build_model
 
 
 def transform_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Train on images transformed as the task says; hand everything else through.
+    """Transform what the model sees in every step, where once for all steps will not do.
 
-    A Flower mod of its own because the task is known only once the message is there.
+    A Flower mod of its own because the task is known only once the message is there. What a fixed
+    transformation makes of a client's images is the same in every step and round: ``client_images``
+    gives them transformed already.
     """
     task = _task(message)
-    if task.transform is None:
+    if task.transform is None or is_fixed(_transform(task.transform)):
         return call_next(message, context)
     return transform_inputs(_transform(task.transform))(message, context, call_next)
 
@@ -87,7 +90,11 @@ def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers 
     )
     if record is None or not lacking:
         return None
-    return Strangers(record.to_torch_state_dict()["images"], task.batch_size)
+    raw = record.to_torch_state_dict()["images"]
+    unlabelled = Images(raw, torch.full((len(raw),), -1))
+    if task.transform is not None and is_fixed(transform := _transform(task.transform)):
+        unlabelled = transformed(unlabelled, transform)
+    return Strangers(unlabelled, task.batch_size)
 
 
 def _one_minibatch(
@@ -135,16 +142,27 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
-    """Return the images of one client.
+    """Return the images of one client, after the task's transformation where that is a fixed one.
 
     Args:
         context: Its node config names ``partition-id`` and ``num-partitions``.
-        task: Names the dataset and how it is shared out.
+        task: Names the dataset, how it is shared out and the transformation.
 
     Raises:
         FedveilError: The dataset cannot be loaded or shared out, or the node config is incomplete.
     """
-    return _dataset(task.dataset, task.seed).train[client_index(context, task)]
+
+    def stored() -> Images:
+        return _dataset(task.dataset, task.seed).train[client_index(context, task)]
+
+    if task.transform is None or not is_fixed(transform := _transform(task.transform)):
+        return stored()
+    clients = _node_setting(context, "num-partitions")
+    return _kept.get(
+        (task.dataset, task.partition, clients, task.seed, task.transform),
+        _node_setting(context, "partition-id"),
+        lambda: transformed(stored(), transform),
+    )
 
 
 def client_index(context: Context, task: ClientTask) -> torch.Tensor:
@@ -155,6 +173,8 @@ def client_index(context: Context, task: ClientTask) -> torch.Tensor:
 
 
 # One process serves many clients and many rounds, so these are kept.
+
+_kept = KeptShares(limit=2**28)
 
 
 @lru_cache(maxsize=4)

@@ -137,7 +137,7 @@ def test_count_correct_counts_and_leaves_the_model_as_it_was(name):
 def test_unlabelled_images_are_taught_as_any_class_the_client_lacks():
     images = some_images(8, (1, 8, 8))
     images = Images(images.raw, torch.tensor([0, 2] * 4))
-    strange = some_images(50, (1, 8, 8)).raw
+    strange = some_images(50, (1, 8, 8))
     settings = LocalTraining(epochs=1, batch_size=8, learning_rate=0.1)
     model = build_model("cnn", (1, 8, 8), 4, seed=1)
     plain = copy.deepcopy(model)
@@ -153,7 +153,7 @@ def test_unlabelled_images_are_taught_as_any_class_the_client_lacks():
     order = torch.randperm(8, generator=generator)
     drawn = torch.randint(50, (6,), generator=generator)
     known = -F.log_softmax(plain(images[order].pixels), 1)[torch.arange(8), images.labels[order]]
-    logs = F.log_softmax(plain(strange[drawn].float() / 255), 1)
+    logs = F.log_softmax(plain(strange[drawn].pixels), 1)
     stranger = -(logs[:, 1] + logs[:, 3]) / 2
     (torch.cat([known, stranger]).mean()).backward()
     for name, parameter in plain.named_parameters():
