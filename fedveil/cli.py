@@ -138,6 +138,10 @@ def train(
     report_images: Annotated[
         int | None, typer.Option(help="Other test images each round reports on.")
     ] = None,
+    fingerprint: Annotated[
+        float | None,
+        typer.Option(help="Individual noise in each client's copy, in a layer's RMS; 0: none."),
+    ] = None,
     archive: Annotated[
         bool | None,
         typer.Option(

@@ -1,5 +1,8 @@
 """What each client was sent in each round, kept on the server and encrypted at rest.
 
+Of copies that differ by their clients' fingerprints alone only the model they share is stored; the
+fingerprints follow from the key.
+
 A file a round, ``archive/000012.enc``: 8 bytes that name the format, 8 that name the key, a nonce
 of 12, and the round's tensors in the safetensors format under AES-256-GCM. The round and the
 header are authenticated too, so that no file can stand in for another.
@@ -12,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -19,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedveil.defenses.fingerprint import Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
@@ -52,17 +57,22 @@ class Entry:
 
     Attributes:
         round: The round, from 1.
-        copies: The distinct models that left the server.
+        copies: The distinct models, before any fingerprint.
         assignment: Which of them each client, named by its partition, was sent.
+        fingerprint: What was added to each client's; ``None`` where nothing was.
     """
 
     round: int
     copies: tuple[Weights, ...]
     assignment: Mapping[int, int]
+    fingerprint: Fingerprint | None = None
 
     def received(self, client: int) -> Received:
         """Return what a client of this round was sent."""
-        return Received(self.round, client, self.copies[self.assignment[client]])
+        weights = self.copies[self.assignment[client]]
+        if self.fingerprint:
+            weights = self.fingerprint.apply(weights, round_number=self.round, client=client)
+        return Received(self.round, client, weights)
 
 
 class Archive:
@@ -75,6 +85,7 @@ class Archive:
 
     def __init__(self, folder: Path, key: NoiseKey) -> None:
         self.folder = folder
+        self._key = key
         self._cipher = AESGCM(key.derive("archive v1"))
         self._key_name = key.derive("archive key name v1")[:_KEY_NAME_BYTES]
 
@@ -170,7 +181,8 @@ class Archive:
                 f"{path} was written with another key; the run's own noise.key opens it"
             )
         try:
-            return _unpacked(self._cipher.decrypt(nonce, sealed, self._bound(head, number)))
+            content = self._cipher.decrypt(nonce, sealed, self._bound(head, number))
+            return _unpacked(content, self._key)
         except (InvalidTag, ValueError, KeyError, TypeError, SafetensorError):
             raise FedveilError(
                 f"{path} is damaged, or belongs to another round; restore it from a copy"
@@ -192,8 +204,19 @@ def _packed(entry: Entry) -> bytes:
         "round": entry.round,
         "copies": copies,
         "assignment": sorted(entry.assignment.items()),
+        "fingerprint": _described(entry.fingerprint),
     }
     return save(stored, metadata={"entry": json.dumps(described)})
+
+
+def _described(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+    if fingerprint is None:
+        return None
+    return {
+        "strength": fingerprint.strength,
+        "layers": fingerprint.layers,
+        "run": fingerprint.run,
+    }
 
 
 def _store(stored: dict[str, Tensor], value: Tensor) -> str:
@@ -206,14 +229,18 @@ def _store(stored: dict[str, Tensor], value: Tensor) -> str:
     return name
 
 
-def _unpacked(content: bytes) -> Entry:
+def _unpacked(content: bytes, key: NoiseKey) -> Entry:
     length = int.from_bytes(content[:8], "little")
     described = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["entry"])
-    stored = load(content)
+    stored, mark = load(content), described["fingerprint"]
     return Entry(
         round=int(described["round"]),
         copies=tuple(
             {name: stored[digest] for name, digest in copy.items()} for copy in described["copies"]
         ),
         assignment={int(client): int(copy) for client, copy in described["assignment"]},
+        fingerprint=mark
+        and Fingerprint(
+            key, float(mark["strength"]), tuple(map(tuple, mark["layers"])), str(mark["run"])
+        ),
     )

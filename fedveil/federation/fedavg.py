@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from fedveil.defenses.fingerprint import Fingerprint
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive, Entry
 from fedveil.federation.replies import Update, read_replies
@@ -31,6 +32,7 @@ class Distribution:
         evaluations: Evaluations of copies that finding σ took.
         images: Images those evaluations took.
         seconds: Time it took to make the copies.
+        shared: The same before each client's fingerprint was added; ``None`` where none was.
     """
 
     copies: tuple[Weights, ...]
@@ -39,6 +41,7 @@ class Distribution:
     evaluations: int = 0
     images: int = 0
     seconds: float = 0.0
+    shared: "Distribution | None" = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class SeededFedAvg(FedAvg):
 
     Attributes:
         archive: Where each round is written down before its models leave; ``None``: nowhere.
+        fingerprint: What tells each client's copy from the others'; ``None``: nothing.
     """
 
     def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
@@ -109,6 +113,7 @@ class SeededFedAvg(FedAvg):
         self.completed_rounds = resume.rounds
         self.state = resume.state
         self.archive: Archive | None = None
+        self.fingerprint: Fingerprint | None = None
         self.clients: tuple[Client, ...] = ()
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()
@@ -121,9 +126,22 @@ class SeededFedAvg(FedAvg):
         """Decide which model each sampled client receives; here all receive the same."""
         return Distribution((weights,), tuple((client, 0) for client in clients))
 
+    def marked(self, round_number: int, sent: Distribution) -> Distribution:
+        """Give each client a copy of its own, with its fingerprint, if it has none yet."""
+        if self.fingerprint is None or sent.shared is not None:
+            return sent
+        copies = tuple(
+            self.fingerprint.apply(
+                sent.copies[copy], round_number=round_number, client=client.partition
+            )
+            for client, copy in sent.assignment
+        )
+        assignment = tuple((client, number) for number, (client, _) in enumerate(sent.assignment))
+        return replace(sent, copies=copies, assignment=assignment, shared=sent)
+
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
-        return weighted_mean([(update.weights, update.examples) for update in updates])
+        return weighted_mean([(unmarked(update, sent), update.examples) for update in updates])
 
     def expected(self, sent: Distribution) -> Weights:
         """Return tensors with the names, shapes and dtypes a reply must have."""
@@ -149,9 +167,10 @@ class SeededFedAvg(FedAvg):
         )
         started = time.perf_counter()
         sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
+        sent = self.marked(round_number, sent)
         self.sent = replace(sent, seconds=time.perf_counter() - started)
         if self.archive:
-            self.archive.write(_entry(round_number, sent))
+            self.archive.write(self._entry(round_number, sent))
         config = ConfigRecord({**config, "server-round": round_number})
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
@@ -164,6 +183,12 @@ class SeededFedAvg(FedAvg):
             Message(content=contents[copy], message_type=MessageType.TRAIN, dst_node_id=client.node)
             for client, copy in self.sent.assignment
         ]
+
+    def _entry(self, round_number: int, sent: Distribution) -> Entry:
+        shared = sent.shared or sent
+        assignment = {client.partition: copy for client, copy in shared.assignment}
+        mark = None if sent.shared is None else self.fingerprint
+        return Entry(round_number, shared.copies, assignment, mark)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -195,9 +220,29 @@ class SeededFedAvg(FedAvg):
         return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
 
 
-def _entry(round_number: int, sent: Distribution) -> Entry:
-    assignment = {client.partition: copy for client, copy in sent.assignment}
-    return Entry(round_number, sent.copies, assignment)
+def unmarked(update: Update, sent: Distribution) -> Weights:
+    """Return what a client sent back less the fingerprint in the copy it was sent.
+
+    A client that returns its copy untouched returns the shared copy exactly, so the mean of
+    returned weights keeps nothing of any fingerprint.
+
+    Args:
+        update: The reply.
+        sent: What its round sent.
+
+    Returns:
+        State by name, in the reply's dtypes.
+    """
+    if sent.shared is None:
+        return update.weights
+    copy, shared = (dict(d.assignment)[update.client] for d in (sent, sent.shared))
+    received, clean = sent.copies[copy], sent.shared.copies[shared]
+    return {
+        name: value
+        if received[name] is clean[name]
+        else (value.double() + (clean[name].double() - received[name].double())).to(value.dtype)
+        for name, value in update.weights.items()
+    }
 
 
 def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:

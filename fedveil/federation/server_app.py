@@ -13,6 +13,7 @@ from torch import nn
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
+from fedveil.defenses.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive
@@ -36,6 +37,7 @@ from fedveil.models import build_model
 OnRound = Callable[[RoundRecord], None]
 
 _EVALUATION_BLOCK = 1_000
+_WITHOUT_FINGERPRINT = ("fedavg", "noise-pair")
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,13 @@ _STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
 }
 
 
+def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
+    """Return what tells the clients' copies apart; the baselines have none unless asked for."""
+    default = 0.0 if job.config.strategy in _WITHOUT_FINGERPRINT else FINGERPRINT_STRENGTH
+    strength = default if job.config.fingerprint is None else job.config.fingerprint
+    return Fingerprint.of(job.model, key, strength=strength) if strength else None
+
+
 class Recorder:
     """Turns each finished round into a line of ``rounds.jsonl`` and a checkpoint.
 
@@ -238,6 +247,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     key = directory.noise_key()
     strategy = build_strategy(job, Resume(last.round, last.state), key)
+    strategy.fingerprint = _fingerprint(job, key)
     strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
     recorder = Recorder(job, directory, strategy, on_round)
     if last.round < job.config.rounds:
