@@ -364,6 +364,28 @@ def audit_leakage(
     typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
 
 
+@audit.command("trace")
+def audit_trace(
+    leaked: Annotated[Path, typer.Argument(help="The leaked model: .safetensors, or .pt.")],
+    run: Annotated[Path, typer.Option(help="Directory of the run it may have come from.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Chance to name anybody innocent, above 0 and below 1.")
+    ] = 1e-6,
+) -> None:
+    """Name the clients a leaked model came from, by the fingerprints in their copies."""
+    if not 0 < alpha < 1:
+        raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
+    try:
+        from fedveil.audit.trace_run import run_trace
+
+        told = run_trace(leaked, run, alpha=alpha, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(told)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for pictures and summary.")] = Path("demo"),
