@@ -34,6 +34,7 @@ ALPHA = 1e-6
 
 _DECOYS = 2
 _CLIP = 2.0
+_MEDIAN_OF = 4_096
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,45 @@ class Lineup:
         round: The round, from 1.
         clients: Partitions of the clients.
         reference: float32 [n], the shared copy, its parameters in the fingerprint's order.
-        scale: float32 [n], root mean square of each value's layer; 0 where it carries no mark.
-        directions: float32 [m, n], differences to the round's other shared copies.
+        unit: float32 [n], one over the root mean square of each value's layer; 0 where that is 0.
+        directions: float32 [m, n], differences to the round's other shared copies, times ``unit``.
         patterns: float32 [clients + decoys, n], of the clients, then of keys nobody got.
-        fingerprint: What the patterns are of.
-        sizes: Number of values of each tensor.
+        tensors: Name and number of values of each parameter.
     """
 
     round: int
     clients: tuple[int, ...]
     reference: Tensor
-    scale: Tensor
+    unit: Tensor
     directions: Tensor
     patterns: Tensor
-    fingerprint: Fingerprint
-    sizes: tuple[int, ...]
+    tensors: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """The comparable values of a leaked model, in the order of a lineup.
+
+    Attributes:
+        values: float32 [n]; 0 where there is nothing to compare.
+        kept: bool [n], where there is; ``None``: everywhere.
+    """
+
+    values: Tensor
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, leaked: Weights, tensors: Sequence[tuple[str, int]]) -> "Leak":
+        """Take what can be compared: finite values other than 0 in tensors of the right size."""
+        parts = []
+        for name, size in tensors:
+            value = leaked.get(name)
+            if value is None or value.numel() != size:
+                value = torch.zeros(size)
+            parts.append(value.detach().float().reshape(-1))
+        values = torch.nan_to_num(torch.cat(parts), nan=0.0, posinf=0.0, neginf=0.0)
+        kept = values != 0
+        return cls(values, None if kept.all() else kept)
 
 
 @dataclass(frozen=True)
@@ -143,14 +168,15 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     """
     scores: dict[int, dict[int, float]] = {}
     decoys: list[float] = []
-    values = 0
+    leak: Leak | None = None
     for lineup in among:
-        flat = _flat(leaked, lineup)
-        values = max(values, int(flat.isfinite().sum()))
-        z = (lineup.patterns @ direction(flat, lineup)).tolist()
+        # The rounds of a run differ in their values, not in their tensors.
+        leak = leak or Leak.of(leaked, lineup.tensors)
+        z = (lineup.patterns @ direction(leak, lineup)).tolist()
         for client, score in zip(lineup.clients, z, strict=False):
             scores.setdefault(client, {})[lineup.round] = score
         decoys += z[len(lineup.clients) :]
+    values = 0 if leak is None else int(torch.count_nonzero(leak.values))
     if not values:
         raise FedveilError(
             "no tensor of the leaked model has the name and size of one of the run's model; "
@@ -162,22 +188,21 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     return Trace(tuple(ordered), alpha, tests, tuple(decoys), values)
 
 
-def direction(leaked: Tensor, lineup: Lineup) -> Tensor:
+def direction(leak: Leak, lineup: Lineup) -> Tensor:
     """Return the unit vector along which patterns are looked for.
-
-    Args:
-        leaked: float32 [n]; NaN where there is nothing to compare.
-        lineup: Gives the reference.
 
     Returns:
         float32 [n]; all zeros where the leaked model is the reference itself.
     """
-    kept = leaked.isfinite() & (leaked != 0) & (lineup.scale > 0)
-    residual = torch.where(kept, (leaked - lineup.reference) / lineup.scale, 0.0)
-    if len(lineup.directions):
-        residual = _without(residual, torch.where(kept, lineup.directions / lineup.scale, 0.0))
-    sizes = list(lineup.sizes)
-    parts = zip(residual.split(sizes), kept.split(sizes), strict=True)
+    kept, directions = leak.kept, lineup.directions
+    residual = (leak.values - lineup.reference) * lineup.unit
+    if kept is not None:
+        residual, directions = residual * kept, directions * kept
+    if len(directions):
+        residual = _without(residual, directions)
+    sizes = [size for _, size in lineup.tensors]
+    masks = [None] * len(sizes) if kept is None else torch.split(kept, sizes)
+    parts = zip(torch.split(residual, sizes), masks, strict=True)
     whitened = torch.cat([_whitened(part, mask) for part, mask in parts])
     norm = whitened.norm()
     return whitened / norm if norm > 0 else whitened
@@ -193,63 +218,55 @@ def _of_round(entry: Entry, fingerprint: Fingerprint) -> Iterator[Lineup]:
     receivers = sorted((copy, client) for client, copy in entry.assignment.items())
     for copy, group in groupby(receivers, key=lambda item: item[0]):
         clients = tuple(client for _, client in group)
-        weights = entry.copies[copy]
         # No client has a number below 0.
         everyone = [*clients, *(-1 - len(flat) * i - copy for i in range(_DECOYS))]
         patterns = [
             fingerprint.pattern(len(flat[copy]), round_number=entry.round, client=client)
             for client in everyone
         ]
-        others = [other - flat[copy] for i, other in enumerate(flat) if i != copy]
+        unit = _units(entry.copies[copy], fingerprint.layers)
+        others = [(other - flat[copy]) * unit for i, other in enumerate(flat) if i != copy]
         yield Lineup(
             round=entry.round,
             clients=clients,
             reference=flat[copy],
-            scale=_scales(weights, fingerprint.layers),
-            directions=torch.stack(others) if others else torch.empty(0, len(flat[copy])),
+            unit=unit,
+            directions=torch.stack(others) if others else torch.empty(0, len(unit)),
             patterns=torch.stack(patterns),
-            fingerprint=fingerprint,
-            sizes=tuple(weights[name].numel() for name in fingerprint.names),
+            tensors=tuple((name, entry.copies[copy][name].numel()) for name in fingerprint.names),
         )
 
 
-def _scales(weights: Weights, layers: Sequence[Sequence[str]]) -> Tensor:
+def _units(weights: Weights, layers: Sequence[Sequence[str]]) -> Tensor:
+    """Return one over the root mean square of the layer each value belongs to, or 0."""
+    sizes = [(root_mean_square(weights, layer), layer) for layer in layers]
     return torch.cat(
         [
-            torch.full((weights[name].numel(),), root_mean_square(weights, layer))
-            for layer in layers
+            torch.full((weights[name].numel(),), 1 / size if size else 0.0)
+            for size, layer in sizes
             for name in layer
         ]
     )
 
 
-def _flat(leaked: Weights, lineup: Lineup) -> Tensor:
-    parts = []
-    for name, size in zip(lineup.fingerprint.names, lineup.sizes, strict=True):
-        value = leaked.get(name)
-        if value is None or value.numel() != size:
-            value = torch.full((size,), math.nan)
-        parts.append(value.float().reshape(-1))
-    return torch.cat(parts)
-
-
 def _without(residual: Tensor, directions: Tensor) -> Tensor:
     """Return the part of ``residual`` that is orthogonal to all ``directions``."""
-    unit = directions.double()
-    unit = unit / unit.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    gram = unit @ unit.T
-    share = torch.linalg.lstsq(gram, (unit @ residual.double())[:, None]).solution[:, 0]
-    rest: Tensor = residual.double() - share @ unit
-    return rest.float()
+    unit = torch.nn.functional.normalize(directions)
+    share = torch.linalg.lstsq(unit @ unit.T, (unit @ residual)[:, None]).solution[:, 0]
+    rest: Tensor = residual - share @ unit
+    return rest
 
 
-def _whitened(values: Tensor, kept: Tensor) -> Tensor:
+def _whitened(values: Tensor, kept: Tensor | None) -> Tensor:
     """Clip at twice the median size, which fine-tuning's few large steps pass, and whiten."""
-    if not kept.any():
+    compared = values if kept is None else values[kept]
+    if not len(compared):
         return values
-    bound = _CLIP * values[kept].abs().median()
+    # Some thousands tell the median of a large tensor well enough.
+    stride = -(-len(compared) // _MEDIAN_OF)
+    bound = float(_CLIP * compared[::stride].abs().median())
     clipped = values.clamp(-bound, bound)
-    square = clipped.square().sum() / kept.sum()
+    square = float(clipped.square().sum()) / len(compared)
     return clipped / square if square > 0 else clipped
 
 
