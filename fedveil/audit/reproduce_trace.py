@@ -250,7 +250,8 @@ def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, A
 def _run(study: TraceStudy, name: str, out: Path) -> RunDirectory:
     config, path = study.config(name), out / "runs" / name
     directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
-    if directory.config != config:
+    # The number of workers changes no result, only when it is there.
+    if directory.config.model_copy(update={"workers": config.workers}) != config:
         raise FedveilError(
             f"{path} was run with other settings; remove it, or name another directory with --out"
         )
@@ -368,7 +369,7 @@ def _watched(
 ) -> list[dict[str, Any]]:
     done = []
     for number, result in enumerate(results):
-        if number % 50 == 0:
+        if number % 10 == 0:
             on_piece(name, number, total)
         done.append(result)
     return done
