@@ -37,8 +37,6 @@ from fedveil.models import has_batch_norm
 
 _BLOCK = 100
 _BATCH_NORM_IMAGES = 500
-# How σ grows where a client's fingerprinted copy is above the cap although the shared one is not.
-_RAISE, _MOST_RAISED = 1.1, 1e3
 
 
 @dataclass(frozen=True)
@@ -170,20 +168,23 @@ class NoisyFedAvg(SeededFedAvg):
         half = -(-len(clients) // 2)
         assignment = tuple((client, int(i >= half)) for i, client in enumerate(clients))
 
-        def addressed(sigma: float) -> Distribution:
-            sent = Distribution(copies(sigma, found.draw), assignment, sigma)
+        def addressed(sigma: float, draw: int) -> Distribution:
+            sent = Distribution(copies(sigma, draw), assignment, sigma)
             return self.marked(round_number, sent)
 
-        sigma, sent = found.sigma, addressed(found.sigma)
+        sent = addressed(found.sigma, found.draw)
         checked = self._check(sent, evaluate, cap)
-        # The shared copies are below the cap; every client's own has to be, too.
-        while checked and not checked[-1].below:
-            sigma *= _RAISE
-            if sigma > _MOST_RAISED * found.sigma:
-                raise _not_below(cap, sigma)
-            sent = addressed(sigma)
-            checked += self._check(sent, evaluate, cap)
-        self.state = replace(self.state, sigma=sigma)
+        if checked and not checked[-1].below:
+            # The shared copies are below the cap, but not every client's own: these are searched.
+            first = found
+            found = self.calibrate(lambda s, d: addressed(s, d).copies, evaluate, cap)
+            sent = addressed(found.sigma, found.draw)
+            found = replace(
+                found,
+                evaluations=found.evaluations + first.evaluations,
+                images=found.images + first.images,
+            )
+        self.state = replace(self.state, sigma=found.sigma)
         return _counted(sent, checked, found)
 
     @staticmethod
@@ -247,13 +248,6 @@ def _counted(
         sent,
         evaluations=len(checked) + (found.evaluations if found else 0),
         images=sum(verdict.images for verdict in checked) + (found.images if found else 0),
-    )
-
-
-def _not_below(cap: float, sigma: float) -> FedveilError:
-    return FedveilError(
-        f"no noise up to sigma {sigma:g} keeps every client's own copy below the cap of {cap:.0%}; "
-        "lower --fingerprint, or raise --cap"
     )
 
 
