@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -114,20 +114,24 @@ class Thief:
         return treat
 
     def alone(self, seed: int, number: int) -> Weights:
-        """Return a model that somebody trained from scratch, for 1 to 3 epochs."""
+        """Return a model that somebody trained from scratch for an epoch or two."""
         config, dataset = self.job.config, self.job.dataset
         fresh = build_model(
             config.model, dataset.shape, len(dataset.classes), seed=1_000 + seed + number
         )
         generator = _generator(f"alone {seed} {number}")
-        return self.fine_tuned(1 + number % 3)(fresh.state_dict(), generator)
+        return self.fine_tuned(1 + number % 2)(fresh.state_dict(), generator)
 
     def later(self, models: Sequence[Weights], number: int) -> Weights:
-        """Return a model of a series, and of later rounds through it the same, fine-tuned."""
-        model = models[number % len(models)]
+        """Return a model of a series; of further rounds through it, one that was treated."""
+        model, name = models[number % len(models)], f"later {number}"
         if number < len(models):
             return model
-        return self.fine_tuned(1)(model, _generator(f"later {number}"))
+        if number % 3 == 0:
+            return self.fine_tuned(1)(model, _generator(name))
+        drawn = random.Random(name)
+        thinned = pruned(model, drawn.uniform(0.05, 0.95))
+        return thinned if number % 3 == 1 else quantised(thinned, drawn.randint(3, 8))
 
     def accuracy(self, weights: Weights) -> float:
         """Return the accuracy on the first 1,000 report images."""
@@ -190,7 +194,7 @@ def averaged(models: Sequence[Weights]) -> dict[str, Tensor]:
 def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, Any]:
     """Run what is missing of the study, then write ``trace.json``, ``trace.png``, ``trace.md``.
 
-    The runs stay under ``out/runs`` and are resumed; leaks and innocent models are made anew.
+    The runs stay under ``out/runs`` and are resumed; each model traced stays in ``pieces.jsonl``.
 
     Args:
         study: What to run.
@@ -210,15 +214,9 @@ def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, A
     among = tuple(lineups(archive))
     delivered = load_file(runs["leaked"].path / "model.safetensors")
     bench = Bench(study, thief, tuple(archive), among, _innocents(study, thief, runs, delivered))
-    leaks, innocents = tuple(_leaks(study, thief)), tuple(_models(study))
-    with _workers(bench, study.workers) as pool:
-        rows = _watched(pool.imap(_leak_on_bench, leaks), "leaks", len(leaks), on_piece)
-        traced = _watched(
-            pool.imap(_innocent_on_bench, innocents, chunksize=5),
-            "innocent models",
-            len(innocents),
-            on_piece,
-        )
+    pieces = _done(bench, (*_models(study), *_leaks(study, thief)), out, on_piece)
+    rows = [piece for task, piece in pieces if isinstance(task, Leak)]
+    traced = [piece for task, piece in pieces if isinstance(task, Innocent)]
     fingerprint = archive.read(1).fingerprint
     result = {
         "command": "fedveil reproduce trace",
@@ -299,6 +297,19 @@ class Leak:
 
 
 @dataclass(frozen=True)
+class Innocent:
+    """One innocent model to be made and traced.
+
+    Attributes:
+        kind: Where it comes from.
+        number: Its number among its kind.
+    """
+
+    kind: str
+    number: int
+
+
+@dataclass(frozen=True)
 class Bench:
     """What every leak and every innocent model is made and traced with.
 
@@ -316,6 +327,10 @@ class Bench:
     among: Sequence[Lineup]
     innocents: Mapping[str, Callable[[int], Weights]]
 
+    def run(self, task: Leak | Innocent) -> dict[str, Any]:
+        """Make and trace one model."""
+        return self.leak(task) if isinstance(task, Leak) else self.innocent(task)
+
     def leak(self, leak: Leak) -> dict[str, Any]:
         """Make a leak and trace it."""
         name = f"{self.study.seed} {leak}"
@@ -332,10 +347,10 @@ class Bench:
             "accuracy": self.thief.accuracy(model),
         }
 
-    def innocent(self, kind: str, number: int) -> dict[str, Any]:
+    def innocent(self, task: Innocent) -> dict[str, Any]:
         """Make an innocent model and trace it."""
-        found = trace(self.innocents[kind](number), self.among)
-        return {"kind": kind, "accused": bool(found.named), "largest_z": found.suspects[0].z}
+        found = trace(self.innocents[task.kind](task.number), self.among)
+        return {"kind": task.kind, "accused": bool(found.named), "largest_z": found.suspects[0].z}
 
 
 _bench: Bench | None = None
@@ -354,25 +369,32 @@ def _workers(bench: Bench, workers: int | None) -> Pool:
     return context.Pool(workers or usable_cores(), _adopt, (bench,))
 
 
-def _leak_on_bench(leak: Leak) -> dict[str, Any]:
+def _on_bench(task: Leak | Innocent) -> tuple[str, dict[str, Any]]:
     assert _bench is not None
-    return _bench.leak(leak)
+    return str(task), _bench.run(task)
 
 
-def _innocent_on_bench(model: tuple[str, int]) -> dict[str, Any]:
-    assert _bench is not None
-    return _bench.innocent(*model)
+def _done(
+    bench: Bench, tasks: Sequence[Leak | Innocent], out: Path, on_piece: OnPiece
+) -> list[tuple[Leak | Innocent, dict[str, Any]]]:
+    """Run the tasks that no earlier process of this study has run, and return all."""
+    path = out / "pieces.jsonl"
+    done = _pieces(path)
+    missing = [task for task in tasks if str(task) not in done]
+    write_atomically(path, "".join(json.dumps(piece) + "\n" for piece in done.items()).encode())
+    with _workers(bench, bench.study.workers) as pool, path.open("a", buffering=1) as stream:
+        for name, piece in pool.imap_unordered(_on_bench, missing):
+            if len(done) % 20 == 0:
+                on_piece("models traced", len(done), len(tasks))
+            done[name] = piece
+            stream.write(json.dumps((name, piece)) + "\n")
+    return [(task, done[str(task)]) for task in tasks]
 
 
-def _watched(
-    results: Iterable[dict[str, Any]], name: str, total: int, on_piece: OnPiece
-) -> list[dict[str, Any]]:
-    done = []
-    for number, result in enumerate(results):
-        if number % 10 == 0:
-            on_piece(name, number, total)
-        done.append(result)
-    return done
+def _pieces(path: Path) -> dict[str, dict[str, Any]]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A kill may have cut the last line short.
+    return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def _leaks(study: TraceStudy, thief: Thief) -> Iterator[Leak]:
@@ -385,12 +407,12 @@ def _leaks(study: TraceStudy, thief: Thief) -> Iterator[Leak]:
                 yield Leak(source, treatment, colluders, trial)
 
 
-def _models(study: TraceStudy) -> Iterator[tuple[str, int]]:
+def _models(study: TraceStudy) -> Iterator[Innocent]:
     """Yield which innocent models are traced: two fifths trained alone, a fifth of each other."""
     fifth = study.innocents // 5
     for kind in _INNOCENT:
         count = study.innocents - 3 * fifth if kind == "trained alone" else fifth
-        yield from ((kind, number) for number in range(count))
+        yield from (Innocent(kind, number) for number in range(count))
 
 
 def _innocents(
