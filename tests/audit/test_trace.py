@@ -283,9 +283,13 @@ def test_a_damaged_archive_is_named_and_nothing_is_written(run, tmp_path):
 
 
 def test_ctrl_c_writes_nothing_and_says_so(run, tmp_path):
-    os.mkfifo(tmp_path / "leaked.pt")
+    copied, leaked = tmp_path / "copied", run / "model.safetensors"
+    subprocess.run(["cp", "-r", run, copied], check=True)
+    slow = copied / "archive/000001.enc"
+    slow.unlink()
+    os.mkfifo(slow)
     process = subprocess.Popen(
-        [FEDVEIL, "audit", "trace", tmp_path / "leaked.pt", "--run", run, "--out", tmp_path / "o"],
+        [FEDVEIL, "audit", "trace", leaked, "--run", copied, "--out", tmp_path / "o"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -293,7 +297,7 @@ def test_ctrl_c_writes_nothing_and_says_so(run, tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:  # succeeds once the other end waits for what is written
-            pipe = os.open(tmp_path / "leaked.pt", os.O_WRONLY | os.O_NONBLOCK)
+            pipe = os.open(slow, os.O_WRONLY | os.O_NONBLOCK)
             break
         except OSError:
             time.sleep(0.05)
