@@ -161,6 +161,16 @@ def train(
     report_images: Annotated[
         int | None, typer.Option(help="Other test images each round reports on.")
     ] = None,
+    fingerprint: Annotated[
+        float | None,
+        typer.Option(help="Individual noise in each client's copy, in a layer's RMS; 0: none."),
+    ] = None,
+    archive: Annotated[
+        bool | None,
+        typer.Option(
+            "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
+        ),
+    ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
@@ -317,6 +327,43 @@ def reproduce_dct(
     typer.echo(f"{out / 'dct.json'}  {out / 'dct.png'}  {out / 'figure3.png'}")
 
 
+@reproduce.command("trace")
+def reproduce_trace(
+    out: Annotated[Path, typer.Option(help="Directory of the study; its runs are resumed.")],
+    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run that is leaked.")] = 50,
+    trials: Annotated[int, typer.Option(min=1, help="Leaks of each kind.")] = 3,
+    innocents: Annotated[int, typer.Option(min=5, help="Innocent models traced.")] = 1_000,
+    fingerprint: Annotated[
+        float | None, typer.Option(help="Strength of the fingerprints, as of fedveil train.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+) -> None:
+    """Who leaked: coalitions of 1 to 10 clients, what they do to hide, and innocent models.
+
+    Writes trace.json, trace.png and trace.md. Interrupted, it keeps its training runs.
+    """
+    try:
+        from fedveil.audit.reproduce_trace import TraceStudy
+        from fedveil.audit.reproduce_trace import reproduce as run
+
+        study = TraceStudy(
+            dataset=dataset,
+            rounds=rounds,
+            other_rounds=min(rounds, 20),
+            trials=trials,
+            innocents=innocents,
+            strength=fingerprint,
+            workers=workers,
+        )
+        run(study, out, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "trace.md").read_text())
+    typer.echo(f"{out / 'trace.json'}  {out / 'trace.png'}")
+
+
 def _show_piece(name: str, done: int, total: int) -> None:
     typer.echo(f"[{done + 1}/{total}] {name}", err=True)
 
@@ -381,6 +428,28 @@ def audit_leakage(
         raise typer.Exit(130) from None
     typer.echo(report.table())
     typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
+
+
+@audit.command("trace")
+def audit_trace(
+    leaked: Annotated[Path, typer.Argument(help="The leaked model: .safetensors, or .pt.")],
+    run: Annotated[Path, typer.Option(help="Directory of the run it may have come from.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Chance to name anybody innocent, above 0 and below 1.")
+    ] = 1e-6,
+) -> None:
+    """Name the clients a leaked model came from, by the fingerprints in their copies."""
+    if not 0 < alpha < 1:
+        raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
+    try:
+        from fedveil.audit.trace_run import run_trace
+
+        told = run_trace(leaked, run, alpha=alpha, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(told)
 
 
 @app.command()
