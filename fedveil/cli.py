@@ -138,6 +138,12 @@ def train(
     report_images: Annotated[
         int | None, typer.Option(help="Other test images each round reports on.")
     ] = None,
+    archive: Annotated[
+        bool | None,
+        typer.Option(
+            "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
+        ),
+    ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,

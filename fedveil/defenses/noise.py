@@ -67,6 +67,11 @@ class NoiseKey:
         """Write the key as hexadecimal text, readable by the owner alone."""
         write_atomically(path, (self.secret.hex() + "\n").encode("ascii"), mode=0o600)
 
+    def derive(self, purpose: str) -> bytes:
+        """Return the 32 bytes of a key for one purpose, by HKDF-SHA256 (RFC 5869)."""
+        info = f"fedveil {purpose}".encode()
+        return HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
+
     def gaussians(self, *, run: str, round_number: int, group: str, count: int) -> Tensor:
         """Expand the key into independent standard normal values.
 
@@ -82,8 +87,7 @@ class NoiseKey:
         Returns:
             float64 [count], |z| ≤ 6.4; the same on every machine for the same arguments.
         """
-        info = f"fedveil noise v1\0{run}\0{round_number}\0{group}".encode()
-        key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
+        key = self.derive(f"noise v1\0{run}\0{round_number}\0{group}")
         stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
         words = torch.frombuffer(bytearray(stream), dtype=torch.int32).to(torch.float64)
         values: Tensor = torch.special.ndtri((words + (2**31 + 0.5)) / 2**32)

@@ -50,6 +50,7 @@ class TrainConfig(BaseModel):
     report_images: int = Field(
         default=2_000, ge=20, le=10_000_000, description="a round; all at the end"
     )
+    archive: bool = Field(default=True, description="keep what each client was sent, encrypted")
     engine: Literal["local", "ray", "deployed"] = "local"
     workers: int | None = Field(default=None, ge=1, le=1024)
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")

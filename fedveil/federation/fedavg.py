@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedveil.errors import FedveilError
+from fedveil.federation.archive import Archive, Entry
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, query_roster, sample_clients
 
@@ -94,6 +95,9 @@ class SeededFedAvg(FedAvg):
     Args:
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+
+    Attributes:
+        archive: Where each round is written down before its models leave; ``None``: nowhere.
     """
 
     def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
@@ -104,6 +108,7 @@ class SeededFedAvg(FedAvg):
         resume = resume or Resume()
         self.completed_rounds = resume.rounds
         self.state = resume.state
+        self.archive: Archive | None = None
         self.clients: tuple[Client, ...] = ()
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()
@@ -145,6 +150,8 @@ class SeededFedAvg(FedAvg):
         started = time.perf_counter()
         sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
         self.sent = replace(sent, seconds=time.perf_counter() - started)
+        if self.archive:
+            self.archive.write(_entry(round_number, sent))
         config = ConfigRecord({**config, "server-round": round_number})
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
@@ -186,6 +193,11 @@ class SeededFedAvg(FedAvg):
         self.loss = sum(update.loss * update.examples for update in updates) / examples
         self.averaged = tuple(update.client.partition for update in updates)
         return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
+
+
+def _entry(round_number: int, sent: Distribution) -> Entry:
+    assignment = {client.partition: copy for client, copy in sent.assignment}
+    return Entry(round_number, sent.copies, assignment)
 
 
 def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
+from fedveil.federation.archive import Archive
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
@@ -235,7 +236,9 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
-    strategy = build_strategy(job, Resume(last.round, last.state), directory.noise_key())
+    key = directory.noise_key()
+    strategy = build_strategy(job, Resume(last.round, last.state), key)
+    strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
     recorder = Recorder(job, directory, strategy, on_round)
     if last.round < job.config.rounds:
         strategy.start(

@@ -127,9 +127,10 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
 
 def test_a_complete_run_is_left_as_it_is(tmp_path):
     fedveil("--out", tmp_path / "run", *FAST, "--rounds", 2)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".png"]
+    before = {path: path.read_bytes() for path in files}
     fedveil("--resume", tmp_path / "run")
-    assert before == {n: (tmp_path / "run" / n).read_bytes() for n in before}
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_the_same_seed_and_key_give_the_same_bits_and_another_key_does_not(tmp_path):
