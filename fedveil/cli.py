@@ -360,6 +360,52 @@ def audit_leakage(
     typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
 
 
+@audit.command("theft")
+def audit_theft(
+    run: Annotated[Path, typer.Option(help="Directory of a run of fedveil train.")],
+    out: Annotated[Path, typer.Option(help="Directory for the results; resumed if there.")],
+    labels: Annotated[
+        str, typer.Option(help="Labelled images of a thief; several, with commas between.")
+    ] = "10,50,100,600",
+    colluders: Annotated[
+        str, typer.Option(help="Clients that put their copies together; several, with commas.")
+    ] = "1,2,5",
+    thieves: Annotated[int, typer.Option(help="Draws of clients and images for each.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draws of clients and images.")] = 0,
+) -> None:
+    """Steal the model as its clients could, and compare with training alone.
+
+    Writes theft.json and theft.png. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.theft import TheftSettings
+        from fedveil.audit.theft_run import run_theft_audit
+
+        settings = TheftSettings(
+            run=run,
+            labels=_numbers("--labels", labels),
+            colluders=_numbers("--colluders", colluders),
+            thieves=thieves,
+            seed=seed,
+        )
+        report = run_theft_audit(settings, out=out, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(f"{out / 'theft.json'}  {out / 'theft.png'}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FedveilError(
+            f"{option} {text!r} is no list of whole numbers; write them like 10,50"
+        ) from None
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for pictures and summary.")] = Path("demo"),

@@ -1,5 +1,6 @@
 """Training of which learning rate, decay and length are chosen on the thief's own holdout."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from fedveil.attacks.theft.augment import shifted
-from fedveil.attacks.theft.holdout import Score, pooled, predict, score
+from fedveil.attacks.theft.holdout import Score, predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
 
 _BATCH = 32
 _CLIP = 5.0
-_FEW = 30
-_RUNGS_OF_FEW, _RUNGS = (10, 30, 90), (30, 90, 270)
+_RUNGS = ((30, (10, 30, 90)), (300, (30, 90, 270)), (sys.maxsize, (60, 180, 540)))
 _SURVIVORS = 3
 
 Task = tuple[Tensor, Tensor]
@@ -77,7 +77,7 @@ def search(
     """
     runs = {recipe: _Trial(observation, recipe, tasks) for recipe in candidates}
     seen: list[tuple[Score, Recipe, int]] = []
-    for steps in _RUNGS_OF_FEW if len(observation.labelled) < _FEW else _RUNGS:
+    for steps in next(rungs for most, rungs in _RUNGS if len(observation.labelled) < most):
         ranked = sorted(
             ((trial.after(steps), recipe) for recipe, trial in runs.items()),
             key=lambda entry: entry[0],
@@ -95,16 +95,16 @@ class _Trial:
     """One recipe on every fold."""
 
     def __init__(self, observation: TheftObservation, recipe: Recipe, tasks: Tasks) -> None:
-        self._checks = [observation.labelled[fold.held_out] for fold in observation.folds]
-        holders = [observation.holding(fold.train) for fold in observation.folds]
+        self._labelled, self._folds = observation.labelled, observation.folds
+        holders = [observation.holding(fold.train) for fold in self._folds]
         self._descents = [_Descent(holder, recipe, tasks(holder)) for holder in holders]
 
     def after(self, steps: int) -> Score:
-        scores = []
-        for descent, check in zip(self._descents, self._checks, strict=True):
-            descent.until(steps)
-            scores.append((score(predict(descent.model, check.pixels), check.labels), len(check)))
-        return pooled(scores)
+        logits = [
+            predict(descent.until(steps), self._labelled[fold.held_out].pixels)
+            for fold, descent in zip(self._folds, self._descents, strict=True)
+        ]
+        return score_folds(self._folds, self._labelled.labels, logits)
 
 
 class _Descent:
@@ -132,7 +132,7 @@ class _Descent:
             name: value.detach().contiguous() for name, value in self.model.state_dict().items()
         }
 
-    def until(self, steps: int) -> None:
+    def until(self, steps: int) -> nn.Module:
         self.model.train()
         for _ in range(steps - self._steps):
             index = self._next()
@@ -144,6 +144,7 @@ class _Descent:
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
         self._steps = max(self._steps, steps)
+        return self.model
 
     def _next(self) -> Tensor:
         if not len(self._order):

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from fedveil.attacks.theft.holdout import predict, score
+from fedveil.attacks.theft.holdout import predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation
 
 
@@ -21,7 +19,8 @@ class Direct:
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the last copy."""
-        weights = observation.start
-        held = observation.labelled[torch.cat([fold.held_out for fold in observation.folds])]
-        logits = predict(observation.model(weights), held.pixels)
-        return Stolen(weights, score(logits, held.labels))
+        model = observation.model(observation.start)
+        folds, labelled = observation.folds, observation.labelled
+        logits = [predict(model, labelled[fold.held_out].pixels) for fold in folds]
+        checked = score_folds(folds, labelled.labels, logits)
+        return Stolen(observation.start, checked)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedveil.attacks.theft.holdout import pooled, predict, score
+from fedveil.attacks.theft.holdout import predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
 
 
@@ -19,13 +19,16 @@ class LocalEpochs:
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the copy, trained as the server asks."""
-        scores = []
-        for fold in observation.folds:
-            weights = _trained(observation.holding(fold.train))
-            check = observation.labelled[fold.held_out]
-            logits = predict(observation.model(weights), check.pixels)
-            scores.append((score(logits, check.labels), len(check)))
-        return Stolen(_trained(observation), pooled(scores))
+        folds, labelled = observation.folds, observation.labelled
+        logits = [
+            predict(
+                observation.model(_trained(observation.holding(fold.train))),
+                labelled[fold.held_out].pixels,
+            )
+            for fold in folds
+        ]
+        checked = score_folds(folds, labelled.labels, logits)
+        return Stolen(_trained(observation), checked)
 
 
 def _trained(observation: TheftObservation) -> Weights:

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.attacks.theft.augment import shifted
-from fedveil.attacks.theft.holdout import Score, pooled, predict, score
+from fedveil.attacks.theft.holdout import Score, predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation
 from fedveil.errors import FedveilError
 from fedveil.models import output_layer
 
 _RIDGES = tuple(10.0**power for power in range(-4, 3))
 _SHIFTS = 3
-_LOGITS = 10.0  # so that answers regressed on 0 and 1 are as sure as logits usually are
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,11 @@ def _answers(observation: TheftObservation, layer: str) -> Tensor:
 def _checked(
     observation: TheftObservation, features: Tensor, answers: Tensor, ridge: float
 ) -> Score:
-    scores = []
+    logits = []
     for fold in observation.folds:
         weight, bias = _regress(features[fold.train], answers[fold.train], ridge)
-        logits = features[fold.held_out, 0] @ weight.T + bias
-        held = observation.labelled.labels[fold.held_out]
-        scores.append((score(logits, held), len(held)))
-    return pooled(scores)
+        logits.append(features[fold.held_out, 0] @ weight.T + bias)
+    return score_folds(observation.folds, observation.labelled.labels, logits)
 
 
 def _regress(features: Tensor, answers: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -91,4 +88,4 @@ def _regress(features: Tensor, answers: Tensor, ridge: float) -> tuple[Tensor, T
     gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
     weight = torch.linalg.solve(gram, x.T @ y).T
     bias = middle - weight @ mean
-    return (_LOGITS * weight).to(features.dtype), (_LOGITS * bias).to(features.dtype)
+    return weight.to(features.dtype), bias.to(features.dtype)
