@@ -121,6 +121,10 @@ class SeededFedAvg(FedAvg):
         """Decide which model each sampled client receives; here all receive the same."""
         return Distribution((weights,), tuple((client, 0) for client in clients))
 
+    def attachments(self) -> dict[str, ArrayRecord]:
+        """Return what goes to every client beside its copy, by the name of its record."""
+        return {}
+
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
         return weighted_mean([(update.weights, update.examples) for update in updates])
@@ -156,7 +160,11 @@ class SeededFedAvg(FedAvg):
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
             RecordDict(
-                {self.arrayrecord_key: ArrayRecord(dict(copy)), self.configrecord_key: config}
+                {
+                    self.arrayrecord_key: ArrayRecord(dict(copy)),
+                    self.configrecord_key: config,
+                    **self.attachments(),
+                }
             )
             for copy in self.sent.copies
         ]

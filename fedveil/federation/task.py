@@ -5,8 +5,12 @@ from typing import Any
 from flwr.app import ConfigRecord
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedveil.data.augmentation import parse_augmentation
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.training import LocalTraining
+
+UNLABELLED = "unlabelled"
+"""Record of a message to a client that holds the server's images, uint8 [M, C, H, W]."""
 
 
 class ClientTask(BaseModel):
@@ -22,6 +26,7 @@ class ClientTask(BaseModel):
         learning_rate: η.
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
+        augment: How the client changes its images at random in every step.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
     """
@@ -37,6 +42,7 @@ class ClientTask(BaseModel):
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
+    augment: str | None = None
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)
 
@@ -64,4 +70,5 @@ class ClientTask(BaseModel):
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             clip=self.clip,
+            augmentation=parse_augmentation(self.augment),
         )
