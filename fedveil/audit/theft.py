@@ -255,8 +255,8 @@ class TheftReport:
         )
         return (
             f"{labels:6} {colluders:9} {thief['alone']:7.1%} {direct['accuracy']:7.1%}   "
-            f"{thief['accuracy']:<15.1%}{_points(thief):23}{owner['accuracy']:<15.1%}"
-            f"{_points(owner):23}{owner['chosen'][0]}"
+            f"{thief['accuracy']:<15.1%}{points(thief):23}{owner['accuracy']:<15.1%}"
+            f"{points(owner):23}{owner['chosen'][0]}"
         )
 
     def write(self, out: Path) -> None:
@@ -315,7 +315,8 @@ def _interval(column: str, interval: Interval) -> dict[str, float]:
     }
 
 
-def _points(row: Mapping[str, Any]) -> str:
+def points(row: Mapping[str, Any]) -> str:
+    """Return a row's advantage with its interval, as text."""
     low, high = row["advantage_low"], row["advantage_high"]
     return f"{row['advantage']:+.1%} [{low:+.1%}, {high:+.1%}]"
 

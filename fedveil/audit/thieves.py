@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedveil.attacks.theft import Copy, TheftObservation
 from fedveil.data import Images, parse_partition
+from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive, Entry
@@ -25,6 +26,7 @@ from fedveil.models import build_model
 
 _LATE = 5  # thieves come from the last fifth of the rounds: they hold the best copies
 _UNLABELLED = 2_000
+_SHIFT = 14  # by two pixels of 28 or 32, none of 8
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,13 @@ class AuditedRun:
             ),
             copies=tuple(copies),
             labelled=train[labelled],
-            unlabelled=train[unlabelled].pixels,
+            unlabelled=torch.cat([train[unlabelled].pixels, *self._shared])[:_UNLABELLED],
             noised=self.noised,
             honest=self._train_honestly,
+            augmentation=Augmentation(
+                crop=channels_height_width[2] // _SHIFT,
+                flip=parse_augmentation(self.config.augment).flip,
+            ),
             seed=own_seed,
         )
 
@@ -183,6 +189,13 @@ class AuditedRun:
         images = self.job.evaluation.report[: self.config.report_images]
         return images.pixels, images.labels
 
+    @cached_property
+    def _shared(self) -> tuple[Tensor, ...]:
+        """The server's own images, where the run sends them to its clients."""
+        if not self.config.share_unlabelled:
+            return ()
+        return (self.job.evaluation.calibration.pixels,)
+
     def _train_honestly(self, model: nn.Module, images: Images) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         train_locally(model, images, ClientTask.of(self.config).training, generator=generator)
@@ -199,4 +212,4 @@ class AuditedRun:
             [share[i : i + 1] for i in range(longest) for share in shares if i < len(share)]
         )
         labelled, others = turns[: thief.labels], turns[thief.labels :]
-        return labelled, others[:_UNLABELLED]
+        return labelled, others

@@ -7,6 +7,7 @@ from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.observation import (
     TheftObservation,
     Weights,
+    distinct,
     mean_of,
     with_copy,
 )
@@ -37,7 +38,7 @@ class AverageRounds:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return whether any client received more than one copy."""
+        """Return whether any client received more than one distinct copy."""
         return len(_own(observation)) > 1
 
     def __call__(self, observation: TheftObservation) -> TheftObservation:
@@ -65,4 +66,4 @@ def _own(observation: TheftObservation) -> list[Weights]:
     if not observation.copies:
         return []
     client = observation.copies[-1].client
-    return [copy.weights for copy in observation.copies if copy.client == client]
+    return distinct([copy.weights for copy in observation.copies if copy.client == client])

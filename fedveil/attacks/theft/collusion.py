@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from fedveil.attacks.theft.averaging import best_average
-from fedveil.attacks.theft.observation import TheftObservation, Weights, mean_of
+from fedveil.attacks.theft.observation import TheftObservation, distinct, mean_of
 
 _WINDOWS = (1, 2, 4, 8)
 
@@ -35,16 +33,3 @@ class Collude:
         # A stable sort: among rounds with as many copies the latest comes last, and counts first.
         ranked = sorted(met, key=len)
         return best_average(observation, [mean_of(copies) for copies in ranked], _WINDOWS)
-
-
-def distinct(copies: list[Weights]) -> list[Weights]:
-    """Return copies without repetition, the first of equal ones."""
-    kept: list[Weights] = []
-    for copy in copies:
-        if not any(_equal(copy, other) for other in kept):
-            kept.append(copy)
-    return kept
-
-
-def _equal(one: Weights, other: Weights) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from fedveil.attacks.theft.augment import shifted
 from fedveil.attacks.theft.holdout import Score, predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
 
@@ -108,7 +107,7 @@ class _Trial:
 
 
 class _Descent:
-    """Adam on minibatches of shifted images, which can stop and go on."""
+    """Adam on minibatches of augmented images, which can stop and go on."""
 
     def __init__(self, observation: TheftObservation, recipe: Recipe, task: Task) -> None:
         fresh = observation.architecture.state_dict()
@@ -122,6 +121,7 @@ class _Descent:
             self._moving, recipe.rate, weight_decay=recipe.decay, fused=True
         )
         self._pixels, self._targets = task
+        self._augment = observation.augmentation
         self._generator = observation.generator()
         self._order = torch.empty(0, dtype=torch.int64)
         self._steps = 0
@@ -137,7 +137,8 @@ class _Descent:
         for _ in range(steps - self._steps):
             index = self._next()
             loss = F.cross_entropy(
-                self.model(shifted(self._pixels[index], self._generator)), self._targets[index]
+                self.model(self._augment(self._pixels[index], self._generator)),
+                self._targets[index],
             )
             loss.backward()  # type: ignore[no-untyped-call]
             clip_grad_norm_(self._moving, _CLIP)

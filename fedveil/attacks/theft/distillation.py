@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedveil.attacks.theft.augment import shifted
 from fedveil.attacks.theft.descent import Task, labelled, parameter_names, recipes, search
 from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.holdout import predict
@@ -22,8 +21,8 @@ class Distil:
     """Train the copy on its own answers to unlabelled images, and on the labelled ones.
 
     The teacher is the copy, as it came or with a new output layer, whichever does better on the
-    holdout; its answers are averaged over four small shifts and sharpened. Every fold has a teacher
-    that never saw the fold's held-out labels.
+    holdout; its answers are averaged over four augmented views and sharpened. Every fold has a
+    teacher that never saw the fold's held-out labels.
 
     Sources: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; the averaging and
     the sharpening are of Berthelot et al., "MixMatch", NeurIPS 2019, section 3.2.
@@ -61,6 +60,9 @@ class _Lessons:
 
 def _answers(observation: TheftObservation, teacher: Stolen, pixels: Tensor) -> Tensor:
     model, generator = observation.model(teacher.weights), observation.generator()
-    views = [predict(model, shifted(pixels, generator)).softmax(1) for _ in range(_VIEWS)]
+    views = [
+        predict(model, observation.augmentation(pixels, generator)).softmax(1)
+        for _ in range(_VIEWS)
+    ]
     sharpened: Tensor = torch.stack(views).mean(0) ** _SHARPNESS
     return sharpened / sharpened.sum(1, keepdim=True)

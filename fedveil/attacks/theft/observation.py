@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedveil.attacks.theft.holdout import Fold, Score, folds
 from fedveil.data import Images
+from fedveil.data.augmentation import Augmentation
 from fedveil.errors import FedveilError
 
 Weights = Mapping[str, Tensor]
@@ -46,6 +47,8 @@ class TheftObservation:
         noised: Parameters in which the public defence degrades copies (Kerckhoffs: the thief knows
             the defence, but not its keys). Empty where there is none.
         honest: The local training an honest client does.
+        augmentation: Changes of an image that leave its class as it is; for attacks and for
+            training alone alike.
         seed: The thief's own randomness.
 
     Raises:
@@ -58,6 +61,7 @@ class TheftObservation:
     unlabelled: Tensor
     noised: tuple[str, ...]
     honest: Honest
+    augmentation: Augmentation
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,3 +170,16 @@ def with_copy(observation: TheftObservation, weights: Weights) -> TheftObservati
     """Return the observation with one copy of the thief's making instead of those it received."""
     last = observation.copies[-1]
     return replace(observation, copies=(Copy(last.round, last.client, weights),))
+
+
+def distinct(copies: Sequence[Weights]) -> list[Weights]:
+    """Return copies without repetition, the first of equal ones."""
+    kept: list[Weights] = []
+    for copy in copies:
+        if not any(_equal(copy, other) for other in kept):
+            kept.append(copy)
+    return kept
+
+
+def _equal(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

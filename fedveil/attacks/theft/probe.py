@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedveil.attacks.theft.augment import shifted
 from fedveil.attacks.theft.holdout import Score, predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation
 from fedveil.errors import FedveilError
 from fedveil.models import output_layer
 
 _RIDGES = tuple(10.0**power for power in range(-4, 3))
-_SHIFTS = 3
+_VIEWS = 3
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ def _output(observation: TheftObservation) -> str | None:
 
 
 def _features(observation: TheftObservation, layer: str) -> Tensor:
-    """Return what reaches the output layer: [N, 1 + shifts, D], the image as it is first."""
+    """Return what reaches the output layer: [N, 1 + views, D], the image as it is first."""
     model = observation.model(observation.start)
     # The logits of a model that hands its features through are the features.
     model.set_submodule(layer, nn.Identity())
     pixels, generator = observation.labelled.pixels, observation.generator()
-    views = [pixels, *(shifted(pixels, generator) for _ in range(_SHIFTS))]
+    views = [pixels, *(observation.augmentation(pixels, generator) for _ in range(_VIEWS))]
     return torch.stack([predict(model, view) for view in views], dim=1)
 
 
