@@ -94,10 +94,8 @@ def test_thieves_hold_their_own_images_and_their_own_copies(noised):
         thief = Thief(30, colluders, 1)
         clients, seen = run.clients(thief), run.observation(thief)
         assert len(set(clients)) == colluders
-        assert (
-            clients[: colluders - 1]
-            == run.clients(replace(thief, colluders=max(1, colluders - 1)))[: colluders - 1]
-        )
+        fewer = run.clients(replace(thief, colluders=max(1, colluders - 1)))
+        assert clients[: len(fewer)] == fewer
         own = {i for client in clients for i in run.shares[client].tolist()}
         raw = run.job.dataset.train.raw
         held = {raw[i].numpy().tobytes() for i in own}
@@ -107,7 +105,7 @@ def test_thieves_hold_their_own_images_and_their_own_copies(noised):
         assert {image.numpy().tobytes() for image in unlabelled} <= held
         assert len(seen.labelled) == 30
         assert len(seen.labelled) + len(seen.unlabelled) == len(own)
-        assert not (held - report) & (report - held)
+        assert not held & report
         for copy in seen.copies:
             entry = run.archive.read(copy.round)
             sent = entry.received(copy.client).weights
@@ -115,8 +113,6 @@ def test_thieves_hold_their_own_images_and_their_own_copies(noised):
         delivered = run.delivered()
         for copy in seen.copies:
             assert not torch.equal(copy.weights["output.weight"], delivered["output.weight"])
-    train_split, test_split = run.job.dataset.train.raw, run.job.evaluation.report.raw
-    assert train_split.untyped_storage().data_ptr() != test_split.untyped_storage().data_ptr()
 
 
 def test_the_second_colluder_received_another_copy(noised):
@@ -135,7 +131,7 @@ def test_what_is_noised_is_seen_in_the_copies(noised):
     assert AuditedRun(noised, 0).noised == ("output.weight", "output.bias")
 
 
-def test_an_audit_goes_on_where_it_stopped(audited, monkeypatch):
+def test_an_audit_goes_on_where_it_stopped(audited):
     out, settings, report = audited
     stored = {path: path.read_bytes() for path in (out / "thieves").iterdir()}
     gone = out / "thieves" / f"{Thief(20, 1, 0)}.json"
@@ -264,9 +260,7 @@ def test_the_committed_study_is_of_valid_settings():
     configs = [training.config(arm, seed) for training, arm, seed in THEFT.pieces]
     assert len(set(configs)) == len(configs)
     part = select(THEFT, datasets=["cifar10"], rounds=3, seeds=(0,))
-    assert {training.config(arm, seed).dataset for training, arm, seed in part.pieces} == {
-        "cifar10"
-    }
-    assert {training.config(arm, seed).rounds for training, arm, seed in part.pieces} == {3}
+    chosen = [training.config(arm, seed) for training, arm, seed in part.pieces]
+    assert {(config.dataset, config.rounds) for config in chosen} == {("cifar10", 3)}
     with pytest.raises(FedveilError, match="not in the study"):
         select(THEFT, datasets=["imagenet"], rounds=None, seeds=(0,))

@@ -55,10 +55,15 @@ def test_averaging_keeps_to_one_client_and_lowers_independent_noise(observe, tra
     seen = observe(*rounds[:5], stranger, *rounds[5:])
     weights = AverageRounds()(seen).start
 
+    # A mean of the client's own last copies and of nothing else, as many as the holdout liked.
+    own = [weights for _, _, weights in rounds]
+    means = [mean_of(own[-count:]) for count in (2, 4, 8)]
+    assert any(all(torch.equal(mean[n], weights[n]) for n in trained) for mean in means)
+
     def error(state):
         return sum(float((state[n] - v).square().sum()) for n, v in trained.items())
 
-    assert error(weights) < 0.3 * error(rounds[-1][2])
+    assert error(weights) < 0.6 * error(own[-1])
 
 
 def test_nothing_to_combine(observe, trained):
