@@ -26,6 +26,7 @@ from fedveil.federation.server_app import prepare_job
 from fedveil.files import check_directory, write_atomically
 
 OnPiece = Callable[[str, int, int], None]
+_Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +180,17 @@ def reproduce(
         if seed == training.seeds[0]:
             prepare_job(training.config(arm, seed))
     out.mkdir(parents=True, exist_ok=True)
-    reports: dict[tuple[str, str, int], TheftReport] = {}
+    reports: dict[_Key, TheftReport] = {}
+    finals: dict[_Key, float] = {}
     for number, (training, arm, seed) in enumerate(study.pieces):
         path = arm_directory(training, arm, seed, out)
         on_piece(path.name, number, len(study.pieces))
-        train_arm(training, arm, seed, out)
+        rounds = train_arm(training, arm, seed, out)
+        finals[_key(training, arm, seed)] = final_accuracy(training, arm, seed, out, rounds)
         audit = run_theft_audit(study.audit(path), out=out / "audits" / path.name, workers=workers)
         reports[_key(training, arm, seed)] = audit
     rows = [
-        _row(study, training, arm, reports, out)
+        _row(training, arm, reports, finals)
         for training in study.trainings
         for arm in training.arms
     ]
@@ -211,22 +214,18 @@ def reproduce(
     return result
 
 
-def _key(training: Study, arm: Arm, seed: int) -> tuple[str, str, int]:
+def _key(training: Study, arm: Arm, seed: int) -> _Key:
     return f"{training.prefix}{arm.partition}", arm.name, seed
 
 
 def _row(
-    study: TheftStudy,
     training: Study,
     arm: Arm,
-    reports: Mapping[tuple[str, str, int], TheftReport],
-    out: Path,
+    reports: Mapping[_Key, TheftReport],
+    accuracies: Mapping[_Key, float],
 ) -> dict[str, Any]:
-    audits = [reports[_key(training, arm, seed)] for seed in training.seeds]
-    finals = [
-        final_accuracy(training, arm, seed, out, train_arm(training, arm, seed, out))
-        for seed in training.seeds
-    ]
+    keys = [_key(training, arm, seed) for seed in training.seeds]
+    audits, finals = [reports[key] for key in keys], [accuracies[key] for key in keys]
     pooled = TheftReport(
         settings=audits[0].settings,
         reference=float(np.mean([audit.reference for audit in audits])),

@@ -1,7 +1,7 @@
 """Who steals in a theft audit, what they hold, and what is known that they do not."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -47,6 +47,21 @@ class Thief:
         return f"labels-{self.labels}-colluders-{self.colluders}-thief-{self.number}"
 
 
+@dataclass(frozen=True)
+class SentRound:
+    """What a round sent to whom.
+
+    Attributes:
+        round: The round, from 1.
+        assignment: Client to the number of the copy it was sent.
+        differing: Tensors in which the round's copies differ.
+    """
+
+    round: int
+    assignment: Mapping[int, int]
+    differing: frozenset[str]
+
+
 class AuditedRun:
     """A run as its auditor knows it: the archive, the images, and the report images.
 
@@ -75,9 +90,11 @@ class AuditedRun:
         return prepare_job(self.config)
 
     @cached_property
-    def entries(self) -> tuple[Entry, ...]:
-        """What each round sent to whom, in order."""
-        return tuple(self.archive)
+    def rounds(self) -> tuple["SentRound", ...]:
+        """What each round sent to whom, in order, without the weights: those may be gigabytes."""
+        return tuple(
+            SentRound(entry.round, entry.assignment, _differing(entry)) for entry in self.archive
+        )
 
     @cached_property
     def shares(self) -> tuple[Tensor, ...]:
@@ -92,12 +109,7 @@ class AuditedRun:
     @cached_property
     def noised(self) -> tuple[str, ...]:
         """Parameters in which copies of one round ever differ: what the defence degrades."""
-        found: set[str] = set()
-        for entry in self.entries:
-            first, *others = entry.copies
-            found.update(
-                name for copy in others for name in copy if not torch.equal(copy[name], first[name])
-            )
+        found = {name for sent in self.rounds for name in sent.differing}
         return tuple(name for name, _ in self.job.model.named_parameters() if name in found)
 
     @property
@@ -121,19 +133,19 @@ class AuditedRun:
             FedveilError: No late round had so many clients.
         """
         generator = random.Random(f"fedveil theft {self.seed} {thief.number}")
-        rounds = self.entries[-max(1, len(self.entries) // _LATE) :]
-        entry = generator.choice(rounds)
-        order = generator.sample(sorted(entry.assignment), len(entry.assignment))
+        sent = generator.choice(self.rounds[-max(1, len(self.rounds) // _LATE) :])
+        order = generator.sample(sorted(sent.assignment), len(sent.assignment))
         if len(order) < thief.colluders:
             raise FedveilError(
                 f"--colluders {thief.colluders} is too many: rounds of this run had {len(order)} "
                 "clients; give at most as many"
             )
         first, *others = order
-        others.sort(key=lambda client: entry.assignment[client] == entry.assignment[first])
-        # One other copy comes first, the rest as drawn: five colluders need not balance signs.
-        rest = [client for client in order if client not in (first, others[0])] if others else []
-        return tuple([first, *others[:1], *rest][: thief.colluders])
+        another = [c for c in others if sent.assignment[c] != sent.assignment[first]]
+        # One with another copy comes next, the rest as drawn: five need not balance their signs.
+        second = (another or others)[:1]
+        rest = [client for client in others if client not in second]
+        return tuple([first, *second, *rest][: thief.colluders])
 
     def observation(self, thief: Thief) -> TheftObservation:
         """Return what a thief holds; report images are in nobody's share."""
@@ -142,9 +154,10 @@ class AuditedRun:
         train = self.job.dataset.train
         channels_height_width, classes = self.job.dataset.shape, len(self.job.dataset.classes)
         own_seed = random.Random(f"fedveil thief {self.seed} {thief.number}").randrange(2**31)
+        met = [sent.round for sent in self.rounds if set(clients) & set(sent.assignment)]
         copies = [
-            Copy(entry.round, client, entry.copies[entry.assignment[client]])
-            for entry in self.entries
+            Copy(entry.round, client, entry.received(client).weights)
+            for entry in map(self.archive.read, met)
             for client in clients
             if client in entry.assignment
         ]
@@ -213,3 +226,13 @@ class AuditedRun:
         )
         labelled, others = turns[: thief.labels], turns[thief.labels :]
         return labelled, others
+
+
+def _differing(entry: Entry) -> frozenset[str]:
+    first, *others = entry.copies
+    return frozenset(
+        name
+        for copy in others
+        for name, value in copy.items()
+        if name not in first or not torch.equal(value, first[name])
+    )

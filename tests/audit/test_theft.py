@@ -1,8 +1,10 @@
 """The theft audit on real, small runs."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_two_colluders_with_both_signs_hold_the_owners_model(audited):
     run = AuditedRun(settings.run, 0)
     thief = Thief(20, 2, 0)
     last = max(
-        entry.round for entry in run.entries if set(run.clients(thief)) <= set(entry.assignment)
+        entry.round for entry in run.rounds if set(run.clients(thief)) <= set(entry.assignment)
     )
     accuracy = json.loads((settings.run / "rounds.jsonl").read_text().splitlines()[last - 2])
     row = TheftReport(settings, 0.0, tuple(_thefts(out))).row("colluding + direct", 20, 2)
@@ -119,7 +121,7 @@ def test_the_second_colluder_received_another_copy(noised):
     run = AuditedRun(noised, 0)
     for number in range(6):
         one, two = run.clients(Thief(20, 2, number))
-        late = run.entries[-max(1, len(run.entries) // 5) :]
+        late = run.rounds[-max(1, len(run.rounds) // 5) :]
         assert any(
             entry.assignment[one] != entry.assignment[two]
             for entry in late
@@ -223,6 +225,28 @@ def test_runs_that_cannot_be_audited(tmp_path):
         assert "Traceback" not in done.stderr
         assert ("no run directory" if len(arguments) == 2 else "no list of whole") in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_ends_the_workers_and_keeps_what_was_done(noised, tmp_path):
+    options = ["--labels", "10", "--colluders", "1", "--thieves", "6", "--workers", "2"]
+    with subprocess.Popen(
+        [FEDVEIL, "audit", "theft", "--run", str(noised), "--out", str(tmp_path), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not list(tmp_path.glob("thieves/*.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        workers = [int(number) for number in listed.split()]
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "the same command goes on where it stopped" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "theft.json").exists()
+    assert len(workers) >= 2
+    assert not any(Path(f"/proc/{number}").exists() for number in workers)
 
 
 def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):

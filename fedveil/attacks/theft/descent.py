@@ -17,8 +17,21 @@ _CLIP = 5.0
 _RUNGS = ((30, (10, 30, 90)), (300, (30, 90, 270)), (sys.maxsize, (60, 180, 540)))
 _SURVIVORS = 3
 
-Task = tuple[Tensor, Tensor]
-"""Pixels, float [N, C, H, W], and what to answer, float [N, classes] that sums to 1."""
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn, and from where.
+
+    Attributes:
+        start: State of the model before the first step.
+        pixels: float [N, C, H, W] in [0, 1].
+        targets: What to answer, float [N, classes]; each row sums to 1.
+    """
+
+    start: Weights
+    pixels: Tensor
+    targets: Tensor
+
 
 Tasks = Callable[[TheftObservation], Task]
 """What a thief trains on, given what it holds."""
@@ -51,10 +64,10 @@ def recipes(trained: Sequence[str], *, discarded: Sequence[str] = ()) -> tuple[R
 
 
 def labelled(observation: TheftObservation) -> Task:
-    """Return the thief's labelled images and their labels, as probabilities."""
+    """Return the copy, the thief's labelled images, and their labels as probabilities."""
     classes = predict(observation.architecture, observation.labelled.pixels[:1]).shape[1]
     targets = F.one_hot(observation.labelled.labels, classes).float()
-    return observation.labelled.pixels, targets
+    return Task(observation.start, observation.labelled.pixels, targets)
 
 
 def search(
@@ -111,8 +124,8 @@ class _Descent:
 
     def __init__(self, observation: TheftObservation, recipe: Recipe, task: Task) -> None:
         fresh = observation.architecture.state_dict()
-        start = observation.start | {name: fresh[name] for name in recipe.discarded}
-        self.model = observation.model(start)
+        discarded = {name: fresh[name] for name in recipe.discarded}
+        self.model = observation.model({**task.start, **discarded})
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in recipe.trained)
@@ -120,7 +133,7 @@ class _Descent:
         self._optimiser = torch.optim.AdamW(
             self._moving, recipe.rate, weight_decay=recipe.decay, fused=True
         )
-        self._pixels, self._targets = task
+        self._pixels, self._targets = task.pixels, task.targets
         self._augment = observation.augmentation
         self._generator = observation.generator()
         self._order = torch.empty(0, dtype=torch.int64)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedveil.attacks.theft.descent import Task, labelled, parameter_names, recipes, search
 from fedveil.attacks.theft.direct import Direct
@@ -12,8 +13,7 @@ from fedveil.attacks.theft.observation import Stolen, TheftAttack, TheftObservat
 from fedveil.attacks.theft.probe import Probe
 
 _MOST = 1_000
-_VIEWS = 4
-_SHARPNESS = 2.0
+_VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Distil:
     """Train the copy on its own answers to unlabelled images, and on the labelled ones.
 
     The teacher is the copy, as it came or with a new output layer, whichever does better on the
-    holdout; its answers are averaged over four augmented views and sharpened. Every fold has a
-    teacher that never saw the fold's held-out labels.
+    holdout; the student starts from it. An answer is the share of votes each class has among eight
+    augmented views, which no scale of the logits can blur. Every fold has a teacher that never saw
+    the fold's held-out labels.
 
-    Sources: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; the averaging and
-    the sharpening are of Berthelot et al., "MixMatch", NeurIPS 2019, section 3.2.
+    Sources: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Lee,
+    "Pseudo-Label", ICML workshop on challenges in representation learning 2013.
     """
 
     def applies(self, observation: TheftObservation) -> bool:
@@ -47,22 +48,20 @@ class _Lessons:
     teacher: TheftAttack
 
     def __call__(self, observation: TheftObservation) -> Task:
-        pixels, targets = labelled(observation)
+        known, teacher = labelled(observation), self.teacher(observation)
         some = observation.unlabelled[:_MOST]
-        answers = _answers(observation, self.teacher(observation), some)
         # As many labelled images as unlabelled ones, so that few labels are not drowned.
-        times = max(1, len(some) // len(pixels))
-        return (
-            torch.cat([some, pixels.repeat(times, 1, 1, 1)]),
-            torch.cat([answers, targets.repeat(times, 1)]),
+        times = max(1, len(some) // len(known.pixels))
+        return Task(
+            start=teacher.weights,
+            pixels=torch.cat([some, known.pixels.repeat(times, 1, 1, 1)]),
+            targets=torch.cat([_votes(observation, teacher, some), known.targets.repeat(times, 1)]),
         )
 
 
-def _answers(observation: TheftObservation, teacher: Stolen, pixels: Tensor) -> Tensor:
+def _votes(observation: TheftObservation, teacher: Stolen, pixels: Tensor) -> Tensor:
     model, generator = observation.model(teacher.weights), observation.generator()
-    views = [
-        predict(model, observation.augmentation(pixels, generator)).softmax(1)
-        for _ in range(_VIEWS)
-    ]
-    sharpened: Tensor = torch.stack(views).mean(0) ** _SHARPNESS
-    return sharpened / sharpened.sum(1, keepdim=True)
+    views = (observation.augmentation(pixels, generator) for _ in range(_VIEWS))
+    answers = [predict(model, view) for view in views]
+    classes = answers[0].shape[1]
+    return torch.stack([F.one_hot(a.argmax(1), classes).float() for a in answers]).mean(0)
