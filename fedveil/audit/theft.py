@@ -17,7 +17,7 @@ from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.federation.run_directory import versions
-from fedveil.files import write_atomically
+from fedveil.files import write_results
 
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 """Rows of the best of the suite; see ``TheftReport``."""
@@ -269,14 +269,7 @@ class TheftReport:
             "theft.png": _draw(self),
             "theft.json": (json.dumps(self.as_json(), indent=1) + "\n").encode(),
         }
-        try:
-            for name, content in files.items():
-                write_atomically(out / name, content)
-        except OSError as error:
-            raise FedveilError(
-                f"--out {out} could not be written: {error.strerror}; make room, mend the "
-                "permissions or name another directory"
-            ) from error
+        write_results(out, files)
 
 
 def _by_holdout(attempts: Sequence[Attempt]) -> Attempt:

@@ -233,6 +233,8 @@ def test_an_interrupt_ends_the_workers_and_keeps_what_was_done(noised, tmp_path)
         [FEDVEIL, "audit", "theft", "--run", str(noised), "--out", str(tmp_path), *options],
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background has had Ctrl-C ignored for all children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not list(tmp_path.glob("thieves/*.json")):
             assert process.poll() is None, process.stderr.read()
