@@ -98,7 +98,7 @@ def test_noise_in_the_output_layer_is_undone(observe, dataset, trained, alone, a
     assert accuracy(copy, dataset.test) < 0.6
     stolen = attack(observe(copy, noised=OUTPUT))
     assert accuracy(stolen.weights, dataset.test) > alone + 0.04
-    assert stolen.score.accuracy > 0.8
+    assert stolen.score.accuracy > 0.7
 
 
 @pytest.mark.parametrize("attack", [RetrainNoised(), Surgical()])
