@@ -126,8 +126,9 @@ class AuditedRun:
         """Draw the clients that steal: worst cases for the owner, met in one late round.
 
         The first one is drawn at random from a random round of the last fifth; of several, the
-        second received another copy in that round where there was one, as the two signs of a pair
-        are. The same number gives the same first clients, whatever ``colluders``.
+        second received, in that round, the copy that differs most from the first one's: the other
+        sign, where there are two. The same number gives the same first clients, whatever
+        ``colluders``.
 
         Raises:
             FedveilError: No late round had so many clients.
@@ -141,11 +142,25 @@ class AuditedRun:
                 "clients; give at most as many"
             )
         first, *others = order
-        another = [c for c in others if sent.assignment[c] != sent.assignment[first]]
-        # One with another copy comes next, the rest as drawn: five need not balance their signs.
-        second = (another or others)[:1]
+        # One with the most different copy comes next, the rest as drawn.
+        apart = self._distances(sent.round, first)
+        second = sorted(others, key=lambda client: -apart[client])[:1]
         rest = [client for client in others if client not in second]
         return tuple([first, *second, *rest][: thief.colluders])
+
+    def _distances(self, number: int, client: int) -> dict[int, float]:
+        """Return how far each client's copy of a round is from that of one client."""
+        entry = self.archive.read(number)
+        own = entry.received(client).weights
+        apart = [
+            sum(
+                float((value.double() - own[name].double()).square().sum())
+                for name, value in copy.items()
+                if name in own and own[name].shape == value.shape
+            )
+            for copy in entry.copies
+        ]
+        return {other: apart[copy] for other, copy in entry.assignment.items()}
 
     def observation(self, thief: Thief) -> TheftObservation:
         """Return what a thief holds; report images are in nobody's share."""

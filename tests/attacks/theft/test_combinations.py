@@ -43,6 +43,22 @@ def test_colluders_find_the_round_in_which_they_hold_both_signs(observe, trained
         assert torch.allclose(found[name], value, atol=1e-5)
 
 
+def test_unequal_numbers_of_the_signs_still_cancel(observe, trained):
+    """Three copies of one sign, two of the other, each with a small noise of its own."""
+    drawn = noise(trained, 1)
+    copies = [
+        add_noise(add_noise(trained, drawn, 5.0 * sign), noise(trained, 10 + client), 0.1)
+        for client, sign in enumerate((1, 1, -1, 1, -1))
+    ]
+    found = Collude()(observe(*[(1, client, copy) for client, copy in enumerate(copies)])).start
+
+    def error(state):
+        return sum(float((state[n] - v).square().sum()) for n, v in trained.items())
+
+    assert error(found) < 0.01 * error(add_noise(trained, noise(trained, 9), 1.0))
+    assert error(mean_of(copies)) > 100 * error(found)
+
+
 def test_equal_signs_are_counted_once(trained):
     drawn = noise(trained, 1)
     plus, minus = (add_noise(trained, drawn, sign) for sign in (1.0, -1.0))
