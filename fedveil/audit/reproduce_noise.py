@@ -93,6 +93,9 @@ NOISE = Study(
         "fraction": 0.1,
         "rounds": 50,
         "cap": 0.6,
+        # Which are studied by themselves, with what they cost.
+        "fingerprint": 0.0,
+        "archive": False,
     },
     arms=(
         Arm("fedavg", "iid", {**_IID, "strategy": "fedavg"}),
