@@ -2,8 +2,8 @@
 
 Runs of ``fedveil train`` on MNIST take turns, there and back (A B C, C B A, ...), with the same
 local training; the first rounds, before noise is needed and σ is found, are left out. Time is that
-of a round without the report's own evaluations: clients, messages, noise, calibration, distillation,
-the archive. Quote the ratios.
+of a round without the report's own evaluations: clients, messages, noise, calibration,
+distillation, the archive. Quote the ratios.
 
     FEDVEIL_DATA=... python benchmarks/protection.py --turns 4 --rounds 12 --out docs/results
 """

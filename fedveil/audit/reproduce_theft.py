@@ -204,8 +204,10 @@ def reproduce(
         on_piece(path.name, number, len(study.pieces))
         rounds = train_arm(training, arm, seed, out)
         finals[_key(training, arm, seed)] = final_accuracy(training, arm, seed, out, rounds)
-        audit = run_theft_audit(study.audit(path), out=out / "audits" / path.name, workers=workers)
-        reports[_key(training, arm, seed)] = audit
+        if _is_audited(arm):
+            audited = out / "audits" / path.name
+            report = run_theft_audit(study.audit(path), out=audited, workers=workers)
+            reports[_key(training, arm, seed)] = report
     rows = [
         _row(training, arm, reports, finals)
         for training in study.trainings
@@ -235,6 +237,11 @@ def _key(training: Study, arm: Arm, seed: int) -> _Key:
     return f"{training.prefix}{arm.partition}", arm.name, seed
 
 
+def _is_audited(arm: Arm) -> bool:
+    """Return False for plain averaging: its clients are sent w itself, so nothing is left to ask."""
+    return bool(arm.settings["strategy"] != "fedavg")
+
+
 def _row(
     training: Study,
     arm: Arm,
@@ -242,12 +249,7 @@ def _row(
     accuracies: Mapping[_Key, float],
 ) -> dict[str, Any]:
     keys = [_key(training, arm, seed) for seed in training.seeds]
-    audits, finals = [reports[key] for key in keys], [accuracies[key] for key in keys]
-    pooled = TheftReport(
-        settings=audits[0].settings,
-        reference=float(np.mean([audit.reference for audit in audits])),
-        thefts=tuple(theft for audit in audits for theft in audit.thefts),
-    )
+    finals = [accuracies[key] for key in keys]
     return {
         "dataset": training.common["dataset"],
         "partition": arm.partition,
@@ -256,8 +258,16 @@ def _row(
         "final": finals,
         "final_mean": float(np.mean(finals)),
         "final_sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0,
-        "theft": pooled.rows(),
+        "theft": _pooled([reports[key] for key in keys]).rows() if _is_audited(arm) else [],
     }
+
+
+def _pooled(audits: Sequence[TheftReport]) -> TheftReport:
+    return TheftReport(
+        settings=audits[0].settings,
+        reference=float(np.mean([audit.reference for audit in audits])),
+        thefts=tuple(theft for audit in audits for theft in audit.thefts),
+    )
 
 
 @dataclass(frozen=True)
@@ -373,6 +383,7 @@ def _table(study: TheftStudy, rows: Sequence[Mapping[str, Any]]) -> str:
             _audit_line(row, labels, colluders)
             for colluders in study.colluders
             for labels in study.labels
+            if row["theft"]
         ]
     return "\n".join(lines) + "\n"
 
@@ -405,5 +416,5 @@ def _audit_line(row: Mapping[str, Any], labels: int, colluders: int) -> str:
 
 def _advantage(row: Mapping[str, Any] | None) -> str:
     if row is None:
-        return "not audited"
+        return "sent w itself"
     return points(row)
