@@ -238,7 +238,7 @@ def _key(training: Study, arm: Arm, seed: int) -> _Key:
 
 
 def _is_audited(arm: Arm) -> bool:
-    """Return False for plain averaging: its clients are sent w itself, so nothing is left to ask."""
+    """Return False for plain averaging: its clients are sent w itself, and need steal nothing."""
     return bool(arm.settings["strategy"] != "fedavg")
 
 
