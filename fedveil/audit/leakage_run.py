@@ -1,5 +1,6 @@
 """A leakage audit from its settings: loads what they name, shows progress, writes the report."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,19 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is; ``torch.save`` compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")
+
+
 def _read_state(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _refuse_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FedveilError(

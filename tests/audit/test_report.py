@@ -35,6 +35,7 @@ from fedveil.errors import FedveilError
 from tests.audit.report_material import (
     CANARY,
     NASTY,
+    configuration,
     leakage_row,
     make_frontier,
     make_leakage,
@@ -197,7 +198,7 @@ runs = st.builds(
         RunSummary(
             accuracy=accuracy,
             report_images=100,
-            configuration={"cap": cap, "strategy": strategy, "rounds": len(copies)},
+            configuration=configuration(cap=cap, strategy=strategy, rounds=len(copies)),
         ),
         tuple(
             RoundLine(round=n, accuracy=accuracy, copies=(c,), sigma=0, seconds=1)

@@ -38,13 +38,27 @@ class RoundLine(_Content):
     seconds: FiniteFloat = Field(ge=0)
 
 
+class Configuration(BaseModel):
+    """Settings of a training run; those the report reasons with are checked, all are shown."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    dataset: Text
+    model: Text
+    strategy: Text
+    cap: Share | None = None
+    rounds: int = Field(ge=1, le=10**9)
+    seed: int = Field(ge=0, le=2**63)
+    report_images: Count
+
+
 class RunSummary(_Content):
     """``summary.json`` of a training run."""
 
     accuracy: Share
     report_images: Count
     calibration_images: Count = 0
-    configuration: dict[Text, Any]
+    configuration: Configuration
     versions: dict[Text, Text] = Field(default_factory=dict)
 
 
@@ -141,10 +155,8 @@ class Run:
     @property
     def cap(self) -> float | None:
         """The accuracy cap; None where the strategy keeps none."""
-        if self.summary.configuration.get("strategy") == "fedavg":
-            return None
-        cap = self.summary.configuration.get("cap")
-        return float(cap) if isinstance(cap, int | float) else None
+        settings = self.summary.configuration
+        return None if settings.strategy == "fedavg" else settings.cap
 
     @property
     def best_copy(self) -> float:
@@ -269,10 +281,10 @@ def _run(path: Path) -> Run:
     )
     if [line.round for line in rounds] != list(range(1, len(rounds) + 1)):
         raise FedveilError(f"{file} does not hold rounds 1 to {len(rounds)} in order; leave it out")
-    planned = summary.configuration.get("rounds")
+    planned = summary.configuration.rounds
     if planned != len(rounds):
         raise FedveilError(
-            f"{file} holds {len(rounds)} rounds and summary.json speaks of {planned!r}; the two "
+            f"{file} holds {len(rounds)} rounds and summary.json speaks of {planned}; the two "
             "are not of one run; leave it out, or train anew"
         )
     return Run(str(path), summary, rounds)

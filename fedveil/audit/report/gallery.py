@@ -4,6 +4,7 @@ import base64
 import io
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _DAMAGE = (
     EOFError,
     RuntimeError,
     SyntaxError,
+    tokenize.TokenError,
     TypeError,
     OverflowError,
     zipfile.BadZipFile,

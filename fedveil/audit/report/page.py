@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from fedveil import __version__
@@ -135,11 +136,7 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
     leakages = [_leakage_view(n, audit) for n, audit in enumerate(artifacts.leakages)]
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "points": points, "number": _number}
-    page = environment.from_string(_resource("report.html.j2")).render(
+    page = _template().render(
         title=title,
         made=now.strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
@@ -157,6 +154,16 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
 
 
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "points": points, "number": _number}
+    return environment.from_string(_resource("report.html.j2"))
+
+
+@cache
 def _resource(name: str) -> str:
     return (files("fedveil.audit.report") / name).read_text(encoding="utf-8")
 
@@ -319,7 +326,7 @@ def _or(value: float | None, otherwise: float) -> float:
 
 def _settings(artifacts: Artifacts) -> Iterator[Settings]:
     for run in artifacts.runs:
-        yield Settings(run.name, "training run", _pairs(run.summary.configuration))
+        yield Settings(run.name, "training run", _pairs(run.summary.configuration.model_dump()))
         yield Settings(run.name, "versions", _pairs(run.summary.versions))
     audits: Sequence[tuple[str, Sequence[LeakageAudit | TheftAudit | Frontier]]] = (
         ("leakage audit", artifacts.leakages),
@@ -362,7 +369,7 @@ def _limits(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[s
         {
             f"{settings.get('dataset', 'unknown data')} with {settings.get('model', 'a model')}"
             for settings in (
-                *(run.summary.configuration for run in artifacts.runs),
+                *(run.summary.configuration.model_dump() for run in artifacts.runs),
                 *(audit.settings for audit in artifacts.leakages),
                 *(audit.settings for audit in artifacts.thefts),
             )
@@ -388,13 +395,8 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
             "The cap bounds what a copy does as it is. Whoever retrains a copy, or averages "
             "several, may get more out of it; only a theft audit measures that."
         )
-    seeds = {run.summary.configuration.get("seed") for run in runs if _plain(run)}
-    if len(seeds) < 3:
+    if len({run.summary.configuration.seed for run in runs}) < 3:
         yield "Fewer than three seeds were run: another seed may end elsewhere."
-
-
-def _plain(run: Run) -> bool:
-    return isinstance(run.summary.configuration.get("seed"), int)
 
 
 def _limits_of_leakage(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[str]:

@@ -126,9 +126,7 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
 
 
 def _images_a_round(run: Run) -> int:
-    asked = run.summary.configuration.get("report_images")
-    available = run.summary.report_images
-    return min(asked, available) if isinstance(asked, int) else available
+    return min(run.summary.configuration.report_images, run.summary.report_images)
 
 
 def _of_theft(rows: Sequence[TheftRow]) -> Finding:
