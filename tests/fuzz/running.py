@@ -1,5 +1,6 @@
 """Feeding targets in child processes that are watched from outside."""
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -114,6 +115,7 @@ def _processor(pid: int) -> float:
 def _feed(
     target: Target, seeds: list[bytes], seed: int, count: int, shared: Any, failures: Path
 ) -> None:
+    faulthandler.disable()  # a crash is told by the exit status
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)  # C libraries write there what they think of the input
