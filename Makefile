@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test
+.PHONY: demo test docs package
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo --out demo
@@ -19,6 +19,13 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+package:
+	PYTHON="$(PYTHON)" .ci/package
 
 # torch comes first and alone: the plain index offers a CUDA build to whoever asks for a range.
 $(STAMP): pyproject.toml constraints.txt

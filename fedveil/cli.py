@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedveil import __version__
+from fedveil.cli_report import report
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
 from fedveil.files import check_directory
@@ -543,3 +544,4 @@ def demo(
 
 
 app.command("transform")(transform)
+app.command("report")(report)

@@ -1,10 +1,10 @@
 """Files of tensors by name, as users hand them in."""
 
-import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,14 +22,13 @@ def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
         FedveilError: It cannot be read, or holds something else.
     """
     try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = _load(path)
     except OSError as error:
         raise FedveilError(
             f"{option} {path} cannot be read: {error.strerror or error}; give the path of a "
             ".safetensors file, or of a .pt file of tensors"
         ) from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+    except Exception:  # unpickling raises what it likes, and says nothing a user can mend
         raise FedveilError(
             f"{option} {path} is damaged or no file of tensors; give a .safetensors file, or a "
             ".pt file written by torch.save(model.state_dict(), FILE)"
@@ -40,3 +39,18 @@ def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), FILE) or safetensors"
         )
     return state
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    _refuse_compressed(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is; ``torch.save`` compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")

@@ -1,5 +1,6 @@
 """From encoded images (PNG, JPEG and their like) to uint8 tensors."""
 
+import os
 import struct
 import sys
 import time
@@ -20,7 +21,22 @@ from fedveil.errors import FedveilError
 # A bar that flashes by is noise.
 _PATIENCE_SECONDS = 1.0
 _GREY = frozenset({"1", "L", "LA", "La"})
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on files that are no image, or a damaged one."""
+
+_MOST_PIXELS = 2**24
+
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,9 @@ def decode(splits: Sequence[Split]) -> list[Images]:
     labels: list[list[int]] = [[] for _ in splits]
     for index, image in _with_progress(splits):
         array = _array(image)
-        first = first or (image.origin, array.shape[:2])
+        if first is None:
+            first = (image.origin, array.shape[:2])
+            _check_memory(array, sum(split.count for split in splits))
         if array.shape[:2] != first[1]:
             raise FedveilError(
                 f"images differ in size: {first[0]} is {_size(first[1])} and {image.origin} is "
@@ -82,16 +100,46 @@ def decode(splits: Sequence[Split]) -> list[Images]:
     return [_stack(p, y, colour=colour) for p, y in zip(pixels, labels, strict=True)]
 
 
+def check_size(image: Image.Image, *, most: int) -> None:
+    """Refuse an image before it is decoded: a file of some kilobytes can hold gigabytes.
+
+    Args:
+        image: Opened and not yet loaded.
+        most: Pixels it may have.
+
+    Raises:
+        ValueError: It has more.
+    """
+    if image.width * image.height > most:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, more than {most:,} in all; make it "
+            "smaller"
+        )
+
+
+def _check_memory(array: NDArray[np.uint8], count: int) -> None:
+    # Once as decoded, once stacked.
+    if 2 * count * array.size > _MEMORY:
+        raise FedveilError(
+            f"{count:,} images of {_size(array.shape)} (width x height) take "
+            f"{count * array.size / 2**30:,.0f} GiB as pixels, more than this machine's memory of "
+            f"{_MEMORY / 2**30:,.0f} GiB allows. Make them smaller, or take fewer."
+        )
+
+
 def _array(encoded: Encoded) -> NDArray[np.uint8]:
     """Return uint8 [H, W] of a grey image, [H, W, 3] of any other."""
     content = encoded.content
     try:
-        with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as image:
+        # From memory: a damaged length makes Pillow ask a file for gigabytes at once.
+        whole = content if isinstance(content, bytes) else content.read_bytes()
+        with Image.open(BytesIO(whole)) as image:
+            check_size(image, most=_MOST_PIXELS)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_uint8(image)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise FedveilError(
-            f"cannot decode the image {encoded.origin}: {_reason(error)}. Replace it or remove it."
+            f"cannot decode the image {encoded.origin}: {reason(error)}. Replace it or remove it."
         ) from error
 
 
@@ -148,7 +196,7 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Return the first line of what a library said, without the address of a Python object."""
     text: Any = str(error).splitlines()
     if not text or "BytesIO object" in text[0]:

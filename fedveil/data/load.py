@@ -21,7 +21,7 @@ from fedveil.errors import FedveilError
 
 _TEST_SHARE = 0.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FOLD = re.compile(r"(?P<name>.+)@(?P<number>\d+)/(?P<folds>\d+)")
+_FOLD = re.compile(r"(?P<name>.+)@(?P<number>\d{1,9})/(?P<folds>\d{1,9})")
 
 
 def load_dataset(name: str, *, seed: int = 0) -> Dataset:
@@ -90,7 +90,7 @@ class _Fold:
 
 def _parse_fold(name: str) -> tuple[str, _Fold | None]:
     match = _FOLD.fullmatch(name)
-    if not match or Path(name).expanduser().exists():
+    if not match or _path(name).exists():
         return name, None
     fold = _Fold(int(match["number"]), int(match["folds"]))
     if fold.folds < 2 or not 1 <= fold.number <= fold.folds:
@@ -128,7 +128,7 @@ _SOURCES: Mapping[str, Callable[[], Source]] = {
 def _find(name: str) -> Source:
     if known := _SOURCES.get(name):
         return known()
-    path = Path(name).expanduser()
+    path = _path(name)
     if name and path.is_dir():
         return folder(path)
     if path.is_file():
@@ -141,6 +141,20 @@ def _find(name: str) -> Source:
             "Face hub is named user/name."
         )
     raise _unknown(name)
+
+
+def _path(name: str) -> Path:
+    """Return the path a name may stand for.
+
+    Raises:
+        FedveilError: It could not be one on any machine.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or the home of nobody
+        raise FedveilError(f"the dataset {name[:100]!r} is no path: {error}") from None
+    return path
 
 
 def _unknown(name: str) -> FedveilError:

@@ -10,6 +10,9 @@ from fedveil.data.source import TEST_NAMES, Decoded, Source, fingerprint, first_
 from fedveil.data.tables import BATCH, Table, read_tables
 from fedveil.errors import FedveilError
 
+_MOST_ROWS = 20_000_000
+_LARGEST_BATCH = 2**30
+
 
 def parquet(folder: Path, files: Sequence[Path]) -> Source:
     """Return the dataset in the parquet ``files`` of ``folder``.
@@ -47,7 +50,7 @@ def _open(file: Path) -> Table:
 
     def batches(column: str) -> Iterator[list[Any]]:
         try:
-            for batch in table.iter_batches(BATCH, columns=[column]):
+            for batch in table.iter_batches(_rows_at_once(table), columns=[column]):
                 yield batch.column(0).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise _damaged(file, error) from error
@@ -55,9 +58,28 @@ def _open(file: Path) -> Table:
     try:
         table = ParquetFile(file)
         features = datasets.Features.from_arrow_schema(table.schema_arrow)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # on damaged descriptions of features, datasets raises what it likes
         raise _damaged(file, error) from error
+    if table.metadata.num_rows > _MOST_ROWS:
+        raise FedveilError(
+            f"the parquet file {file} speaks of {table.metadata.num_rows:,} rows; at most "
+            f"{_MOST_ROWS:,} are read. Split it, or download it again."
+        )
     return Table(str(file), features, batches)
+
+
+def _rows_at_once(table: Any) -> int:
+    """Return how many rows to unpack together.
+
+    A column stores a value that repeats once, so that a small file may unpack to a thousand times
+    the size it declares; no value is larger than its declared row group.
+    """
+    # Not by column: pyarrow ends the process on a damaged description of one.
+    groups: list[int] = [
+        table.metadata.row_group(group).total_byte_size
+        for group in range(table.metadata.num_row_groups)
+    ]
+    return max(1, min(BATCH, _LARGEST_BATCH // max([1, *groups])))
 
 
 def _damaged(file: Path, error: Exception) -> FedveilError:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
 
+_LARGEST_BLOCK = 256  # its zigzag order alone takes seconds beyond
 _GROUP = 16  # columns handled by one matrix product; wider ones multiply more zeros than they save
 _CHUNK = 2**17  # values whose intermediate results stay in a core's cache
 
@@ -99,8 +100,10 @@ class BlockDCT(nn.Module):
         chroma_keep: int | None = None,
     ) -> None:
         super().__init__()
-        if block < 1:
-            raise FedveilError(f"block={block} is out of range: give a side of at least 1 pixel")
+        if not 1 <= block <= _LARGEST_BLOCK:
+            raise FedveilError(
+                f"block={block} is out of range: give a side of 1 to {_LARGEST_BLOCK} pixels"
+            )
         if sum(choice is not None for choice in (keep, mask, cutoff)) != 1:
             raise FedveilError("BlockDCT needs exactly one of keep, mask and cutoff")
         self.block = block

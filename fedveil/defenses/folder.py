@@ -3,15 +3,19 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedveil.data.decode import DAMAGE, check_size, reason
 from fedveil.errors import FedveilError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+_MOST_PIXELS = 2**26
 
 Progress = Callable[[int, int], None]
 
@@ -87,10 +91,13 @@ def _read(path: Path) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(path.read_bytes())) as image:
+            check_size(image, most=_MOST_PIXELS)
             pixels = np.asarray(image.convert("L" if image.mode in {"1", "L"} else "RGB"))
-    except (OSError, ValueError) as error:
-        raise FedveilError(f"{path} is no readable image; remove it or mend it") from error
+    except DAMAGE as error:
+        raise FedveilError(
+            f"{path} is no readable image ({reason(error)}); remove it or mend it"
+        ) from error
     tensor = torch.from_numpy(pixels.copy()).float().div_(255)
     return (tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1))[None]
 

@@ -104,7 +104,8 @@ class TrainConfig(BaseModel):
         """
         try:
             settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        # Of the parser: ValueError on a number too long, RecursionError on a list too deep.
+        except (OSError, ValueError, RecursionError) as error:
             raise FedveilError(f"--config {path}: {error}") from None
         named = {key.replace("-", "_"): value for key, value in settings.items()}
         return cls.check(named | overrides)

@@ -12,11 +12,12 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -62,6 +63,9 @@ class RoundRecord:
     loss: float
     clients: tuple[int, ...]
     refused: tuple[str, ...] = ()
+
+
+_ROUND = TypeAdapter(RoundRecord)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class RunDirectory:
         try:
             described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             return TrainConfig.check(described["configuration"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FedveilError(f"{self.path / 'config.json'} is damaged: {error}") from None
 
     @property
@@ -171,7 +175,7 @@ class RunDirectory:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
             return [_round(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise FedveilError(f"{path} is damaged: {error}") from None
 
     def write_rounds(self, rounds: list[RoundRecord]) -> None:
@@ -201,7 +205,10 @@ class RunDirectory:
                     base or None, float(state["sigma"]), bool(state["noisy"]), memory or None
                 ),
             )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError),
+            SafetensorError,
+        ) as error:
             raise FedveilError(
                 f"{path} is damaged ({error}); restore it, or train anew in another directory"
             ) from None
@@ -249,9 +256,11 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _round(fields: Mapping[str, Any]) -> RoundRecord:
-    sequences = {key: tuple(fields[key]) for key in ("copies", "clients", "refused")}
-    return RoundRecord(**{**fields, **sequences})
+def _round(content: Any) -> RoundRecord:
+    record = _ROUND.validate_python(content)
+    if unknown := sorted(set(content) - {field.name for field in fields(RoundRecord)}):
+        raise ValueError(f"a round has no {unknown[0]!r}")
+    return record
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,351 @@
+"""What ``fedveil report`` reads: the result files of runs and audits, checked before any is shown.
+
+Only files named here are opened. Keys, checkpoints, models and archives stand beside them and stay
+shut.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from fedveil.errors import FedveilError
+
+_LARGEST_TEXT = 64 * 2**20
+_MOST_ARTIFACTS = 64
+_MOST_ROWS = 20_000
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Gain = Annotated[float, Field(ge=-1, le=1)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Text = Annotated[str, Field(max_length=2_000)]
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RoundLine(_Content):
+    """One line of ``rounds.jsonl``: shares of images, σ in the strategy's unit, seconds."""
+
+    round: int = Field(ge=1, le=10**9)
+    accuracy: Share
+    copies: tuple[Share, ...] = Field(min_length=1, max_length=100_000)
+    sigma: FiniteFloat = Field(ge=0)
+    seconds: FiniteFloat = Field(ge=0)
+
+
+class Configuration(BaseModel):
+    """Settings of a training run; those the report reasons with are checked, all are shown."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    dataset: Text
+    model: Text
+    strategy: Text
+    cap: Share | None = None
+    rounds: int = Field(ge=1, le=10**9)
+    seed: int = Field(ge=0, le=2**63)
+    report_images: Count
+
+
+class RunSummary(_Content):
+    """``summary.json`` of a training run."""
+
+    accuracy: Share
+    report_images: Count
+    calibration_images: Count = 0
+    configuration: Configuration
+    versions: dict[Text, Text] = Field(default_factory=dict)
+
+
+class LeakageRow(_Content):
+    """A row of ``leakage.json``: one attack on one defence; shares, decibels, seconds."""
+
+    attack: Text
+    defense: Text
+    adaptive: bool
+    images: Count
+    exact: Share
+    exact_low: Share | None = None
+    exact_high: Share | None = None
+    identified: Share
+    identified_low: Share | None = None
+    identified_high: Share | None = None
+    label_accuracy: Share | None = None
+    psnr_original: float
+    psnr_trained: float | None = None
+    ssim_original: float | None = None
+    seconds_per_image: float | None = None
+
+
+class TheftRow(_Content):
+    """A row of ``theft.json``: one attack with so many labels and colluders, against none."""
+
+    attack: Text
+    labels: Count
+    colluders: Count
+    accuracy: Share
+    accuracy_low: Share | None = None
+    accuracy_high: Share | None = None
+    alone: Share
+    alone_low: Share | None = None
+    alone_high: Share | None = None
+    advantage: Gain
+    advantage_low: Gain | None = None
+    advantage_high: Gain | None = None
+
+
+class FrontierRow(_Content):
+    """A row of ``frontier.json``: one defence at one strength under one attack."""
+
+    defense: Text
+    strength: float | Text | None = None
+    attack: Text
+    adaptive: bool
+    scenario: Text | None = None
+    accuracy: Share
+    accuracy_low: Share | None = None
+    accuracy_high: Share | None = None
+    identified: Share
+    identified_low: Share | None = None
+    identified_high: Share | None = None
+    psnr_original: float
+
+    @property
+    def strength_text(self) -> str:
+        """The strength as text; empty where there is none."""
+        if isinstance(self.strength, float):
+            return f"{self.strength:g}"
+        return self.strength or ""
+
+
+class _Leakage(_Content):
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+
+
+class _Theft(_Content):
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    rows: tuple[TheftRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+
+
+class _Frontier(_Content):
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    rows: tuple[FrontierRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete training run.
+
+    Attributes:
+        name: Its directory, as the user gave it.
+        summary: Its outcome.
+        rounds: Its rounds, 1 to the last.
+    """
+
+    name: str
+    summary: RunSummary
+    rounds: tuple[RoundLine, ...]
+
+    @property
+    def cap(self) -> float | None:
+        """The accuracy cap; None where the strategy keeps none."""
+        settings = self.summary.configuration
+        return None if settings.strategy == "fedavg" else settings.cap
+
+    @property
+    def best_copy(self) -> float:
+        """Accuracy of the best copy of any round."""
+        return max(max(line.copies) for line in self.rounds)
+
+    @property
+    def rounds_over_cap(self) -> int:
+        """Rounds in which a copy passed the cap; 0 without a cap."""
+        cap = self.cap
+        return 0 if cap is None else sum(max(line.copies) > cap for line in self.rounds)
+
+
+@dataclass(frozen=True)
+class LeakageAudit:
+    """A leakage audit; ``arrays`` is its ``reconstructions.npz``, if there is one."""
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: tuple[LeakageRow, ...]
+    arrays: Path | None
+
+
+@dataclass(frozen=True)
+class TheftAudit:
+    """A theft audit."""
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: tuple[TheftRow, ...]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A grid of defences and strengths."""
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: tuple[FrontierRow, ...]
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """All that a report is made of; at least one is not empty."""
+
+    runs: tuple[Run, ...] = ()
+    leakages: tuple[LeakageAudit, ...] = ()
+    thefts: tuple[TheftAudit, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
+
+
+def read_artifacts(directories: Sequence[Path]) -> Artifacts:
+    """Read every run and audit in ``directories`` or in their immediate sub-directories.
+
+    Args:
+        directories: At least one; each must hold a run, a leakage or theft audit or a frontier.
+
+    Raises:
+        FedveilError: One holds none, a run has not ended, a file is damaged, or there are more than
+            64 runs and audits.
+    """
+    places = list(dict.fromkeys(place for path in directories for place in _places(path)))
+    if len(places) > _MOST_ARTIFACTS:
+        raise FedveilError(
+            f"{len(places)} runs and audits were given; a page shows at most {_MOST_ARTIFACTS}: "
+            "name fewer directories"
+        )
+    return Artifacts(
+        runs=tuple(_run(p) for p in places if _has_run(p)),
+        leakages=tuple(_leakage(p) for p in places if _has(p, "leakage.json")),
+        thefts=tuple(_theft(p) for p in places if _has(p, "theft.json")),
+        frontiers=tuple(_frontier(p) for p in places if _has(p, "frontier.json")),
+    )
+
+
+def _places(path: Path) -> Iterator[Path]:
+    try:
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise FedveilError(f"{path} {what}; name the --out directory of a run or an audit")
+        found = [place for place in (path, *sorted(path.iterdir())) if _is_artifact(place)]
+    except (OSError, ValueError) as error:
+        raise FedveilError(f"{str(path)!r} cannot be read: {error}") from None
+    if not found:
+        raise FedveilError(
+            f"{path} holds no run and no audit: neither it nor a folder in it has a rounds.jsonl, "
+            "leakage.json, theft.json or frontier.json; name the --out directory of fedveil train, "
+            "fedveil audit or fedveil frontier"
+        )
+    yield from found
+
+
+def _is_artifact(path: Path) -> bool:
+    return path.is_dir() and (_has_run(path) or any(_has(path, f"{kind}.json") for kind in _AUDITS))
+
+
+_AUDITS = ("leakage", "theft", "frontier")
+
+
+def _has(path: Path, name: str) -> bool:
+    return (path / name).is_file()
+
+
+def _has_run(path: Path) -> bool:
+    return _has(path, "rounds.jsonl") or _has(path, "config.json")
+
+
+def _run(path: Path) -> Run:
+    if not _has(path, "summary.json"):
+        raise FedveilError(
+            f"the run {path} has not ended: it has no summary.json; end it with "
+            f"fedveil train --resume {path}, or leave it out"
+        )
+    summary = _checked(RunSummary, _object(path / "summary.json"), path / "summary.json")
+    file = path / "rounds.jsonl"
+    lines = _text(file).splitlines()
+    if not lines:
+        raise FedveilError(f"{file} is empty: the run it belongs to is damaged; leave it out")
+    rounds = tuple(
+        _checked(RoundLine, _parsed(line, f"{file}, line {number}"), f"{file}, line {number}")
+        for number, line in enumerate(lines, start=1)
+    )
+    if [line.round for line in rounds] != list(range(1, len(rounds) + 1)):
+        raise FedveilError(f"{file} does not hold rounds 1 to {len(rounds)} in order; leave it out")
+    planned = summary.configuration.rounds
+    if planned != len(rounds):
+        raise FedveilError(
+            f"{file} holds {len(rounds)} rounds and summary.json speaks of {planned}; the two "
+            "are not of one run; leave it out, or train anew"
+        )
+    return Run(str(path), summary, rounds)
+
+
+def _leakage(path: Path) -> LeakageAudit:
+    file = path / "leakage.json"
+    content = _checked(_Leakage, _object(file), file)
+    arrays = path / "reconstructions.npz"
+    return LeakageAudit(
+        str(path), content.settings, content.rows, arrays if arrays.is_file() else None
+    )
+
+
+def _theft(path: Path) -> TheftAudit:
+    file = path / "theft.json"
+    content = _checked(_Theft, _object(file), file)
+    return TheftAudit(str(path), content.settings, content.rows)
+
+
+def _frontier(path: Path) -> Frontier:
+    file = path / "frontier.json"
+    content = _checked(_Frontier, _object(file), file)
+    return Frontier(str(path), content.settings, content.rows)
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.stat().st_size > _LARGEST_TEXT:
+            raise FedveilError(
+                f"{file} is larger than {_LARGEST_TEXT >> 20} MiB, so fedveil did not write it; "
+                "leave it out"
+            )
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedveilError(f"{file} cannot be read: {error}; leave it out") from None
+
+
+def _object(file: Path) -> Any:
+    return _parsed(_text(file), str(file))
+
+
+def _parsed(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FedveilError(
+            f"{origin} is damaged or half-written ({error}); make it anew, or leave it out"
+        ) from None
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _checked(model: type[_Model], content: Any, origin: object) -> _Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        detail = error.errors(include_input=False)[0]
+        place = ".".join(str(part)[:80] for part in detail["loc"]) or "its content"
+        raise FedveilError(
+            f"{origin} is not what fedveil writes: {place}: {detail['msg']}; make it anew, or "
+            "leave it out"
+        ) from None

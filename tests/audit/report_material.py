@@ -1,0 +1,157 @@
+"""Directories of runs and audits as the other commands write them, small and made up."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+CANARY = "the-secret-canary-7f3a"
+NASTY = "<script>alert('x')</script>&\"'`{{7*7}}"
+
+
+def configuration(**changes):
+    return {
+        "dataset": "digits",
+        "model": "cnn",
+        "strategy": "noise-delta",
+        "cap": 0.6,
+        "rounds": 3,
+        "report_images": 2000,
+        "seed": 0,
+        **changes,
+    }
+
+
+def make_run(path: Path, *, copies=(0.3, 0.5, 0.55), accuracy=0.9, images=500, **changes) -> Path:
+    path.mkdir(parents=True)
+    lines = [
+        {
+            "round": number,
+            "accuracy": accuracy,
+            "copies": [copy, copy / 2],
+            "sigma": 1.5,
+            "seconds": 2.0,
+            "loss": 0.1,
+            "clients": [1],
+        }
+        for number, copy in enumerate(copies, start=1)
+    ]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = configuration(rounds=len(copies), **changes)
+    summary = {
+        "accuracy": accuracy,
+        "report_images": images,
+        "calibration_images": 200,
+        "configuration": settings,
+        "versions": {"fedveil": "0.1.0", "torch": "2.13.0"},
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "config.json").write_text(json.dumps({"configuration": settings}))
+    for name in ("noise.key", "checkpoint.safetensors", "model.safetensors", "archive.bin"):
+        (path / name).write_text(CANARY)
+    return path
+
+
+def leakage_row(attack="lm", defense="none", *, adaptive=False, identified=1.0, **changes):
+    return {
+        "attack": attack,
+        "defense": defense,
+        "adaptive": adaptive,
+        "images": 4,
+        "exact": identified,
+        "exact_low": 0.0,
+        "exact_high": 1.0,
+        "identified": identified,
+        "identified_low": max(0.0, identified - 0.1),
+        "identified_high": min(1.0, identified + 0.05),
+        "label_accuracy": 1.0,
+        "psnr_original": 40.0,
+        "psnr_trained": 50.0,
+        "ssim_original": 0.9,
+        "seconds_per_image": 0.5,
+        **changes,
+    }
+
+
+LEAKAGE_ROWS = (
+    leakage_row(),
+    leakage_row(defense="dct:keep=3", identified=0.25),
+    leakage_row(defense="dct:keep=3", adaptive=True, identified=0.75),
+)
+
+
+def make_leakage(path: Path, rows=LEAKAGE_ROWS, *, arrays=True, side=8, **settings) -> Path:
+    path.mkdir(parents=True)
+    content = {"settings": {"dataset": "photos", "model": "lenet", **settings}, "rows": list(rows)}
+    (path / "leakage.json").write_text(json.dumps(content))
+    if arrays:
+        random = np.random.default_rng(0)
+        originals = random.random((4, 3, side, side), dtype=np.float32)
+        pictures = {"originals": originals}
+        for row in rows:
+            kind = "adaptive" if row["adaptive"] else "naive"
+            noise = random.normal(0, 0.1, originals.shape).astype(np.float32)
+            pictures[f"images/{row['attack']}/{row['defense']}/{kind}"] = originals + noise
+        np.savez_compressed(path / "reconstructions.npz", **pictures)
+    return path
+
+
+def theft_row(attack="retrain the first layer", *, accuracy=0.8, alone=0.6, labels=10, **changes):
+    return {
+        "attack": attack,
+        "labels": labels,
+        "colluders": 1,
+        "accuracy": accuracy,
+        "accuracy_low": max(0.0, accuracy - 0.02),
+        "accuracy_high": min(1.0, accuracy + 0.02),
+        "alone": alone,
+        "alone_low": alone,
+        "alone_high": alone,
+        "advantage": accuracy - alone,
+        "advantage_low": accuracy - alone - 0.02,
+        "advantage_high": accuracy - alone + 0.02,
+        **changes,
+    }
+
+
+THEFT_ROWS = (
+    theft_row(),
+    theft_row("direct use", accuracy=0.5),
+    theft_row(accuracy=0.9, alone=0.85, labels=100),
+    theft_row(accuracy=0.91, alone=0.85, labels=100, colluders=5),
+)
+
+
+def make_theft(path: Path, rows=THEFT_ROWS, **settings) -> Path:
+    path.mkdir(parents=True)
+    content = {"settings": {"dataset": "mnist", **settings}, "rows": list(rows)}
+    (path / "theft.json").write_text(json.dumps(content))
+    return path
+
+
+def frontier_row(defense="dct", strength=3.0, *, accuracy=0.6, identified=0.2, **changes):
+    return {
+        "defense": defense,
+        "strength": strength,
+        "attack": "ig",
+        "adaptive": True,
+        "accuracy": accuracy,
+        "identified": identified,
+        "psnr_original": 15.0,
+        **changes,
+    }
+
+
+FRONTIER_ROWS = (
+    frontier_row("none", None, accuracy=0.7, identified=0.98, adaptive=False),
+    frontier_row(),
+    frontier_row(identified=0.05, adaptive=False),
+    frontier_row("jpeg", 10.0, accuracy=0.5, identified=0.4),
+)
+
+
+def make_frontier(path: Path, rows=FRONTIER_ROWS) -> Path:
+    path.mkdir(parents=True)
+    content = {"settings": {"dataset": "cifar10"}, "rows": list(rows)}
+    (path / "frontier.json").write_text(json.dumps(content))
+    return path
