@@ -146,6 +146,8 @@ def test_only_the_adaptive_attacker_is_told_of_the_defence(dataset, model):
         "images",
         "knows",
         "rounding",
+        "sanitizer",
+        "local",
     }
 
 

@@ -12,7 +12,14 @@ from fedveil.attacks.inversion.gradients import (
 )
 from fedveil.attacks.inversion.idlg import IDLG
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
-from fedveil.attacks.inversion.observation import Attack, Inversion, Observation, Progress
+from fedveil.attacks.inversion.observation import (
+    Attack,
+    Inversion,
+    LocalSteps,
+    Observation,
+    Progress,
+    UpdateKnowledge,
+)
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
@@ -47,9 +54,11 @@ __all__ = [
     "GradientMap",
     "Inversion",
     "LevenbergMarquardt",
+    "LocalSteps",
     "Observation",
     "Progress",
     "Subspace",
+    "UpdateKnowledge",
     "build_attack",
     "check_attackable",
     "check_model",
