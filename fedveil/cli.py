@@ -100,8 +100,13 @@ def train(
     partition: Annotated[
         str | None, typer.Option(help="iid, dirichlet:ALPHA or shards:CLASSES.")
     ] = None,
-    transform: Annotated[
-        str | None, typer.Option(help="What clients do to their images first: dct:keep=N.")
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            "--defense",
+            "--transform",
+            help="How clients protect their images: dct:keep=N and others of docs/defenses.md.",
+        ),
     ] = None,
     clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
     fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
@@ -325,7 +330,8 @@ def audit_leakage(
         list[str] | None, typer.Option(help="dlg, idlg, rgap or lm; may be repeated.")
     ] = None,
     defense: Annotated[
-        list[str] | None, typer.Option(help="none or dct:keep=N; may be repeated.")
+        list[str] | None,
+        typer.Option(help="none, dct:keep=N and others of docs/defenses.md; may be repeated."),
     ] = None,
     update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Observation
+from fedveil.attacks.inversion import Observation, UpdateKnowledge
 from fedveil.errors import FedveilError
 
 
@@ -21,6 +21,7 @@ def observation_from_records(
     learning_rate: float | None = None,
     images: int = 1,
     knows: nn.Module | None = None,
+    sanitizer: UpdateKnowledge | None = None,
 ) -> Observation:
     """Return what an honest-but-curious server has of clients that answered one model.
 
@@ -35,6 +36,7 @@ def observation_from_records(
             configured it; None where the records hold gradients.
         images: Images in a victim's batch, as the reply counts them.
         knows: The image transformation that is public knowledge.
+        sanitizer: What is publicly known of a change of the update.
 
     Raises:
         FedveilError: A record that lacks a weight of the model, or a learning rate of 0 or less.
@@ -70,6 +72,7 @@ def observation_from_records(
         classes=classes,
         images=images,
         knows=knows,
+        sanitizer=sanitizer,
         rounding=rounding / max(size, 1e-30),
     )
 

@@ -150,7 +150,7 @@ class DctStudy:
             {
                 "dataset": self.accuracy_dataset,
                 "model": self.accuracy_model,
-                "transform": None if defense == _NONE else defense,
+                "defense": defense,
                 "clients": self.clients,
                 "fraction": 1.0,
                 "rounds": self.rounds,
@@ -305,7 +305,7 @@ def _accuracy_transformed(config: TrainConfig, weights: Path) -> float:
     """Return the accuracy on the report images as the clients would have transformed them."""
     job = prepare_job(config)
     job.model.load_state_dict(load_file(weights))
-    transform = parse_defense(config.transform or _NONE).transform or nn.Identity()
+    transform = parse_defense(config.defense).transform or nn.Identity()
     report, correct = job.evaluation.report, 0
     for start in range(0, len(report), _EVALUATION_BLOCK):
         block = report[start : start + _EVALUATION_BLOCK]

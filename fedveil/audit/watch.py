@@ -8,11 +8,11 @@ import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from fedveil.attacks.inversion import Observation
+from fedveil.attacks.inversion import Observation, UpdateKnowledge
 from fedveil.audit.observe import observation_from_records
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
-from fedveil.defenses.specs import Defense
+from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.fedavg import Sampling
@@ -89,7 +89,8 @@ class WatchedFederation:
             classes=len(data.classes),
             learning_rate=self.learning_rate if self.update == "step" else None,
             images=strategy.exchanges[0].images,
-            knows=defense.transform,
+            knows=None if defense.transform is None else defense.transform.surrogate,
+            sanitizer=_knowledge(defense, model, data),
         )
 
     def ground_truth(self, data: Dataset) -> torch.Tensor:
@@ -103,7 +104,7 @@ class WatchedFederation:
         """
         scheme = parse_partition("iid")
         shares = partition(data.train.labels, clients=self.clients, scheme=scheme, seed=self.seed)
-        own, task = shares[self.victim], self._task(Defense("none", None))
+        own, task = shares[self.victim], self._task(Defense("none"))
         if len(own) < self.rounds * self.batch_size:
             raise FedveilError(
                 f"--images {self.rounds * self.batch_size} is too many: client {self.victim} of "
@@ -123,10 +124,16 @@ class WatchedFederation:
         return ClientTask(
             dataset=self.dataset,
             partition="iid",
-            transform=None if defense.transform is None else defense.label,
+            defense=defense.label,
             model=self.model,
             epochs=1,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
         )
+
+
+def _knowledge(defense: Defense, model: nn.Module, data: Dataset) -> UpdateKnowledge | None:
+    if defense.soteria is not None:
+        return defense.soteria.on(model, data.shape)
+    return defense.sanitizer

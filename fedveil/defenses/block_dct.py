@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from fedveil.defenses.protocol import Transformation
 from fedveil.errors import FedveilError
 
 _GROUP = 16  # columns handled by one matrix product; wider ones multiply more zeros than they save
@@ -55,7 +56,7 @@ def zigzag_mask(keep: int, block: int = 8) -> Tensor:
     return mask.reshape(block, block)
 
 
-class BlockDCT(nn.Module):
+class BlockDCT(Transformation):
     """Remove DCT coefficients from every block of an image.
 
     Each block A becomes ``Tᵀ·(mask ∘ (T·A·Tᵀ))·T``. The map is linear, an orthogonal projection
@@ -111,6 +112,11 @@ class BlockDCT(nn.Module):
         kept = f"kept={int(self.mask.sum())}/{self.block**2}, block={self.block}"
         chroma = self.chroma_mask
         return kept if chroma is None else f"{kept}, chroma_kept={int(chroma.sum())}"
+
+    @property
+    def strength(self) -> float:
+        """Share of a block's coefficients that is dropped; of the luma where chroma differs."""
+        return 1 - int(self.mask.sum()) / self.block**2
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images without the coefficients that the mask drops."""

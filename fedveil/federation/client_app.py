@@ -1,34 +1,40 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
-from fedveil.defenses.mods import transform_inputs
+from fedveil.defenses.mods import Returned, defense_mods
+from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.task import ClientTask
-from fedveil.federation.training import train_locally
+from fedveil.federation.training import train_locally, train_privately
 from fedveil.models import build_model
 
 
-def transform_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Train on images transformed as the task says; hand everything else through.
+def defense_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Train under the defence that the task names.
 
     A Flower mod of its own because the task is known only once the message is there.
     """
-    task = _task(message)
-    if task.transform is None:
-        return call_next(message, context)
-    return transform_inputs(_transform(task.transform))(message, context, call_next)
+    action = message.metadata.message_type.partition(".")[2]
+    returned: Returned = "gradient" if action == "gradient" else "weights"
+    for mod in defense_mods(_defense(_task(message).defense), returned=returned):
+        call_next = partial(_through, mod, call_next)
+    return call_next(message, context)
+
+
+def _through(mod: Mod, call_next: ClientAppCallable, message: Message, context: Context) -> Message:
+    return mod(message, context, call_next)
 
 
 app = ClientApp()
@@ -43,7 +49,7 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-@app.train(mods=[transform_mod])
+@app.train(mods=[defense_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the copy that came for the local epochs; return it with the number of images."""
     torch.set_num_threads(1)
@@ -51,7 +57,11 @@ def train(message: Message, context: Context) -> Message:
     images = client_images(context, task)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    loss = train_locally(model, images, task.training, generator=_generator(task, context))
+    privacy = _defense(task.defense).privacy
+    if privacy is None:
+        loss = train_locally(model, images, task.training, generator=_generator(task, context))
+    else:
+        loss = train_privately(model, images, task.training, privacy)
     metrics = MetricRecord(
         {"num-examples": len(images), "loss": loss, "server-round": task.server_round}
     )
@@ -59,13 +69,13 @@ def train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-@app.train("gradient", mods=[transform_mod])
+@app.train("gradient", mods=[defense_mod])
 def gradient(message: Message, context: Context) -> Message:
     """Return the gradient of one minibatch at the weights that came, as FedSGD does."""
     return _one_minibatch(message, context, lambda parameter, gradient, rate: gradient)
 
 
-@app.train("step", mods=[transform_mod])
+@app.train("step", mods=[defense_mod])
 def step(message: Message, context: Context) -> Message:
     """Return the weights after one step of gradient descent on one minibatch."""
     return _one_minibatch(
@@ -82,22 +92,31 @@ def _one_minibatch(
     batch = images[fedsgd_batch(len(images), task, client=client)]
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    loss = F.cross_entropy(model(batch.pixels), batch.labels)
-    parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    gradients, loss = _gradients(model, batch, _defense(task.defense))
     answers = {
-        name: answer(parameter.detach(), gradient, task.learning_rate)
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        name: answer(parameter.detach(), gradients[name], task.learning_rate)
+        for name, parameter in model.named_parameters()
     }
     metrics = MetricRecord(
         {
             "num-examples": len(batch),
-            "loss": float(loss.detach()),
+            "loss": loss,
             "server-round": task.server_round,
         }
     )
     content = RecordDict({"arrays": ArrayRecord(answers), "metrics": metrics})
     return Message(content, reply_to=message)
+
+
+def _gradients(
+    model: nn.Module, batch: Images, defense: Defense
+) -> tuple[dict[str, Tensor], float]:
+    if defense.privacy is not None:
+        return defense.privacy.gradients(model, batch.pixels, batch.labels, expected=len(batch))
+    loss = F.cross_entropy(model(batch.pixels), batch.labels)
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True)), float(loss.detach())
 
 
 def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
@@ -152,8 +171,8 @@ def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.T
 
 
 @lru_cache(maxsize=4)
-def _transform(text: str) -> nn.Module:
-    return parse_defense(text).transform or nn.Identity()
+def _defense(text: str) -> Defense:
+    return parse_defense(text)
 
 
 @lru_cache(maxsize=4)

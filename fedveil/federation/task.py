@@ -15,7 +15,7 @@ class ClientTask(BaseModel):
     Attributes:
         dataset: Dataset of which the client holds a share.
         partition: How the dataset is shared out.
-        transform: What the client does to its images before it trains on them.
+        defense: How the client protects its images, as ``fedveil.defenses.parse_defense`` reads it.
         model: Architecture.
         epochs: E.
         batch_size: B.
@@ -30,7 +30,7 @@ class ClientTask(BaseModel):
 
     dataset: str
     partition: str
-    transform: str | None = None
+    defense: str = "none"
     model: str
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
