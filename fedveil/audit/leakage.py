@@ -23,7 +23,7 @@ from fedveil.audit.metrics import (
 )
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
-from fedveil.defenses import Defense, parse_defense
+from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 
@@ -225,6 +225,8 @@ def audit_leakage(
     """
     check_model(model, dataset.shape, len(dataset.classes))
     defenses = [parse_defense(text) for text in settings.defenses]
+    for defense in defenses:
+        check_defense(defense, model, dataset.shape)
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation
     victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)

@@ -12,7 +12,7 @@ from fedveil.defenses.protocol import Defense, Sanitizer, Transformation
 from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.soteria import Soteria
-from fedveil.defenses.specs import DEFENSES, parse_defense
+from fedveil.defenses.specs import DEFENSES, check_defense, parse_defense
 
 __all__ = [
     "DEFENSES",
@@ -29,6 +29,7 @@ __all__ = [
     "Sanitizer",
     "Soteria",
     "Transformation",
+    "check_defense",
     "dct_matrix",
     "parse_defense",
     "transform_folder",

@@ -73,6 +73,15 @@ class DPSGD:
         accountant.history = [(self.noise, rate, steps)]
         return float(accountant.get_epsilon(delta=self.delta))
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that mixes the images of a batch.
+
+        Raises:
+            FedveilError: It does.
+        """
+        with _PerImage(model):
+            pass
+
     def gradients(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, *, expected: int
     ) -> tuple[dict[str, Tensor], float]:

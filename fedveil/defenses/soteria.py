@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedveil.defenses.protocol import Tensors
 from fedveil.errors import FedveilError
@@ -149,7 +150,8 @@ def _sensitivities(model: nn.Module, images: Tensor, layer: nn.Module) -> Tensor
     handle = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     total = torch.zeros(())
     try:
-        with torch.no_grad(), forward_ad.dual_level():
+        # The fused kernels of attention have no forward derivative.
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             for _ in range(_PROBES):
                 # E (vᵀ∂r)² over normal v is ‖∂r‖².
                 direction = torch.randn_like(images)

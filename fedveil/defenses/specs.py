@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from fedveil.defenses.block_dct import BlockDCT
 from fedveil.defenses.blur import GaussianBlur
 from fedveil.defenses.clipping import Clipping
@@ -105,3 +108,22 @@ def _options(text: str, allowed: Options) -> dict[str, Any]:
             wanted = "a whole number" if allowed[key] is int else "a number"
             raise FedveilError(f"defence {text!r}: {key} needs {wanted}, not {value!r}") from error
     return options
+
+
+def check_defense(defense: Defense, model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Refuse a defence that does not fit the model or the images, before anything runs.
+
+    Args:
+        defense: Of ``parse_defense``.
+        model: What the clients train.
+        shape: (C, H, W) of one image.
+
+    Raises:
+        FedveilError: Says what does not fit.
+    """
+    if defense.transform is not None:
+        defense.transform(torch.zeros(1, *shape))
+    if defense.soteria is not None:
+        defense.soteria.on(model, shape)
+    if defense.privacy is not None:
+        defense.privacy.check(model)
