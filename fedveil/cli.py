@@ -308,6 +308,12 @@ class Update(StrEnum):
 
     GRADIENT = "gradient"
     STEP = "step"
+    FEDAVG = "fedavg"
+
+
+def _local_rate(update: Update) -> float:
+    # The longer the one step, the less the rounding of the weights hides; several must converge.
+    return 0.05 if update is Update.FEDAVG else 1.0
 
 
 @audit.command("leakage")
@@ -325,15 +331,26 @@ def audit_leakage(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Clients in all.")] = 10,
     victim: Annotated[int, typer.Option(help="The client the server watches, from 0.")] = 0,
-    images: Annotated[int, typer.Option(help="Its images, one a round.")] = 16,
+    images: Annotated[int, typer.Option(help="Its images in all.")] = 16,
+    batch: Annotated[int, typer.Option(help="How many of them it uses in a round.")] = 1,
     attack: Annotated[
-        list[str] | None, typer.Option(help="dlg, idlg, rgap or lm; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="dlg, idlg, rgap, lm, ig or ig-bn, with its options as in "
+            "ig:steps=600,restarts=2; may be repeated."
+        ),
     ] = None,
     defense: Annotated[
         list[str] | None,
         typer.Option(help="none, dct:keep=N and others of docs/defenses.md; may be repeated."),
     ] = None,
     update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
+    epochs: Annotated[int, typer.Option(help="Local epochs of --update fedavg.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds model, partition and order.")] = 0,
 ) -> None:
@@ -352,9 +369,13 @@ def audit_leakage(
             clients=clients,
             victim=victim,
             images=images,
+            batch=batch,
             attacks=tuple(attack or ("lm",)),
             defenses=tuple(defense or ("none",)),
             update=update.value,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=_local_rate(update) if learning_rate is None else learning_rate,
             seed=seed,
             workers=workers,
         )

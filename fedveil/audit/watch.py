@@ -2,13 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from fedveil.attacks.inversion import Observation, UpdateKnowledge
+from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
 from fedveil.audit.observe import observation_from_records
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
@@ -16,24 +15,27 @@ from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.fedavg import Sampling
-from fedveil.federation.fedsgd import WatchingFedSGD
+from fedveil.federation.fedsgd import Update, WatchingServer
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.task import ClientTask
 
 
 @dataclass(frozen=True)
 class WatchedFederation:
-    """A FedSGD federation whose server sends the same model every round and watches one client.
+    """A federation whose server sends the same model every round and watches one client.
 
     Attributes:
         dataset: Dataset the clients share out among them at random.
         model: Architecture; clients build it by this name.
         clients: Clients in all.
         victim: Partition of the client that is watched.
-        rounds: Rounds, and so minibatches of the victim's.
-        batch_size: Images a minibatch.
-        update: What the clients return: ``gradient``, or ``step``, the weights after one step.
-        learning_rate: Of that step; the larger, the less the rounding of the weights hides.
+        rounds: Rounds, each with other images of the victim's.
+        batch_size: Images the victim uses in a round.
+        update: What the clients return: ``gradient``; ``step``, the weights after one step; or
+            ``fedavg``, the weights after local training.
+        learning_rate: Of a step; the larger, the less the rounding of the weights hides.
+        local_epochs: Passes of ``fedavg`` over the round's images.
+        local_batch_size: Images a step of ``fedavg``.
         seed: Seeds the partition and the order of the images.
         workers: Worker processes.
     """
@@ -44,8 +46,10 @@ class WatchedFederation:
     victim: int
     rounds: int
     batch_size: int = 1
-    update: Literal["gradient", "step"] = "gradient"
+    update: Update = "gradient"
     learning_rate: float = 1.0
+    local_epochs: int = 1
+    local_batch_size: int = 10
     seed: int = 0
     workers: int | None = None
 
@@ -61,7 +65,7 @@ class WatchedFederation:
             FedveilError: The victim's answers did not come.
         """
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        strategy = WatchingFedSGD(
+        strategy = WatchingServer(
             victim=self.victim,
             parameters=[name for name, _ in model.named_parameters()],
             action=self.update,
@@ -87,7 +91,7 @@ class WatchedFederation:
             [exchange.returned for exchange in strategy.exchanges],
             shape=data.shape,
             classes=len(data.classes),
-            learning_rate=self.learning_rate if self.update == "step" else None,
+            steps=self._steps(),
             images=strategy.exchanges[0].images,
             knows=None if defense.transform is None else defense.transform.surrogate,
             sanitizer=_knowledge(defense, model, data),
@@ -120,14 +124,25 @@ class WatchedFederation:
         ]
         return own[torch.cat(used)]
 
+    def _steps(self) -> LocalSteps | None:
+        if self.update == "gradient":
+            return None
+        whole = self.update == "step"
+        return LocalSteps(
+            epochs=1 if whole else self.local_epochs,
+            batch_size=self.batch_size if whole else self.local_batch_size,
+            learning_rate=self.learning_rate,
+        )
+
     def _task(self, defense: Defense) -> ClientTask:
         return ClientTask(
             dataset=self.dataset,
             partition="iid",
             defense=defense.label,
             model=self.model,
-            epochs=1,
-            batch_size=self.batch_size,
+            epochs=self.local_epochs,
+            batch_size=self.local_batch_size,
+            images=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
         )

@@ -52,9 +52,18 @@ def query(message: Message, context: Context) -> Message:
 @app.train(mods=[defense_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the copy that came for the local epochs; return it with the number of images."""
+    return _train_on(message, context, client_images(context, _task(message)))
+
+
+@app.train("fedavg", mods=[defense_mod])
+def train_on_the_rounds_images(message: Message, context: Context) -> Message:
+    """Train as ``train`` does, on those of the client's images that are the round's turn."""
+    return _train_on(message, context, _rounds_images(message, context))
+
+
+def _train_on(message: Message, context: Context, images: Images) -> Message:
     torch.set_num_threads(1)
     task = _task(message)
-    images = client_images(context, task)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
     privacy = _defense(task.defense).privacy
@@ -87,9 +96,7 @@ def _one_minibatch(
     message: Message, context: Context, answer: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Message:
     torch.set_num_threads(1)
-    task, images = _task(message), client_images(context, _task(message))
-    client = _node_setting(context, "partition-id")
-    batch = images[fedsgd_batch(len(images), task, client=client)]
+    task, batch = _task(message), _rounds_images(message, context)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
     gradients, loss = _gradients(model, batch, _defense(task.defense))
@@ -119,21 +126,29 @@ def _gradients(
     return dict(zip(parameters, found, strict=True)), float(loss.detach())
 
 
-def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
-    """Return which of a client's images a FedSGD round uses, int64 [B].
+def _rounds_images(message: Message, context: Context) -> Images:
+    task = _task(message)
+    images = client_images(context, task)
+    client = _node_setting(context, "partition-id")
+    return images[fedsgd_batch(len(images), task, client=client)]
 
-    Rounds go through the client's images in minibatches of B, in a new random order each time all
-    have been used.
+
+def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
+    """Return which of a client's images a FedSGD round uses, int64 [N].
+
+    Rounds go through the client's images N at a time (the task's ``images``, or else B), in a new
+    random order each time all have been used.
 
     Args:
         images: How many images the client has.
-        task: Gives seed, round and B.
+        task: Gives seed, round and N.
         client: The client's partition.
     """
-    batches = -(-images // task.batch_size)
+    size = task.images or task.batch_size
+    batches = -(-images // size)
     epoch, batch = divmod(max(task.server_round, 1) - 1, batches)
     order = torch.randperm(images, generator=_shuffler(task.seed, epoch, client))
-    return torch.split(order, task.batch_size)[batch]
+    return torch.split(order, size)[batch]
 
 
 def client_images(context: Context, task: ClientTask) -> Images:

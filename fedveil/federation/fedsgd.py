@@ -1,4 +1,4 @@
-"""FedSGD, with the notes an honest-but-curious server can take."""
+"""A server that takes the notes an honest-but-curious one can take."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedveil.federation.fedavg import Distribution, Sampling, SeededFedAvg, Weights
-from fedveil.federation.replies import Update
+from fedveil.federation.replies import Update as Reply
+
+Update = Literal["gradient", "step", "fedavg"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Exchange:
     Attributes:
         server_round: The round.
         sent: The model that went out.
-        returned: What came back: the gradient, or the weights after one step.
+        returned: What came back: the gradient, or the weights after the local steps.
         images: How many images the client says it is of.
     """
 
@@ -28,18 +30,19 @@ class Exchange:
     images: int
 
 
-class WatchingFedSGD(SeededFedAvg):
-    """FedSGD on a server that keeps what one of its clients sends.
+class WatchingServer(SeededFedAvg):
+    """FedSGD or federated averaging on a server that keeps what one of its clients sends.
 
     The same model goes out in every round, as a curious server may well arrange: each round then
-    leaks another minibatch at the same weights.
+    leaks other images at the same weights.
 
-    Source: McMahan et al. 2017, section 2, FederatedSGD.
+    Source: McMahan et al. 2017, section 2, FederatedSGD and FederatedAveraging.
 
     Args:
         victim: Partition of the client that is watched.
         parameters: Names of the model's parameters; its other tensors have no gradient.
-        action: What clients are asked for: ``gradient``, or ``step``, the weights after one step.
+        action: What clients are asked for: ``gradient``; ``step``, the weights after one step; or
+            ``fedavg``, the weights after the task's local epochs and minibatches.
         sampling: How each round chooses its clients.
     """
 
@@ -48,7 +51,7 @@ class WatchingFedSGD(SeededFedAvg):
         *,
         victim: int,
         parameters: Collection[str],
-        action: Literal["gradient", "step"] = "gradient",
+        action: Update = "gradient",
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(sampling=sampling)
@@ -60,7 +63,7 @@ class WatchingFedSGD(SeededFedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for one minibatch's worth instead of local epochs."""
+        """Ask for what the action names, on the round's own images."""
         for message in super().configure_train(server_round, arrays, config, grid):
             message.metadata.message_type = f"train.{self.action}"
             yield message
@@ -91,6 +94,6 @@ class WatchingFedSGD(SeededFedAvg):
                 )
         return super().aggregate_train(server_round, received)
 
-    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Reply]) -> Weights:
         """Return the model that was sent."""
         return sent.copies[0]

@@ -22,6 +22,7 @@ class ClientTask(BaseModel):
         learning_rate: η.
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
+        images: How many of a client's images a round of FedSGD uses; B of them where not given.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
     """
@@ -37,6 +38,7 @@ class ClientTask(BaseModel):
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
+    images: int | None = Field(default=None, ge=1)
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)
 

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord
 from PIL import Image
 from torch import nn
 
-from fedveil.attacks.inversion import LevenbergMarquardt
+from fedveil.attacks.inversion import LevenbergMarquardt, LocalSteps
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
@@ -165,9 +165,7 @@ def test_records_that_do_not_match(model):
     with pytest.raises(FedveilError, match=r"lacks fc\.bias"):
         observation_from_records(model, sent, [ArrayRecord(state)], shape=(1, 8, 8), classes=10)
     with pytest.raises(FedveilError, match="learning rate 0"):
-        observation_from_records(
-            model, sent, [sent], shape=(1, 8, 8), classes=10, learning_rate=0.0
-        )
+        LocalSteps(epochs=1, batch_size=1, learning_rate=0.0)
 
 
 @pytest.mark.parametrize(

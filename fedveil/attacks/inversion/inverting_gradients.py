@@ -75,8 +75,8 @@ class InvertingGradients:
 
     steps: int = 2400
     restarts: int = 1
-    learning_rate: float = 0.03
-    tv: float = 0.01
+    learning_rate: float = 0.1
+    tv: float = 0.2
     batch_norm: float = 0.0
     solved: float = 1e-7
     together: int = 32
@@ -149,7 +149,7 @@ class _Objective:
         cls, attack: InvertingGradients, observation: Observation, device: torch.device
     ) -> "_Objective":
         gradients = GradientMap.of(observation, dtype=attack.dtype, device=device)
-        layers = {
+        layers: dict[str, nn.Module] = {
             name: module
             for name, module in observation.model.named_modules()
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None
@@ -175,7 +175,7 @@ class _Objective:
         if self.transform is None:
             return images
         moved: Tensor = self.transform(images.flatten(0, 1))
-        return moved.unflatten(0, images.shape[:2])
+        return moved.reshape(images.shape)
 
     def __call__(
         self, images: Tensor, problems: "_Problems", active: Tensor, orders: list[Tensor]
