@@ -4,7 +4,10 @@ All do the same to float32 [10000, 3, 32, 32]: DCT of every 8×8 block, the firs
 zigzag order kept, and back. kornia has these transforms inside its JPEG codec only, so its own
 private functions are called. The images are random: speed does not depend on what they show.
 Contestants take turns, so that whatever else the machine does falls on all of them; quote the
-ratios. The last figure is the share that the transformation adds to a training step of LeNet.
+ratios. The last figures are what the transformation adds to a training step of LeNet: applied in
+every step, as the mod for users' own apps does, and once to a client's share, as fedveil's client
+does.
+Steps take turns too, and each reads its own batch from the client's images, bytes or transformed.
 
     python benchmarks/block_dct.py --out docs/results
 
@@ -30,11 +33,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedveil.data import Images
 from fedveil.defenses import BlockDCT, zigzag_mask
+from fedveil.federation.shares import transformed
 from fedveil.models import LeNet
 
 Transform = Callable[[Tensor], Tensor]
 SEED = 0
+SHARE = 1_000  # images of the client whose steps are timed
 
 
 def _blocks(images: Tensor) -> Tensor:
@@ -119,29 +125,64 @@ def compare(images: Tensor, keep: int, rounds: int) -> dict[str, Any]:
     return results
 
 
-def share_of_a_step(keep: int, batch: int, rounds: int) -> dict[str, float]:
+def share_of_a_step(keep: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Compare steps of LeNet on plain images, transformed in every step, and transformed once."""
     model = LeNet((3, 32, 32), 100)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    images, labels = torch.rand(batch, 3, 32, 32), torch.randint(100, (batch,))
+    raw = torch.randint(0, 256, (SHARE, 3, 32, 32), dtype=torch.uint8)
+    plain = Images(raw, torch.randint(100, (SHARE,)))
     transform = BlockDCT(keep=keep)
+    once = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        ready = transformed(plain, transform)
+        once.append(time.perf_counter() - begin)
 
-    def step() -> None:
+    def step(pixels: Tensor, labels: Tensor) -> None:
         optimiser.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(pixels), labels).backward()
         optimiser.step()
 
-    times: dict[str, list[float]] = {"step": [], "transform": []}
+    def hidden(index: Tensor) -> None:
+        step(transform(plain[index].pixels), plain.labels[index])
+
+    acts: dict[str, Callable[[Tensor], Any]] = {
+        "plain": lambda index: step(plain[index].pixels, plain.labels[index]),
+        "in_every_step": hidden,
+        "once": lambda index: step(ready[index].pixels, ready.labels[index]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in acts}
+    alone = []
     for _ in range(rounds):
-        for name, act in (("step", step), ("transform", lambda: transform(images))):
+        index = torch.randint(SHARE, (batch,))
+        for name, act in acts.items():
             begin = time.perf_counter()
-            act()
+            act(index)
             times[name].append(time.perf_counter() - begin)
+        pixels = plain[index].pixels
+        begin = time.perf_counter()
+        transform(pixels)
+        alone.append(time.perf_counter() - begin)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    def added(name: str) -> float:
+        pairs = zip(times[name], times["plain"], strict=True)
+        return statistics.median(own / other for own, other in pairs) - 1
+
     return {
         "batch": batch,
-        "step_seconds": medians["step"],
-        "transform_seconds": medians["transform"],
-        "share": medians["transform"] / medians["step"],
+        "step_seconds": medians["plain"],
+        "in_every_step_seconds": medians["in_every_step"],
+        "once_seconds": medians["once"],
+        "transform_seconds": statistics.median(alone),
+        "share_in_every_step": statistics.median(alone) / medians["plain"],
+        "added_in_every_step": added("in_every_step"),
+        "added_once": added("once"),
+        "once_for_all": {
+            "images": SHARE,
+            "seconds": statistics.median(once),
+            "share_of_an_epoch": statistics.median(once) / SHARE * batch / medians["plain"],
+        },
     }
 
 

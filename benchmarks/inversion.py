@@ -7,12 +7,21 @@ image. The slow attacks get fewer images (``--slow-images``), the first ones of 
 attacks get.
 
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
+
+``--throughput 64`` adds images per minute of so many victims attacked together and one by one, in
+turns. The rate of a search does not depend on how long it goes on once its memory of 100 curvature
+pairs is full, so the searches are cut to ``--throughput-steps`` steps of 20 iterations, and one by
+one only ``--alone`` victims are timed.
+
+``--batch 2 --keep 6`` attacks batches of several images, by an attacker who knows the
+transformation.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -25,14 +34,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import torch
 from torch import nn
 
-from fedveil.attacks.inversion import LevenbergMarquardt, build_attack
-from fedveil.audit.metrics import bootstrap, exact, label_accuracy, median, psnr
+from fedveil.attacks.inversion import (
+    DLG,
+    IDLG,
+    RGAP,
+    LevenbergMarquardt,
+    Observation,
+    build_attack,
+)
+from fedveil.audit.metrics import bootstrap, exact, label_accuracy, match, median, psnr, wilson
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
-from fedveil.defenses import parse_defense
+from fedveil.defenses import Defense, parse_defense
 from fedveil.models import build_model
 
 SLOW = ("dlg", "idlg", "lm-cold")
+ALL = ("lm", "rgap", "dlg", "idlg", "lm-cold")
+CLIENTS = 3
 
 
 def attack_of(name: str) -> Any:
@@ -42,38 +60,95 @@ def attack_of(name: str) -> Any:
 
 
 def measure(
-    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module
+    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module, defense: Defense
 ) -> dict[str, Any]:
-    observation = watched.observe(model, data, parse_defense("none"))
+    observation = watched.observe(model, data, defense)
     images = data.train[watched.ground_truth(data)]
+    trained = images.pixels if defense.transform is None else defense.transform(images.pixels)
     begin = time.perf_counter()
     result = attack_of(name)(
         observation,
         progress=lambda done, total, loss: print(f"{name} {done}/{total} {loss:.1e}", flush=True),
     )
     wall = time.perf_counter() - begin
-    found = result.images[:, 0].float().clamp(0, 1)
-    decibel = psnr(found, images.pixels)
-    row: dict[str, Any] = {"attack": name, "images": len(images), "wall_seconds": wall}
-    for key, values, statistic in (
-        ("exact", exact(found, images.pixels).double(), None),
-        ("label_accuracy", label_accuracy(result.labels, images.labels[:, None]), None),
-        ("psnr", decibel, median),
-        ("seconds_per_image", result.seconds.double(), median),
+    batch = watched.batch_size
+    batches = trained.split(batch)
+    found = torch.cat(
+        [match(f.float(), own) for f, own in zip(result.images, batches, strict=True)]
+    )
+    found = found.clamp(0, 1) if defense.transform is None else found
+    decibel = psnr(found, trained)
+    row: dict[str, Any] = {
+        "attack": name,
+        "images": len(images),
+        "batch": batch,
+        "defense": defense.label,
+        "wall_seconds": wall,
+    }
+    for key, interval in (
+        ("exact", wilson(exact(found, trained))),
+        ("label_accuracy", wilson(label_accuracy(result.labels, images.labels.reshape(-1, batch)))),
+        ("psnr", bootstrap(decibel, statistic=median)),
+        ("seconds_per_image", bootstrap(result.seconds / batch, statistic=median)),
     ):
-        interval = bootstrap(values, statistic=statistic)
         row |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     row["psnr_all"] = [round(value, 2) for value in decibel.tolist()]
+    row["loss_all"] = result.loss.tolist()
+    row["iterations_all"] = result.iterations.tolist()
     return row
+
+
+def throughput(
+    observation: Observation, steps: int, alone: int, turns: int
+) -> list[dict[str, Any]]:
+    """Time attacks on all victims together against the same attacks on one after another."""
+    attacks: dict[str, Any] = {
+        "dlg": DLG(steps=steps),
+        "idlg": IDLG(steps=steps),
+        "rgap": RGAP(),
+        "lm": LevenbergMarquardt(),
+    }
+    rows = []
+    for name, attack in attacks.items():
+        together, single = [], []
+        for _ in range(turns):
+            begin = time.perf_counter()
+            attack(observation)
+            together.append((time.perf_counter() - begin) / observation.victims)
+            begin = time.perf_counter()
+            for victim in range(alone):
+                attack(observation.select(torch.tensor([victim])))
+            single.append((time.perf_counter() - begin) / alone)
+        rows.append(
+            {
+                "attack": name,
+                "victims": observation.victims,
+                "steps": steps if name in SLOW else None,
+                "together_images_per_minute": 60 / statistics.median(together),
+                "alone_images_per_minute": 60 / statistics.median(single),
+                "times_alone": statistics.median(
+                    one / other for one, other in zip(single, together, strict=True)
+                ),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--slow-images", type=int, default=8)
-    parser.add_argument("--attack", action="append", default=None)
+    parser.add_argument("--attack", action="append", default=None, help="or none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--keep", type=int, default=None)
+    parser.add_argument("--throughput", type=int, default=0)
+    parser.add_argument("--throughput-steps", type=int, default=15)
+    parser.add_argument("--alone", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="inversion")
     args = parser.parse_args()
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
@@ -83,13 +158,28 @@ def main() -> None:
             (Path(folder) / f"train-{number}.parquet").symlink_to(file.resolve())
         data = load_dataset(folder, seed=args.seed)
         model = build_model("lenet", data.shape, len(data.classes), seed=args.seed)
-        rows = []
-        for name in args.attack or ["lm", "rgap", "dlg", "idlg", "lm-cold"]:
-            count = args.slow_images if name in SLOW else args.images
-            watched = WatchedFederation(
-                folder, "lenet", clients=3, victim=0, rounds=count, seed=args.seed
+
+        def watch(images: int, batch: int) -> WatchedFederation:
+            return WatchedFederation(
+                folder,
+                "lenet",
+                clients=CLIENTS,
+                victim=0,
+                rounds=images // batch,
+                batch_size=batch,
+                seed=args.seed,
             )
-            rows.append(measure(name, watched, data, model))
+
+        defense = parse_defense(f"dct:keep={args.keep}" if args.keep else "none")
+        rows = []
+        for name in [] if args.attack == ["none"] else args.attack or ALL:
+            count = args.slow_images if name in SLOW else args.images
+            watched = watch(count, args.batch)
+            rows.append(measure(name, watched, data, model, defense))
+        rates = []
+        if args.throughput:
+            seen = watch(args.throughput, 1).observe(model, data, parse_defense("none"))
+            rates = throughput(seen, args.throughput_steps, args.alone, args.turns)
     own = next((row["seconds_per_image"] for row in rows if row["attack"] == "lm"), None)
     for row in rows:
         row["times_lm"] = row["seconds_per_image"] / own if own else None
@@ -102,12 +192,13 @@ def main() -> None:
         "dataset": "cifar100 test",
         "model": "lenet",
         "rows": rows,
+        "throughput": rates,
     }
     text = json.dumps(report, indent=2)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "inversion.json").write_text(text + "\n")
+        (args.out / f"{args.name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fedveil.audit.metrics import (
     median,
     psnr,
     ssim,
+    wilson,
 )
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
@@ -147,7 +148,7 @@ class Row:
             "images": len(self.reconstructions),
         }
         for name, values in self.scores.items():
-            interval = bootstrap(values, statistic=None if name in _SHARES else median)
+            interval = wilson(values) if name in _SHARES else bootstrap(values, statistic=median)
             row[name] = interval.value
             row[f"{name}_low"], row[f"{name}_high"] = interval.low, interval.high
         return row

@@ -1,5 +1,6 @@
 """How much of an image a reconstruction gives away."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,7 +127,7 @@ def match(images: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic and its bootstrap interval."""
+    """A statistic and its interval."""
 
     value: float
     low: float
@@ -165,6 +166,29 @@ def bootstrap(
     tail = (1 - level) / 2
     low, high = sampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(float(measure(values[None])[0]), low, high)
+
+
+def wilson(values: Tensor, *, level: float = 0.95) -> Interval:
+    """Return a share with its score interval, which has a width at 0 % and at 100 % too.
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference",
+    Journal of the American Statistical Association 22, 1927.
+
+    Args:
+        values: [N], 1 where it is so and 0 where not; parts where a sample is a batch.
+        level: Coverage aimed at.
+
+    Raises:
+        FedveilError: No values.
+    """
+    if len(values) == 0:
+        raise FedveilError("there are no values to summarise; give at least one image")
+    count, share = len(values), float(values.double().mean())
+    z = float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
+    shrink = 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def median(sample: Tensor) -> Tensor:

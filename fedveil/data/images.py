@@ -11,7 +11,8 @@ class Images:
     """A labelled set of equally sized images.
 
     Attributes:
-        raw: uint8 [N, C, H, W]; a quarter of the memory of ``pixels``, and exact.
+        raw: uint8 [N, C, H, W]; a quarter of the memory of ``pixels``, and exact. Or float32
+            pixels, where a transformation made what bytes cannot hold.
         labels: int64 [N].
     """
 
@@ -27,7 +28,9 @@ class Images:
 
     @property
     def pixels(self) -> Tensor:
-        """Float32 [N, C, H, W] in [0, 1]."""
+        """Float32 [N, C, H, W] in [0, 1]; transformed ones may lie a little outside."""
+        if self.raw.is_floating_point():
+            return self.raw
         return self.raw.to(torch.float32).div_(255)
 
 

@@ -10,7 +10,7 @@ from fedveil.defenses.protocol import Transformation
 from fedveil.errors import FedveilError
 
 _GROUP = 16  # columns handled by one matrix product; wider ones multiply more zeros than they save
-_CHUNK = 2**18  # values whose intermediate results stay in a core's cache
+_CHUNK = 2**17  # values whose intermediate results stay in a core's cache
 
 # ITU-R BT.601, without the constant that JPEG adds to chroma: a linear map needs none.
 _YCBCR = (
@@ -166,9 +166,11 @@ class BlockDCT(Transformation):
         height, width = images.shape[-2:]
         group, kept = across.shape
         rows = (images.reshape(-1, group) @ across).reshape(-1, self.block, gate.shape[1])
-        found = torch.matmul(down, rows)
+        # Expanded, since matmul would copy the strips to make one product of all.
+        strips = down.expand(len(rows), -1, -1)
+        found = torch.bmm(strips, rows)
         _check_numbers(found)
-        rows = torch.matmul(down.T, found * gate).reshape(-1, kept)
+        rows = torch.bmm(strips.mT, found * gate).reshape(-1, kept)
         return (rows @ across.T).reshape(*images.shape[:-2], height, width)
 
     def _project_ycbcr(self, images: Tensor, chroma_mask: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ class Transformation(nn.Module):
     Attributes:
         linear: Whether it is a linear map, the same for every image, whose range an attack can
             search.
+        fixed: Whether the same image always becomes the same, so that a client may transform its
+            images once.
 
     Shape: float [..., C, H, W] in [0, 1] to the same shape, dtype and device.
     """
 
     linear = True
+    fixed = True
 
     @property
     def strength(self) -> float:

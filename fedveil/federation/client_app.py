@@ -1,6 +1,7 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -16,6 +17,7 @@ from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally, train_privately
 from fedveil.models import build_model
@@ -24,17 +26,26 @@ from fedveil.models import build_model
 def defense_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Train under the defence that the task names.
 
-    A Flower mod of its own because the task is known only once the message is there.
+    A Flower mod of its own because the task is known only once the message is there. What a fixed
+    transformation makes of a client's images is the same in every step and round: ``client_images``
+    gives them transformed already.
     """
+    defense = _defense(_task(message).defense)
+    if _transforms_once(defense):
+        defense = replace(defense, transform=None)
     action = message.metadata.message_type.partition(".")[2]
     returned: Returned = "gradient" if action == "gradient" else "weights"
-    for mod in defense_mods(_defense(_task(message).defense), returned=returned):
+    for mod in defense_mods(defense, returned=returned):
         call_next = partial(_through, mod, call_next)
     return call_next(message, context)
 
 
 def _through(mod: Mod, call_next: ClientAppCallable, message: Message, context: Context) -> Message:
     return mod(message, context, call_next)
+
+
+def _transforms_once(defense: Defense) -> bool:
+    return defense.transform is not None and is_fixed(defense.transform)
 
 
 app = ClientApp()
@@ -152,16 +163,28 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
-    """Return the images of one client.
+    """Return the images of one client, after the task's transformation where that is a fixed one.
 
     Args:
         context: Its node config names ``partition-id`` and ``num-partitions``.
-        task: Names the dataset and how it is shared out.
+        task: Names the dataset, how it is shared out and the transformation.
 
     Raises:
         FedveilError: The dataset cannot be loaded or shared out, or the node config is incomplete.
     """
-    return _dataset(task.dataset, task.seed).train[client_index(context, task)]
+
+    def stored() -> Images:
+        return _dataset(task.dataset, task.seed).train[client_index(context, task)]
+
+    transform = _defense(task.defense).transform
+    if transform is None or not is_fixed(transform):
+        return stored()
+    clients = _node_setting(context, "num-partitions")
+    return _kept.get(
+        (task.dataset, task.partition, clients, task.seed, task.defense),
+        _node_setting(context, "partition-id"),
+        lambda: transformed(stored(), transform),
+    )
 
 
 def client_index(context: Context, task: ClientTask) -> torch.Tensor:
@@ -172,6 +195,8 @@ def client_index(context: Context, task: ClientTask) -> torch.Tensor:
 
 
 # One process serves many clients and many rounds, so these are kept.
+
+_kept = KeptShares(limit=2**28)
 
 
 @lru_cache(maxsize=4)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from fedveil.audit.metrics import (
     bootstrap,
@@ -12,6 +13,7 @@ from fedveil.audit.metrics import (
     median,
     psnr,
     ssim,
+    wilson,
 )
 from fedveil.errors import FedveilError
 
@@ -88,7 +90,24 @@ def test_bootstrap_of_the_median():
     assert (constant.value, constant.low, constant.high) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(("hits", "count"), [(0, 100), (100, 100), (99, 100), (3, 8), (0, 1)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_share_has_scipys_score_interval(hits, count, level):
+    values = torch.arange(count) < hits
+    interval = wilson(values, level=level)
+    oracle = binomtest(hits, count).proportion_ci(level, method="wilson")
+    assert interval.value == hits / count
+    assert (interval.low, interval.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+
+
+def test_share_of_all_by_hand():
+    # Without a miss the lower bound is n / (n + z²).
+    assert wilson(torch.ones(100)).low == pytest.approx(100 / (100 + 1.959963984540054**2))
+
+
 def test_refusals():
+    with pytest.raises(FedveilError, match="no values"):
+        wilson(torch.zeros(0))
     with pytest.raises(FedveilError, match="no values"):
         bootstrap(torch.zeros(0))
     with pytest.raises(FedveilError, match="cannot be compared"):

@@ -1,18 +1,22 @@
 """DLG: the published attack, a joint search for image and label."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.func import grad_and_value, vmap
 
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
+from fedveil.attacks.inversion.lbfgs import Problems
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 
 _INNER = 20
 _HISTORY = 100
+
+_Slope = Callable[[Tensor, Tensor | None, dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +26,17 @@ class DLG:
     L-BFGS with learning rate 1 and a history of 100, in PyTorch's form, whose one step makes up to
     20 iterations without a line search. "100 iterations" is read as 100 such steps, as the
     published code counts. Images and label logits start from a standard normal distribution; the
-    labels are probabilities by softmax. An attack stops early only where going on changes nothing:
+    labels are probabilities by softmax. A search stops early only where going on changes nothing:
     when a step leaves the loss as it was, or when it is no longer finite (the last finite images
-    are returned).
+    are returned). Searches of several victims and starts are computed together; each keeps its own
+    curvature pairs and stops on its own loss, as if it were alone.
 
     Source: Zhu, Liu & Han, "Deep Leakage from Gradients", NeurIPS 2019, algorithm 1 and section 4.
 
     Args:
         steps: Steps of L-BFGS.
         restarts: Starts for each victim; the lowest loss is kept. The paper has one.
+        together: Searches computed at once, of several victims and starts; memory grows with it.
         seed: Seeds the starts.
 
     Shape: any batch, float32.
@@ -41,6 +47,7 @@ class DLG:
 
     steps: int = 100
     restarts: int = 1
+    together: int = 64
     seed: int = 0
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
@@ -51,6 +58,7 @@ class DLG:
             None,
             steps=self.steps,
             restarts=self.restarts,
+            together=self.together,
             seed=self.seed,
             progress=progress,
         )
@@ -62,102 +70,174 @@ def search(
     *,
     steps: int,
     restarts: int,
+    together: int,
     seed: int,
     progress: Progress | None,
 ) -> Inversion:
-    """Run the published search for every victim.
+    """Run the published search for every victim and start.
 
     Args:
         observation: What the attacker has.
         labels: Int64 [V, N] where they are known; None to search for them too.
         steps: Steps of L-BFGS.
         restarts: Starts for each victim.
+        together: Searches that are computed at once.
         seed: Seeds the starts.
-        progress: Called after each victim.
+        progress: Called after each step of the searches that go on together.
     """
     device = next(observation.model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    measure = GradientMap.of(observation, dtype=torch.float32, device=device)
-    subspace = range_of(observation.knows, observation.shape).to(torch.zeros((), device=device))
-    images, found, losses, spent, seconds = [], [], [], [], []
-    for victim in range(observation.victims):
+    starts = _Starts.drawn(observation, labels, restarts, seed, device)
+    runs: list[tuple[Tensor, Tensor, Tensor]] = []
+    seconds: list[Tensor] = []
+    for part in torch.split(torch.arange(len(starts.victims)), together):
         begin = time.perf_counter()
-        runs = [
-            _run(
-                observation,
-                measure,
-                subspace,
-                victim,
-                None if labels is None else labels[victim],
-                steps,
-                generator,
-            )
-            for _ in range(restarts)
-        ]
-        best = min(runs, key=lambda run: run[2])
-        images.append(best[0])
-        found.append(best[1])
-        losses.append(best[2])
-        spent.append(sum(run[3] for run in runs))
-        seconds.append(time.perf_counter() - begin)
-        if progress:
-            progress(victim + 1, observation.victims, best[2])
+        done = int(part[0]) // restarts
+
+        def show(finished: int, loss: float, done: int = done) -> None:
+            if progress:
+                progress(done + finished // restarts, observation.victims, loss)
+
+        runs.append(_descend(observation, starts.select(part.to(device)), steps, show))
+        seconds.append(torch.full((len(part),), (time.perf_counter() - begin) / len(part)))
+    flat, losses, spent = (torch.cat(column) for column in zip(*runs, strict=True))
+    best = losses.reshape(-1, restarts).argmin(dim=1)
+    chosen = torch.arange(observation.victims, device=device) * restarts + best
+    images, logits = starts.read(flat[chosen])
     return Inversion(
-        images=torch.stack(images).double().cpu(),
-        labels=torch.stack(found).cpu(),
-        loss=torch.tensor(losses, dtype=torch.float64),
-        seconds=torch.tensor(seconds),
-        iterations=torch.tensor(spent),
+        images=images.double().cpu(),
+        labels=(logits.argmax(dim=-1) if labels is None else labels).cpu(),
+        loss=losses[chosen].double().cpu(),
+        seconds=torch.cat(seconds).reshape(-1, restarts).sum(dim=1),
+        iterations=spent.reshape(-1, restarts).sum(dim=1).cpu(),
     )
 
 
-def _run(
-    observation: Observation,
-    measure: GradientMap,
-    subspace: Subspace,
-    victim: int,
-    labels: Tensor | None,
-    steps: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, float, int]:
-    parameters = {k: p.clone().requires_grad_() for k, p in measure.parameters.items()}
-    device = next(iter(parameters.values())).device
-    observed = [observation.gradients[k][victim].to(device).float() for k in parameters]
-    size = float(sum(g.square().sum() for g in observed))
-    start = torch.randn(observation.images, *observation.shape, generator=generator).to(device)
-    unknowns = subspace.coordinates(start).clone().requires_grad_()
-    logits = torch.randn(observation.images, observation.classes, generator=generator).to(device)
-    logits.requires_grad_()
-    free = [unknowns, logits] if labels is None else [unknowns]
-    optimiser = torch.optim.LBFGS(free, lr=1, max_iter=_INNER, history_size=_HISTORY)
+@dataclass(frozen=True)
+class _Starts:
+    """Where searches begin: images' coordinates and, where labels are unknown, their logits.
 
-    def distance() -> Tensor:
-        targets = logits.softmax(dim=-1) if labels is None else labels.to(device)
-        predicted = torch.func.functional_call(
-            measure.model, {**parameters, **measure.constants}, (subspace.images(unknowns),)
+    Attributes:
+        flat: Float32 [S, n].
+        victims: Int64 [S], whose gradient each search is for.
+        labels: Int64 [S, N] where known.
+        subspace: What the coordinates are of.
+        images: Images in a victim's batch, N.
+    """
+
+    flat: Tensor
+    victims: Tensor
+    labels: Tensor | None
+    subspace: Subspace
+    images: int
+
+    @classmethod
+    def drawn(
+        cls,
+        observation: Observation,
+        labels: Tensor | None,
+        restarts: int,
+        seed: int,
+        device: torch.device,
+    ) -> "_Starts":
+        subspace = range_of(observation.knows, observation.shape)
+        subspace = subspace.to(torch.zeros((), device=device))
+        generator = torch.Generator().manual_seed(seed)
+        victims = torch.arange(observation.victims).repeat_interleave(restarts).to(device)
+        rows = []
+        for _ in victims:
+            noise = torch.randn(observation.images, *observation.shape, generator=generator)
+            logits = torch.randn(observation.images, observation.classes, generator=generator)
+            unknowns = subspace.coordinates(noise.to(device)).flatten()
+            free = (
+                unknowns
+                if labels is not None
+                else torch.cat([unknowns, logits.flatten().to(device)])
+            )
+            rows.append(free)
+        own = None if labels is None else labels.to(device)[victims]
+        return cls(torch.stack(rows), victims, own, subspace, observation.images)
+
+    def select(self, which: Tensor) -> "_Starts":
+        labels = None if self.labels is None else self.labels[which]
+        return replace(self, flat=self.flat[which], victims=self.victims[which], labels=labels)
+
+    def read(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [..., N, C, H, W] and logits [..., N, classes], which may be none."""
+        size = self.subspace.size * self.images
+        unknowns = flat[..., :size].reshape(*flat.shape[:-1], self.images, -1)
+        return self.subspace.images(unknowns), flat[..., size:].reshape(
+            *flat.shape[:-1], self.images, -1
         )
-        loss = F.cross_entropy(predicted, targets)
-        gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-        pairs = zip(gradient, observed, strict=True)
-        return sum(((g - o).square().sum() for g, o in pairs), loss.new_zeros(()))
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = distance()
-        gradients = torch.autograd.grad(loss, free)
-        for variable, gradient in zip(free, gradients, strict=True):
-            variable.grad = gradient
-        return loss.detach()
 
-    loss = float(distance().detach())
-    kept = (unknowns.detach().clone(), logits.detach().clone())
-    step = 0
-    while step < steps:
-        step += 1
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-        reached = float(distance().detach())
-        if reached == loss or not torch.isfinite(torch.tensor(reached)):
+def _descend(
+    observation: Observation, starts: _Starts, steps: int, show: Callable[[int, float], None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where searches end, [S, n], their relative loss, [S], and the steps made, [S]."""
+    device = starts.flat.device
+    measure = GradientMap.of(observation, dtype=torch.float32, device=device)
+    observed = {
+        name: observation.gradients[name].to(device, torch.float32)[starts.victims]
+        for name in measure.parameters
+    }
+    lengths = [g.square().flatten(1).sum(dim=1) for g in observed.values()]
+    size = torch.stack(lengths).sum(dim=0).clamp_min(1e-30)
+
+    def distance(flat: Tensor, labels: Tensor | None, own: dict[str, Tensor]) -> Tensor:
+        images, logits = starts.read(flat)
+        gradient = measure(images, logits.softmax(dim=-1) if labels is None else labels)
+        missed = ((gradient[name] - target).square().sum() for name, target in own.items())
+        return sum(missed, flat.new_zeros(()))
+
+    slope = _for_each(grad_and_value(distance))
+
+    def evaluate(points: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        labels = None if starts.labels is None else starts.labels[which]
+        own = {name: gradient[which] for name, gradient in observed.items()}
+        gradient, loss = slope(points, labels, own)
+        return loss, gradient
+
+    problems = Problems.at(starts.flat, evaluate, history=_HISTORY, inner=_INNER)
+    reached, kept = problems.loss.clone(), problems.points.clone()
+    spent = torch.zeros_like(starts.victims)
+    going = torch.arange(len(kept), device=device)
+    for step in range(steps):
+        problems.step(going)
+        spent[going] += 1
+        loss = problems.loss[going]
+        better = (loss != reached[going]) & torch.isfinite(loss)
+        going = going[better]
+        reached[going], kept[going] = loss[better], problems.points[going]
+        over = step + 1 == steps
+        show(len(kept) - (0 if over else len(going)), float((reached / size).min()))
+        if not len(going):
             break
-        loss, kept = reached, (unknowns.detach().clone(), logits.detach().clone())
-    answer = kept[1].argmax(dim=-1) if labels is None else labels
-    return subspace.images(kept[0]), answer, loss / max(size, 1e-30), step
+    return kept, reached / size, spent
+
+
+def _for_each(function: _Slope) -> _Slope:
+    """Return ``function`` over the first dimension of its arguments.
+
+    By vmap, or one after another for a model whose own code vmap cannot take, such as one that
+    branches on a value.
+    """
+
+    def each(
+        points: Tensor, labels: Tensor | None, own: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            dims = (0, None if labels is None else 0, 0)
+            return vmap(function, in_dims=dims)(points, labels, own)
+        except RuntimeError:
+            singles = [
+                function(
+                    points[place],
+                    None if labels is None else labels[place],
+                    {name: gradient[place] for name, gradient in own.items()},
+                )
+                for place in range(len(points))
+            ]
+            gradients, losses = zip(*singles, strict=True)
+            return torch.stack(gradients), torch.stack(losses)
+
+    return each

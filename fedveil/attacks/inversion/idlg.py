@@ -18,6 +18,7 @@ class IDLG:
     Args:
         steps: Steps of L-BFGS.
         restarts: Starts for each victim; the lowest loss is kept. The paper has one.
+        together: Searches computed at once, of several victims and starts; memory grows with it.
         seed: Seeds the starts.
 
     Raises:
@@ -29,6 +30,7 @@ class IDLG:
 
     steps: int = 100
     restarts: int = 1
+    together: int = 64
     seed: int = 0
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
@@ -39,6 +41,7 @@ class IDLG:
             infer_labels(observation),
             steps=self.steps,
             restarts=self.restarts,
+            together=self.together,
             seed=self.seed,
             progress=progress,
         )

@@ -199,3 +199,78 @@ def test_progress_and_interruption(lenet, photos):
 
     with pytest.raises(KeyboardInterrupt):
         RGAP()(observe(lenet, photos, LABELS), progress=interrupt)
+
+
+@pytest.mark.parametrize("attack", [DLG, IDLG])
+@pytest.mark.parametrize("knows", [None, BlockDCT(keep=10)])
+def test_searches_made_together_are_those_made_alone(attack, knows, photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:4, :, ::2, ::2].contiguous()
+    images = images if knows is None else knows(images)
+    seen = observe(model, images, LABELS[:4], knows=knows)
+    together = attack(steps=1, restarts=2)(seen)
+    alone = attack(steps=1, restarts=2, together=1)(seen)
+    assert torch.equal(together.labels, alone.labels)
+    assert torch.equal(together.iterations, alone.iterations)
+    # Without a line search rounding grows from one iteration to the next.
+    torch.testing.assert_close(together.images, alone.images, rtol=0, atol=0.05)
+    torch.testing.assert_close(together.loss, alone.loss, rtol=0.1, atol=1e-6)
+
+
+def test_dlg_takes_the_steps_of_pytorchs_lbfgs(photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:1, :, ::2, ::2].contiguous()
+    seen = observe(model, images, LABELS[:1])
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, 8, 8, generator=generator).requires_grad_()
+    logits = torch.randn(1, CLASSES, generator=generator).requires_grad_()
+    optimiser = torch.optim.LBFGS([image, logits], lr=1)
+    weights = list(model.parameters())
+
+    def closure():
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(image), logits.softmax(dim=-1))
+        gradient = torch.autograd.grad(loss, weights, create_graph=True)
+        pairs = zip(gradient, seen.gradients.values(), strict=True)
+        distance = sum((g - o[0]).square().sum() for g, o in pairs)
+        image.grad, logits.grad = torch.autograd.grad(distance, [image, logits])
+        return distance.detach()
+
+    optimiser.step(closure)
+    result = DLG(steps=1)(seen)
+    torch.testing.assert_close(result.images[0], image.detach().double(), rtol=0, atol=0.05)
+
+
+def test_a_model_that_branches_on_values_is_attacked_one_image_at_a_time(photos):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = LeNet((3, 8, 8), CLASSES)
+
+        def forward(self, pixels):
+            return self.inner(pixels if pixels.sum() > -1e9 else -pixels)
+
+    torch.manual_seed(0)
+    model = Branching()
+    images = photos[:2, :, ::2, ::2].contiguous()
+    result = DLG(steps=1)(observe(model, images, LABELS[:2]))
+    plain = DLG(steps=1)(observe(model.inner, images, LABELS[:2]))
+    torch.testing.assert_close(result.images, plain.images, rtol=0, atol=0.05)
+
+
+def test_batched_searches_report_progress_and_can_be_interrupted(photos):
+    torch.manual_seed(0)
+    seen = observe(LeNet((3, 8, 8), CLASSES), photos[:3, :, ::2, ::2].contiguous(), LABELS[:3])
+    ticks = []
+    DLG(steps=2, together=2)(seen, progress=lambda *at: ticks.append(at))
+    assert all(0 <= done <= 3 and total == 3 for done, total, _ in ticks)
+    assert [done for done, _, _ in ticks] == sorted(done for done, _, _ in ticks)
+    assert ticks[-1][0] == 3
+
+    def interrupt(*_at):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DLG(steps=2)(seen, progress=interrupt)
