@@ -333,6 +333,9 @@ def audit_leakage(
     victim: Annotated[int, typer.Option(help="The client the server watches, from 0.")] = 0,
     images: Annotated[int, typer.Option(help="Its images in all.")] = 16,
     batch: Annotated[int, typer.Option(help="How many of them it uses in a round.")] = 1,
+    aggregate: Annotated[
+        int, typer.Option(help="Clients whose sum only the server sees; --images are of them all.")
+    ] = 1,
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -344,6 +347,10 @@ def audit_leakage(
         list[str] | None,
         typer.Option(help="none, dct:keep=N and others of docs/defenses.md; may be repeated."),
     ] = None,
+    inverse: Annotated[
+        bool,
+        typer.Option("--inverse", help="Also learn, on test images, to undo transformations."),
+    ] = False,
     update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
     epochs: Annotated[int, typer.Option(help="Local epochs of --update fedavg.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
@@ -370,6 +377,8 @@ def audit_leakage(
             victim=victim,
             images=images,
             batch=batch,
+            aggregate=aggregate,
+            inverse=inverse,
             attacks=tuple(attack or ("lm",)),
             defenses=tuple(defense or ("none",)),
             update=update.value,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, build_attack, check_model
+from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
+from fedveil.audit.adaptive import adaptive_for, attackers
 from fedveil.audit.metrics import (
     bootstrap,
     exact,
@@ -25,7 +26,7 @@ from fedveil.audit.metrics import (
 )
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
-from fedveil.defenses import check_defense, parse_defense
+from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.fedsgd import Update
 from fedveil.files import write_atomically
@@ -34,6 +35,7 @@ CANDIDATES = 100
 """Originals among which a reconstruction must find its own, or as many as there are."""
 
 _DRAWN = 16
+_PUBLIC = 2_000  # test images that an inverse learns from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,14 @@ class LeakageSettings:
         batch: How many of them it uses in a round.
         attacks: As ``fedveil.attacks.inversion.build_attack`` reads them.
         defenses: As ``fedveil.defenses.parse_defense`` reads them.
+        aggregate: How many clients secure aggregation adds up: the server then sees only the mean
+            update of the victim and the clients after it, and ``images`` are of them all.
         update: What clients return: ``gradient``; ``step``, the weights after one local step on
             the batch; or ``fedavg``, the weights after local training on it.
         epochs: Passes of ``fedavg`` over the batch.
         batch_size: Images a local step of ``fedavg``.
         learning_rate: Of a local step, where weights are returned.
+        inverse: Whether a network also learns, on the test images, to undo each transformation.
         seed: Seeds the division and the choice.
         workers: Worker processes of the federation.
 
@@ -68,12 +73,14 @@ class LeakageSettings:
     victim: int = 0
     images: int = 16
     batch: int = 1
+    aggregate: int = 1
     attacks: tuple[str, ...] = ("dlg", "lm")
     defenses: tuple[str, ...] = ("none",)
     update: Update = "gradient"
     epochs: int = 1
     batch_size: int = 10
     learning_rate: float = 1.0
+    inverse: bool = False
     seed: int = 0
     workers: int | None = None
 
@@ -85,10 +92,21 @@ class LeakageSettings:
             if value <= 0:
                 option = name.replace("_", "-")
                 raise FedveilError(f"--{option} {value} is out of range: give more than 0")
-        if self.images % self.batch:
+        if not 1 <= self.aggregate <= self.clients:
             raise FedveilError(
-                f"--images {self.images} is no multiple of --batch {self.batch}: give "
-                f"{-(-self.images // self.batch) * self.batch}, or another batch"
+                f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
+                "number of clients"
+            )
+        if self.aggregate > 1 and self.update == "fedavg":
+            raise FedveilError(
+                "--aggregate with --update fedavg is not attacked: no attack of this package "
+                "simulates several clients' local training at once; use gradient or step"
+            )
+        together = self.batch * self.aggregate
+        if self.images % together:
+            raise FedveilError(
+                f"--images {self.images} is no multiple of the {together} images of a round "
+                f"(--batch times --aggregate): give {-(-self.images // together) * together}"
             )
         if not 0 <= self.victim < self.clients:
             raise FedveilError(
@@ -108,8 +126,9 @@ class LeakageSettings:
             model=self.model,
             clients=self.clients,
             victim=self.victim,
-            rounds=self.images // self.batch,
+            rounds=self.images // (self.batch * self.aggregate),
             batch_size=self.batch,
+            aggregate=self.aggregate,
             update=self.update,
             local_epochs=self.epochs,
             local_batch_size=self.batch_size,
@@ -240,8 +259,8 @@ def audit_leakage(
 
     A federation runs over the local engine, and its server notes what the victim sends. The attacks
     receive that observation only; originals and labels stay in this function and its helpers, for
-    scoring. Under every defence each attack runs twice: as the naive attacker, who
-    does not know it, and as the adaptive one, who does.
+    scoring. Under every defence each attack runs as the naive attacker, who does not know it, and
+    as the adaptive ones of ``fedveil.audit.adaptive``, who do.
 
     Args:
         dataset: The dataset the settings name.
@@ -254,11 +273,17 @@ def audit_leakage(
         FedveilError: Fewer images than asked for, or what an attack refuses.
     """
     check_model(
-        model, dataset.shape, len(dataset.classes), images=settings.batch, batch_statistics=True
+        model,
+        dataset.shape,
+        len(dataset.classes),
+        images=settings.batch * settings.aggregate,
+        batch_statistics=True,
     )
     defenses = [parse_defense(text) for text in settings.defenses]
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
+        if defense.name != "none":
+            adaptive_for(defense)
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation
     victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)
@@ -270,17 +295,46 @@ def audit_leakage(
         with torch.no_grad():
             trained[defense.label] = originals if transform is None else transform(originals)
         informed = federation.observe(model, dataset, defense)
+        undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
-            for adaptive in (False,) if transform is None else (False, True):
-                seen = informed if adaptive else replace(informed, knows=None)
-                step = f"{name} on {defense.label}{' (adaptive)' if adaptive else ''}"
-                result = attack(seen, progress=_named(progress, step))
+            found: dict[int, Inversion] = {}
+            for attacker in attackers(defense, informed, name, inverse=undo is not None):
+                label = f"{name}+inverse" if attacker.inverse else name
+                step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
+                # The inverse goes on top of what the attacker before it has found already.
+                known = id(attacker.observation)
+                if known not in found:
+                    found[known] = attack(attacker.observation, progress=_named(progress, step))
+                result = found[known]
+                if attacker.inverse and undo is not None:
+                    result = _undone(result, undo)
                 images, scores = _score(result, victims, trained[defense.label], candidates)
-                rows.append(Row(name, defense.label, adaptive, images, result.loss, scores))
+                rows.append(
+                    Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
+                )
     report = LeakageReport(settings, originals, trained, tuple(rows))
     if out is not None:
         report.write(out)
     return report
+
+
+def _inverse(
+    dataset: Dataset, defense: Defense, settings: LeakageSettings, progress: Progress | None
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what a network learnt to undo a transformation on test images, nobody's training."""
+    if not settings.inverse or defense.transform is None:
+        return None
+    if not adaptive_for(defense).inverse:
+        return None
+    step = _named(progress, f"learning to undo {defense.label}")
+    public = dataset.test[:_PUBLIC].pixels
+    return LearnedInverse(seed=settings.seed).fit(defense.transform, public, progress=step)
+
+
+def _undone(result: Inversion, undo: Callable[[Tensor], Tensor]) -> Inversion:
+    victims, batch = result.images.shape[:2]
+    images = undo(result.images.flatten(0, 1)).double()
+    return replace(result, images=images.reshape(victims, batch, *images.shape[1:]))
 
 
 def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:

@@ -36,6 +36,8 @@ class WatchedFederation:
         learning_rate: Of a step; the larger, the less the rounding of the weights hides.
         local_epochs: Passes of ``fedavg`` over the round's images.
         local_batch_size: Images a step of ``fedavg``.
+        aggregate: How many clients' updates the server sees the mean of only, as under secure
+            aggregation: the victim's and those of the partitions after it.
         seed: Seeds the partition and the order of the images.
         workers: Worker processes.
     """
@@ -50,6 +52,7 @@ class WatchedFederation:
     learning_rate: float = 1.0
     local_epochs: int = 1
     local_batch_size: int = 10
+    aggregate: int = 1
     seed: int = 0
     workers: int | None = None
 
@@ -66,7 +69,7 @@ class WatchedFederation:
         """
         logging.getLogger("flwr").setLevel(logging.WARNING)
         strategy = WatchingServer(
-            victim=self.victim,
+            victims=self.victims,
             parameters=[name for name, _ in model.named_parameters()],
             action=self.update,
             sampling=Sampling(seed=self.seed, min_clients=self.clients),
@@ -98,31 +101,41 @@ class WatchedFederation:
         )
 
     def ground_truth(self, data: Dataset) -> torch.Tensor:
-        """Return which training images the victim used; for scoring, never for attacks.
+        """Return which training images were used; for scoring, never for attacks.
 
         Returns:
-            int64 [rounds · batch_size], indices into ``data.train``, round after round.
+            int64 [rounds · aggregate · batch_size], indices into ``data.train``, round after round.
 
         Raises:
             FedveilError: The victim has fewer images than rounds use.
         """
         scheme = parse_partition("iid")
         shares = partition(data.train.labels, clients=self.clients, scheme=scheme, seed=self.seed)
-        own, task = shares[self.victim], self._task(Defense("none"))
-        if len(own) < self.rounds * self.batch_size:
-            raise FedveilError(
-                f"--images {self.rounds * self.batch_size} is too many: client {self.victim} of "
-                f"{self.clients} has {len(own)} images; ask for fewer, or for fewer clients"
-            )
+        task = self._task(Defense("none"))
+        for victim in self.victims:
+            if len(shares[victim]) < self.rounds * self.batch_size:
+                asked = self.rounds * self.batch_size * self.aggregate
+                raise FedveilError(
+                    f"--images {asked} is too many: client {victim} of {self.clients} has "
+                    f"{len(shares[victim])} images; ask for fewer, or for fewer clients"
+                )
         used = [
-            fedsgd_batch(
-                len(own),
-                task.model_copy(update={"server_round": number + 1}),
-                client=self.victim,
-            )
+            shares[victim][
+                fedsgd_batch(
+                    len(shares[victim]),
+                    task.model_copy(update={"server_round": number + 1}),
+                    client=victim,
+                )
+            ]
             for number in range(self.rounds)
+            for victim in self.victims
         ]
-        return own[torch.cat(used)]
+        return torch.cat(used)
+
+    @property
+    def victims(self) -> tuple[int, ...]:
+        """Partitions of the clients whose sum is observed."""
+        return tuple((self.victim + step) % self.clients for step in range(self.aggregate))
 
     def _steps(self) -> LocalSteps | None:
         if self.update == "gradient":

@@ -14,6 +14,7 @@ from fedveil.attacks.inversion.gradients import (
 )
 from fedveil.attacks.inversion.idlg import IDLG
 from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
+from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
 from fedveil.attacks.inversion.observation import (
     Attack,
@@ -81,6 +82,7 @@ __all__ = [
     "GradientMap",
     "Inversion",
     "InvertingGradients",
+    "LearnedInverse",
     "LevenbergMarquardt",
     "LocalSteps",
     "Observation",
