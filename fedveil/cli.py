@@ -397,6 +397,64 @@ def audit_leakage(
 
 
 @app.command()
+def frontier(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    dataset: Annotated[str, typer.Option(help="What is learnt, and attacked.")] = "cifar10",
+    leakage_dataset: Annotated[
+        str | None,
+        typer.Option(help="What is attacked in the worst case; the same by default."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images attacked for each row.")] = 96,
+    seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 30,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 26 settings]"),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the worst case; may be repeated.  [default: lm, ig]"),
+    ] = None,
+    round_attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the realistic round; may be repeated.  [default: ig]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of the realistic round.")] = 16,
+    inverse: Annotated[
+        bool, typer.Option(help="Also learn, on test images, to undo transformations.")
+    ] = True,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; one a core.")] = None,
+) -> None:
+    """Accuracy against leakage for every defence and strength, by the best attack of the suite.
+
+    Writes frontier.json, frontier.png and frontier.md. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.frontier import FrontierStudy, measure
+        from fedveil.federation.worker import usable_cores
+
+        defaults = FrontierStudy()
+        study = FrontierStudy(
+            dataset=dataset,
+            leakage_dataset=leakage_dataset,
+            images=images,
+            seeds=seeds,
+            rounds=rounds,
+            defenses=tuple(defense or defaults.defenses),
+            worst_attacks=tuple(attack or defaults.worst_attacks),
+            round_attacks=tuple(round_attack or defaults.round_attacks),
+            batch=batch,
+            inverse=inverse,
+        )
+        measure(study, out, workers=workers or usable_cores(), on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "frontier.md").read_text())
+    typer.echo(f"{out / 'frontier.json'}  {out / 'frontier.png'}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for pictures and summary.")] = Path("demo"),
 ) -> None:

@@ -167,7 +167,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["audit", "demo", "reproduce", "train", "transform"]),
+        ([], ["audit", "demo", "frontier", "reproduce", "train", "transform"]),
         (["demo"], ["--out"]),
         (["audit", "leakage"], ["--checkpoint", "--defense"]),
         (["reproduce", "dct"], ["--accuracy-dataset", "--keep"]),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,10 @@ class _Watch:
             return None
         assert isinstance(module, nn.Linear)
         hidden = self._hidden(self.model, self.images, module, inputs[0])
-        return _hide(module, inputs[0], hidden)
+        found: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
+            inputs[0], module.weight, module.bias, hidden
+        )
+        return found
 
     def _layer(self, model: nn.Module, images: Tensor) -> nn.Module:
         if id(model) not in self.layers:
@@ -155,22 +159,44 @@ def _sensitivities(model: nn.Module, images: Tensor, layer: nn.Module) -> Tensor
     repeated = images.repeat(_PROBES, 1, 1, 1)
     try:
         model.eval()
-        # The fused kernels of attention have no forward derivative.
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        # The fused kernels of attention, which serve where no gradient is wanted, have no forward
+        # derivative.
+        with torch.enable_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             direction = torch.randn_like(repeated)
             model(forward_ad.make_dual(repeated, direction))  # type: ignore[no-untyped-call]
             slope: Tensor = forward_ad.unpack_dual(seen[0]).tangent  # type: ignore[no-untyped-call]
             # E (vᵀ∂r)² over normal v is ‖∂r‖².
-            return slope.square().reshape(_PROBES, len(images), -1).mean(dim=0)
+            return slope.detach().square().reshape(_PROBES, len(images), -1).mean(dim=0)
     finally:
         handle.remove()
         for module, training in modes.items():
             module.training = training
 
 
-def _hide(layer: nn.Linear, r: Tensor, hidden: Tensor) -> Tensor:
-    """Return the layer's output, whose gradient by the weight sees masked features."""
-    masked = r.detach().masked_fill(hidden, 0)
-    through = F.linear(r, layer.weight.detach(), layer.bias)
-    weight = F.linear(masked, layer.weight)
-    return through + weight - weight.detach()
+class _MaskedLinear(torch.autograd.Function):
+    """A linear layer whose gradient by the weight sees masked features.
+
+    One node for both gradients: local training may step the weight as soon as its gradient is
+    there, and the features' gradient needs the weight of before.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(features.masked_fill(hidden, 0), weight)
+        return F.linear(features, weight, bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *slopes: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        masked, weight = ctx.saved_tensors
+        slope = slopes[0]
+        needs = ctx.needs_input_grad
+        return (
+            slope @ weight if needs[0] else None,
+            slope.mT @ masked if needs[1] else None,
+            slope.sum(dim=0) if needs[2] else None,
+            None,
+        )
