@@ -446,7 +446,9 @@ def frontier(
             batch=batch,
             inverse=inverse,
         )
-        measure(study, out, workers=workers or usable_cores(), on_piece=_show_piece)
+        measure(
+            study, out, workers=usable_cores() if workers is None else workers, on_piece=_show_piece
+        )
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

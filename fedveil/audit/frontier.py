@@ -178,7 +178,7 @@ def measure(
         study: What to measure.
         out: Directory of the study.
         workers: Processes side by side.
-        on_piece: Called when a piece begins: ``on_piece(name, pieces finished, pieces in all)``.
+        on_piece: Called when a piece begins: ``on_piece(name, pieces begun, pieces in all)``.
 
     Returns:
         The content of ``frontier.json``.

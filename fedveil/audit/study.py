@@ -194,26 +194,24 @@ def run_pieces(
     Args:
         pieces: In the order in which they begin.
         workers: Processes at a time, at least 1.
-        on_piece: Called as ``on_piece(name, pieces finished, pieces in all)`` when one begins.
+        on_piece: Called as ``on_piece(name, pieces begun before, pieces in all)`` when one begins.
 
     Raises:
         FedveilError: A piece failed; those under way are interrupted, and finished ones kept.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting, running = list(pieces), dict[int, tuple[BaseProcess, Any, Piece]]()
-    done = 0
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 piece = waiting.pop(0)
-                on_piece(piece.name, done, len(pieces))
+                on_piece(piece.name, len(pieces) - len(waiting) - 1, len(pieces))
                 process, receiver = _start(context, piece)
                 running[process.sentinel] = (process, receiver, piece)
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 process, receiver, piece = running.pop(sentinel)
                 process.join()
-                done += 1
                 if process.exitcode:
                     told = receiver.recv() if receiver.poll() else f"exit {process.exitcode}"
                     raise FedveilError(f"{piece.name}: {told}")
