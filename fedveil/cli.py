@@ -36,6 +36,7 @@ class Strategy(StrEnum):
     FEDAVG = "fedavg"
     NOISE_PAIR = "noise-pair"
     NOISE_DELTA = "noise-delta"
+    PROTECTED = "protected"
 
 
 class Engine(StrEnum):
@@ -114,8 +115,16 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
+    decay: Annotated[
+        bool | None,
+        typer.Option("--decay", help="Let eta fall to zero over a client's steps of a round."),
+    ] = None,
     momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Random changes of training images: crop:PIXELS, flip or both."),
+    ] = None,
     strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
     cap: Annotated[
         float | None, typer.Option(help="theta: accuracy every copy stays below.")
@@ -130,6 +139,20 @@ def train(
         float | None, typer.Option(help="How much of the last w noise-delta keeps in w, below 1.")
     ] = None,
     bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
+    shared_rounds: Annotated[
+        int | None,
+        typer.Option(help="Rounds of plain averaging before protected sends nothing more."),
+    ] = None,
+    share_unlabelled: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-unlabelled",
+            help="protected: send clients the calibration images, for clients of few classes.",
+        ),
+    ] = None,
+    distillation_steps: Annotated[
+        int | None, typer.Option(help="Steps a round in which protected teaches w.")
+    ] = None,
     server_clients: Annotated[
         int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
     ] = None,

@@ -53,22 +53,27 @@ def sanitize_update(sanitizer: Sanitizer, *, returned: Returned = "weights") -> 
         returned: ``weights``, of which the change since the message is the update, or ``gradient``.
 
     Raises:
-        FedveilError: When the mod runs: message or reply do not hold one record of arrays each, or
-            the weights in the two differ in name.
+        FedveilError: When the mod runs: the reply does not hold one record of arrays, or the
+            message not one of the same names.
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.partition(".")[0] != _TRAIN:
             return call_next(message, context)
         # Read first: an app may train the very tensors it received.
-        sent = _arrays(message, "message") if returned == "weights" else {}
+        received = _arrays(message) if returned == "weights" else []
         reply = call_next(message, context)
         if reply.has_error():
             return reply
-        answer = _arrays(reply, "reply")
+        answers = _arrays(reply)
+        if len(answers) != 1:
+            raise FedveilError(
+                f"the reply holds {len(answers)} records of arrays; a sanitiser needs exactly one"
+            )
+        sent = _counterpart(received, answers[0]) if returned == "weights" else {}
         name = next(iter(reply.content.array_records))
         generator = torch.Generator().manual_seed(secrets.randbits(63))
-        reply.content[name] = ArrayRecord(_sanitized(sanitizer, sent, answer, generator))
+        reply.content[name] = ArrayRecord(_sanitized(sanitizer, sent, answers[0], generator))
         return reply
 
     return mod
@@ -89,13 +94,19 @@ def perturb_representation(soteria: Soteria) -> Mod:
     return mod
 
 
-def _arrays(message: Message, what: str) -> dict[str, Tensor]:
-    records = list(message.content.array_records.values())
-    if len(records) != 1:
+def _arrays(message: Message) -> list[dict[str, Tensor]]:
+    return [dict(r.to_torch_state_dict()) for r in message.content.array_records.values()]
+
+
+def _counterpart(received: list[dict[str, Tensor]], answer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the received record that the answer is a change of."""
+    alike = [sent for sent in received if sent.keys() == answer.keys()]
+    if len(alike) != 1:
         raise FedveilError(
-            f"the {what} holds {len(records)} records of arrays; a sanitiser needs exactly one"
+            f"{len(alike)} records of the message have the reply's names "
+            f"({', '.join(sorted(answer)[:3])}, …); a sanitiser needs exactly one to compare with"
         )
-    return dict(records[0].to_torch_state_dict())
+    return alike[0]
 
 
 def _sanitized(
@@ -104,9 +115,6 @@ def _sanitized(
     answer: dict[str, Tensor],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    if sent and sent.keys() != answer.keys():
-        odd = ", ".join(sorted(sent.keys() ^ answer.keys())[:3])
-        raise FedveilError(f"the weights sent and returned differ in {odd}; they must match")
     update = {
         name: value - sent[name] if sent else value
         for name, value in answer.items()

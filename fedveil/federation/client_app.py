@@ -18,8 +18,8 @@ from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
-from fedveil.federation.task import ClientTask
-from fedveil.federation.training import train_locally, train_privately
+from fedveil.federation.task import UNLABELLED, ClientTask
+from fedveil.federation.training import Strangers, train_locally, train_privately
 from fedveil.models import build_model
 
 
@@ -77,11 +77,21 @@ def _train_on(message: Message, context: Context, images: Images) -> Message:
     task = _task(message)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    privacy = _defense(task.defense).privacy
+    privacy, strangers = _defense(task.defense).privacy, _strangers(message, images, task)
     if privacy is None:
-        loss = train_locally(model, images, task.training, generator=_generator(task, context))
-    else:
+        loss = train_locally(
+            model,
+            images,
+            task.training,
+            generator=_generator(task, context),
+            strangers=strangers,
+        )
+    elif strangers is None:
         loss = train_privately(model, images, task.training, privacy)
+    else:
+        raise FedveilError(
+            "DP-SGD cannot learn from the server's unlabelled images besides; leave out either"
+        )
     metrics = MetricRecord(
         {"num-examples": len(images), "loss": loss, "server-round": task.server_round}
     )
@@ -101,6 +111,17 @@ def step(message: Message, context: Context) -> Message:
     return _one_minibatch(
         message, context, lambda parameter, gradient, rate: parameter - rate * gradient
     )
+
+
+def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers | None:
+    """Return the server's unlabelled images, if it sent any and this client lacks a class."""
+    record = message.content.array_records.get(UNLABELLED)
+    lacking = int(images.labels.bincount().count_nonzero()) < len(
+        _dataset(task.dataset, task.seed).classes
+    )
+    if record is None or not lacking:
+        return None
+    return Strangers(record.to_torch_state_dict()["images"], task.batch_size)
 
 
 def _one_minibatch(
