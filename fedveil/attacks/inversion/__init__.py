@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedveil.attacks.inversion.dlg import DLG
+from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
     GradientMap,
     check_attackable,
@@ -33,6 +34,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "rgap": RGAP,
     "lm": LevenbergMarquardt,
     "ig": InvertingGradients,
+    "fc": FullyConnected,
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "IDLG",
     "RGAP",
     "Attack",
+    "FullyConnected",
     "GradientMap",
     "Inversion",
     "InvertingGradients",
