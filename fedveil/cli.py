@@ -362,7 +362,7 @@ def audit_leakage(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help="dlg, idlg, rgap, lm, ig or ig-bn, with its options as in "
+            help="dlg, idlg, rgap, lm, ig, ig-bn or fc, with its options as in "
             "ig:steps=600,restarts=2; may be repeated."
         ),
     ] = None,

@@ -15,7 +15,7 @@ from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.fedavg import Sampling
-from fedveil.federation.fedsgd import Update, WatchingServer
+from fedveil.federation.fedsgd import Update, WatchingFedSGD
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.task import ClientTask
 
@@ -68,7 +68,7 @@ class WatchedFederation:
             FedveilError: The victim's answers did not come.
         """
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        strategy = WatchingServer(
+        strategy = WatchingFedSGD(
             victims=self.victims,
             parameters=[name for name, _ in model.named_parameters()],
             action=self.update,

@@ -36,7 +36,7 @@ class Exchange:
     images: int
 
 
-class WatchingServer(SeededFedAvg):
+class WatchingFedSGD(SeededFedAvg):
     """FedSGD or federated averaging on a server that keeps what one of its clients sends.
 
     The same model goes out in every round, as a curious server may well arrange: each round then

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedveil.attacks.inversion.dlg import DLG
+from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
     GradientMap,
     check_attackable,
@@ -34,6 +35,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "rgap": RGAP,
     "lm": LevenbergMarquardt,
     "ig": InvertingGradients,
+    "fc": FullyConnected,
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "IDLG",
     "RGAP",
     "Attack",
+    "FullyConnected",
     "GradientMap",
     "Inversion",
     "InvertingGradients",

@@ -18,6 +18,11 @@ from fedveil.models import output_layer
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NOTHING = 1e-30
+_REFINEMENTS = 10
+_PRESENT = 0.3  # images; a class with fewer has no input worth estimating
+_WHOLE = 10.0  # weight of the equation that shares sum to 1
+_EQUAL = 0.1  # weight of equal shares; chosen on CIFAR-10 training images 30,000 to 39,999
 
 Gradient = Mapping[str, Tensor]
 
@@ -162,13 +167,14 @@ def infer_labels(observation: Observation) -> Tensor:
     entry c of the last bias's is about the mean input of that layer over the images of class c; the
     model's own output there gives the probabilities p of such an image; and the bias gradient is
     ``Σ_c n_c/N · (p_c − 1_c)``, whose non-negative solution n/N is rounded to counts that make up
-    N. A model without a weight and a bias in its last layer is read class by class: the most
-    negative one is taken, its share given back, and so on N times.
+    N. With the solution the inputs are estimated anew, a few times, and the one that explains both
+    gradients best is kept. A model without a weight and a bias in its last layer is read class by
+    class: the most negative one is taken, its share given back, and so on N times.
 
     Sources: Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.2 (one
     image); Ma et al., "Instance-wise Batch Label Restoration via Gradients in Federated Learning",
-    ICLR 2023, sections 4.2 and 4.3 (counts; non-negative least squares replaces the
-    pseudo-inverse).
+    ICLR 2023, section 4 (counts). Non-negative least squares instead of a pseudo-inverse and the
+    repetition are ours.
 
     Raises:
         FedveilError: No parameter has a row for each class.
@@ -223,20 +229,47 @@ def _labels_one_by_one(rows: Tensor, images: int) -> Tensor:
 
 
 def _labels_by_counts(layer: nn.Linear, weight: Tensor, bias: Tensor, images: int) -> Tensor:
+    own = layer.weight.detach().double().cpu()
+    offset = layer.bias.detach().double().cpu()
+    classes = len(bias)
+    safe = torch.where(bias.abs() > _NOTHING, bias, torch.full_like(bias, _NOTHING))
+    inputs = weight / safe[:, None]
+    best = torch.inf
+    shares = bias.new_full((classes,), 1 / classes)
+    for _ in range(_REFINEMENTS):
+        missed = (inputs @ own.T + offset).nan_to_num().softmax(dim=1) - torch.eye(classes)
+        solved = _shares(missed, bias)
+        # Row c of the last weight's gradient is Σ_j n_j/N · (p_j − 1_j)_c · input_j.
+        mixture = missed.T * solved
+        off = (mixture.sum(dim=1) - bias).square().sum() / bias.square().sum().clamp_min(_NOTHING)
+        off += (mixture @ inputs - weight).square().sum() / weight.square().sum().clamp_min(
+            _NOTHING
+        )
+        if float(off) < best:
+            best, shares = float(off), solved
+        present = solved * images > _PRESENT
+        inputs = inputs.clone()
+        inputs[present] = torch.linalg.lstsq(
+            mixture[:, present], weight, rcond=1e-6, driver="gelsd"
+        ).solution
+    return torch.repeat_interleave(torch.arange(classes), _rounded(shares * images, images))
+
+
+def _shares(missed: Tensor, bias: Tensor) -> Tensor:
+    """Return the classes' shares whose mixture of ``p − 1`` is the bias's gradient, [classes].
+
+    They are not negative and sum to 1, and lean weakly towards equal ones, which settles them where
+    a trained model tells little.
+    """
     from scipy.optimize import nnls
 
     classes = len(bias)
-    safe = torch.where(bias.abs() > 1e-30, bias, torch.full_like(bias, 1e-30))
-    inputs = weight / safe[:, None]
-    with torch.no_grad():
-        logits = inputs @ layer.weight.double().cpu().T + layer.bias.double().cpu()
-    probabilities = logits.nan_to_num().softmax(dim=1)
-    # The last row, of great weight, says that shares sum to 1.
-    system = torch.cat([probabilities.T - torch.eye(classes), torch.full((1, classes), 10.0)])
-    wanted = torch.cat([bias, torch.tensor([10.0])]).double()
-    shares = torch.from_numpy(nnls(system.numpy(), wanted.numpy(), maxiter=100 * classes)[0])
-    counts = _rounded(shares / shares.sum().clamp_min(1e-30) * images, images)
-    return torch.repeat_interleave(torch.arange(classes), counts)
+    whole = torch.full((1, classes), _WHOLE)
+    system = torch.cat([missed.T, whole, _EQUAL * torch.eye(classes)])
+    equal = torch.full((classes,), _EQUAL / classes)
+    wanted = torch.cat([bias, torch.tensor([_WHOLE]), equal])
+    found = nnls(system.numpy(), wanted.double().numpy(), maxiter=100 * classes)[0]
+    return torch.from_numpy(found / max(found.sum(), _NOTHING))
 
 
 def _rounded(shares: Tensor, total: int) -> Tensor:
