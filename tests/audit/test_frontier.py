@@ -21,9 +21,9 @@ SMALL = FrontierStudy(
     images=4,
     seeds=2,
     rounds=1,
-    defenses=("none", "dct:keep=3", "prune:share=0.9"),
-    worst_attacks=("lm", "rgap"),
-    round_attacks=("ig:steps=10", "rgap"),
+    defenses=("none", "prune:share=0.9"),
+    worst_attacks=("lm",),
+    round_attacks=("ig:steps=5", "rgap"),
     inverse=False,
     clients=4,
     batch=4,
@@ -56,7 +56,7 @@ def test_rows_are_those_of_the_audits_and_the_best_is_marked(study):
     assert exact["identified"] == 1
     assert exact["psnr_original"] > 60
     strengths = {row["defense"]: row["strength"] for row in result["rows"]}
-    assert strengths == {"none": 0, "dct:keep=3": 1 - 3 / 64, "prune:share=0.9": 0.9}
+    assert strengths == {"none": 0, "prune:share=0.9": 0.9}
 
 
 def test_an_attack_that_does_not_apply_is_noted_and_not_scored(study):
@@ -79,7 +79,7 @@ def test_accuracy_is_that_of_the_delivered_models(study):
 
 def test_the_realistic_round_attacks_the_trained_model(study):
     out, _ = study
-    content = json.loads((out / "leakage" / "round-ig-steps-10-none" / "leakage.json").read_text())
+    content = json.loads((out / "leakage" / "round-ig-steps-5-none" / "leakage.json").read_text())
     assert content["settings"]["update"] == "fedavg"
     assert content["settings"]["batch"] == 4
     assert content["settings"]["model"] == SMALL.model
