@@ -2,8 +2,8 @@
 
 Fresh networks of growing depth, stride and kind, in float64, on CIFAR-10 training images averaged
 down to ``--side`` pixels (a Jacobian has a column for each pixel of a batch). The attack runs with
-its own steps and stopping from one start (``--restarts``); no attack sees an image. A few images only: this maps where
-the method holds, and is no rate.
+its own steps and stopping from one start (``--restarts``); no attack sees an image. A few images
+only: this maps where the method holds, and is no rate.
 
     FEDVEIL_DATA=... python benchmarks/gauss_newton.py --out docs/results
 """
