@@ -147,7 +147,7 @@ def main() -> None:
             print(honest[-1], flush=True)
     data = load_dataset("cifar10")
     leaky = []
-    for bins in (32, 128, 512):
+    for bins in (128, 512):
         for disturbance in DISTURBANCES:
             leaky += [imprinted(data, bins, disturbance, 16, seed) for seed in seeds]
             print(leaky[-1], flush=True)

@@ -1,5 +1,6 @@
 """Inverting gradients: a search along the direction of the gradient, with image priors."""
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,9 @@ class InvertingGradients:
     matched by simulating these, the first epoch in the order of the dummy images, the later ones in
     an order drawn anew each step, since the client's is unknown.
 
+    The published code takes 4,800 steps of 0.1 in units of normalised pixels, about a fifth of
+    ours, and weighs the variation of those with 0.1.
+
     A victim is done when its angle is below ``solved``, and a stage of the step size when for 1/16
     of all steps it has brought less than a hundredth; both are seen by the attacker.
 
@@ -54,7 +58,7 @@ class InvertingGradients:
     Args:
         steps: Most steps of each restart.
         restarts: Starts for each victim; the lowest objective is kept.
-        learning_rate: First step size, in units of pixels.
+        learning_rate: First step size; pixels range over 1.
         tv: Weight of the mean absolute difference of neighbouring pixels.
         batch_norm: Weight of R; 0 leaves it out.
         solved: ``1 − cos`` below which a victim is done.
@@ -160,10 +164,11 @@ class _Objective:
                 f"of batch normalisation, which {type(observation.model).__name__} has not; set it "
                 "to 0"
             )
-        transform = observation.knows
+        # A copy, since moving a module to another device or precision changes it.
+        transform = copy.deepcopy(observation.knows)
         return cls(
             map=gradients,
-            transform=None if transform is None else transform.to(device),
+            transform=None if transform is None else transform.to(device, attack.dtype),
             sanitizer=observation.sanitizer,
             batch_norms=layers,
             tv=attack.tv,
