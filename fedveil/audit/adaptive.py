@@ -102,9 +102,11 @@ def attackers(
         return [Attacker(naive, adaptive=False)]
     adaptive = adaptive_for(defense)
     found = [Attacker(naive, adaptive=False)]
+    name = attack.partition(":")[0]
     searches_range = defense.transform is not None and defense.transform.linear
-    steps_through = defense.transform is not None and attack.partition(":")[0] in _FORWARD
-    if searches_range or informed.sanitizer is not None or steps_through:
+    steps_through = defense.transform is not None and name in _FORWARD
+    knows_update = informed.sanitizer is not None and name in _MASKING
+    if searches_range or knows_update or steps_through:
         aware = informed if searches_range or steps_through else replace(informed, knows=None)
         found.append(Attacker(aware, adaptive=True))
     if inverse and adaptive.inverse:
@@ -114,6 +116,9 @@ def attackers(
 
 _FORWARD = frozenset({"ig", "ig-bn"})
 """Attacks that take any differentiable transformation into their forward pass."""
+
+_MASKING = frozenset({"ig", "ig-bn", "lm"})
+"""Attacks that compare only what a sanitiser left."""
 
 
 def adaptive_for(defense: Defense) -> Adaptive:

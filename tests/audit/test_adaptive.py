@@ -99,6 +99,26 @@ def test_to_those_who_know_of_it_pruning_explains_the_true_image_best(digits, mo
     assert (losses[1] < 1e-8).all()
 
 
+def test_enough_of_a_pruned_update_gives_the_image_exactly(digits, model):
+    defense, watched = parse_defense("prune:share=0.5"), _watched(rounds=1)
+    naive, aware = attackers(defense, watched.observe(model, digits, defense), "lm", inverse=False)
+    original = digits.train[watched.ground_truth(digits)].pixels
+    attack = LevenbergMarquardt()
+    scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
+    assert scores[1] > 40
+    assert scores[0] < 30
+
+
+def test_soteria_does_not_stop_those_who_leave_its_layer_out(digits, model):
+    defense, watched = parse_defense("soteria:share=0.8"), _watched(rounds=1)
+    naive, aware = attackers(defense, watched.observe(model, digits, defense), "lm", inverse=False)
+    original = digits.train[watched.ground_truth(digits)].pixels
+    attack = LevenbergMarquardt()
+    scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
+    assert scores[1] > 40
+    assert scores[0] < 30
+
+
 def test_a_learned_inverse_passes_the_ceiling_of_what_is_left(digits):
     transform = BlockDCT(keep=6)
     undo = LearnedInverse(steps=150).fit(transform, digits.train.pixels[:1000])

@@ -98,7 +98,7 @@ def test_nothing_is_written_when_an_attack_refuses(dataset, tmp_path):
         ({"attacks": ()}, "at least one --attack"),
         ({"images": 1000}, "--images 1000 is too many"),
         ({"workers": 0}, "--workers 0"),
-        ({"batch": 2}, "--images 3 is no multiple of --batch 2: give 4"),
+        ({"batch": 2}, "--images 3 is no multiple of the 2 images of a round"),
         ({"batch": 0}, "--batch 0"),
         ({"learning_rate": -1.0}, "--learning-rate -1"),
     ],
