@@ -51,6 +51,7 @@ DEFENSES = (
 )
 SCENARIOS = ("worst", "round")
 _REFUSED = "refused.json"
+_MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
 
 OnPiece = Callable[[str, int, int], None]
 
@@ -116,6 +117,22 @@ class FrontierStudy:
                 adaptive_for(defense)
         for attack in (*self.worst_attacks, *self.round_attacks):
             build_attack(attack)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        several = (
+            ("defense", () if self.defenses == DEFENSES else self.defenses),
+            ("attack", self.worst_attacks),
+            ("round-attack", self.round_attacks),
+        )
+        leakage = f" --leakage-dataset {self.leakage_dataset}" if self.leakage_dataset else ""
+        repeated = "".join(f" --{name} {value}" for name, values in several for value in values)
+        return (
+            f"fedveil frontier --out DIR --dataset {self.dataset}{leakage} --images {self.images} "
+            f"--seeds {self.seeds} --rounds {self.rounds} --batch {self.batch}"
+            f"{'' if self.inverse else ' --no-inverse'}{repeated}"
+        )
 
     def attacks(self, scenario: str) -> tuple[str, ...]:
         """Return the attacks of a scenario."""
@@ -270,7 +287,7 @@ def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
         for row in _rows(study, scenario, defense, accuracy, out)
     ]
     result = {
-        "command": "fedveil frontier",
+        "command": study.command,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "seeds": list(range(study.seeds)),
@@ -362,7 +379,12 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     for column, scenario in enumerate(SCENARIOS):
         own = [row for row in rows if row["scenario"] == scenario]
         _panel(panels[0][column], own, "identified", "own original found among candidates")
-        _panel(panels[1][column], own, "psnr_original", "PSNR to the original, dB (median)")
+        _panel(
+            panels[1][column],
+            own,
+            "psnr_original",
+            f"PSNR to the original, dB (median; more than {_MOST_DB} drawn there)",
+        )
         panels[0][column].set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
@@ -376,9 +398,12 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
             (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
         )
         color, marker = _LOOK[family]
-        x, y = [row["accuracy"] for row in own], [row[column] for row in own]
-        low = [row[column] - row[f"{column}_low"] for row in own]
-        high = [row[f"{column}_high"] - row[column] for row in own]
+        x = [row["accuracy"] for row in own]
+        y, lowest, highest = (
+            [min(_MOST_DB, row[f"{column}{end}"]) for row in own] for end in ("", "_low", "_high")
+        )
+        low = [value - end for value, end in zip(y, lowest, strict=True)]
+        high = [end - value for value, end in zip(y, highest, strict=True)]
         axes.errorbar(
             x,
             y,
