@@ -8,6 +8,7 @@ ratios. The last figures are what the transformation adds to a training step of 
 every step, as the mod for users' own apps does, and once to a client's share, as fedveil's client
 does.
 Steps take turns too, and each reads its own batch from the client's images, bytes or transformed.
+Seconds are the process's own, which change less with what else the machine does.
 
     python benchmarks/block_dct.py --out docs/results
 
@@ -112,10 +113,10 @@ def compare(images: Tensor, keep: int, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(rounds + 1):
         for name in list(ready)[:: 1 if turn % 2 else -1]:
-            begin = time.perf_counter()
+            begin = time.process_time()
             result = ready[name](images)
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
             results[name]["agrees_within"] = float((result - reference).abs().max())
     own = statistics.median(times["fedveil"])
     for name, seconds in times.items():
@@ -134,9 +135,9 @@ def share_of_a_step(keep: int, batch: int, rounds: int) -> dict[str, Any]:
     transform = BlockDCT(keep=keep)
     once = []
     for _ in range(7):
-        begin = time.perf_counter()
+        begin = time.process_time()
         ready = transformed(plain, transform)
-        once.append(time.perf_counter() - begin)
+        once.append(time.process_time() - begin)
 
     def step(pixels: Tensor, labels: Tensor) -> None:
         optimiser.zero_grad()
@@ -156,13 +157,13 @@ def share_of_a_step(keep: int, batch: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         index = torch.randint(SHARE, (batch,))
         for name, act in acts.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             act(index)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
         pixels = plain[index].pixels
-        begin = time.perf_counter()
+        begin = time.process_time()
         transform(pixels)
-        alone.append(time.perf_counter() - begin)
+        alone.append(time.process_time() - begin)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
 
     def added(name: str) -> float:

@@ -9,9 +9,10 @@ attacks get.
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
 
 ``--throughput 64`` adds images per minute of so many victims attacked together and one by one, in
-turns. The rate of a search does not depend on how long it goes on once its memory of 100 curvature
-pairs is full, so the searches are cut to ``--throughput-steps`` steps of 20 iterations, and one by
-one only ``--alone`` victims are timed.
+turns. What a step of a search costs does not depend on how long it goes on once its memory of 100
+curvature pairs is full, so searches are cut to ``--throughput-steps`` steps of 20 iterations and
+reckoned up to 100, and one by one only ``--alone`` victims are timed. Processor seconds stand by
+wall-clock ones, since they change less with what else the machine does.
 
 ``--batch 2 --keep 6`` attacks batches of several images, by an attacker who knows the
 transformation.
@@ -51,6 +52,7 @@ from fedveil.models import build_model
 SLOW = ("dlg", "idlg", "lm-cold")
 ALL = ("lm", "rgap", "dlg", "idlg", "lm-cold")
 CLIENTS = 3
+STEPS = 100  # of a published search
 
 
 def attack_of(name: str) -> Any:
@@ -65,12 +67,12 @@ def measure(
     observation = watched.observe(model, data, defense)
     images = data.train[watched.ground_truth(data)]
     trained = images.pixels if defense.transform is None else defense.transform(images.pixels)
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     result = attack_of(name)(
         observation,
         progress=lambda done, total, loss: print(f"{name} {done}/{total} {loss:.1e}", flush=True),
     )
-    wall = time.perf_counter() - begin
+    wall, work = time.perf_counter() - begin, time.process_time() - worked
     batch = watched.batch_size
     batches = trained.split(batch)
     found = torch.cat(
@@ -84,6 +86,7 @@ def measure(
         "batch": batch,
         "defense": defense.label,
         "wall_seconds": wall,
+        "processor_seconds_per_image": work / len(images),
     }
     for key, interval in (
         ("exact", wilson(exact(found, trained))),
@@ -110,29 +113,34 @@ def throughput(
     }
     rows = []
     for name, attack in attacks.items():
-        together, single = [], []
+        costs: dict[str, list[tuple[float, float]]] = {"together": [], "alone": []}
         for _ in range(turns):
-            begin = time.perf_counter()
-            attack(observation)
-            together.append((time.perf_counter() - begin) / observation.victims)
-            begin = time.perf_counter()
-            for victim in range(alone):
-                attack(observation.select(torch.tensor([victim])))
-            single.append((time.perf_counter() - begin) / alone)
-        rows.append(
-            {
-                "attack": name,
-                "victims": observation.victims,
-                "steps": steps if name in SLOW else None,
-                "together_images_per_minute": 60 / statistics.median(together),
-                "alone_images_per_minute": 60 / statistics.median(single),
-                "times_alone": statistics.median(
-                    one / other for one, other in zip(single, together, strict=True)
-                ),
-            }
-        )
-        print(rows[-1], flush=True)
+            costs["together"].append(cost(attack, [observation], search=name in SLOW))
+            single = [observation.select(torch.tensor([victim])) for victim in range(alone)]
+            costs["alone"].append(cost(attack, single, search=name in SLOW))
+        row: dict[str, Any] = {"attack": name, "victims": observation.victims}
+        for place, clock in enumerate(("wall", "processor")):
+            ratios = []
+            for kind, found in costs.items():
+                seconds = statistics.median(turn[place] for turn in found)
+                row[f"{kind}_images_per_minute_{clock}"] = 60 / seconds
+            for one, other in zip(costs["alone"], costs["together"], strict=True):
+                ratios.append(one[place] / other[place])
+            row[f"times_alone_{clock}"] = statistics.median(ratios)
+        rows.append(row)
+        print(row, flush=True)
     return rows
+
+
+def cost(attack: Any, observations: list[Observation], *, search: bool) -> tuple[float, float]:
+    """Return wall and processor seconds for an image; of a search, as if it went on for STEPS."""
+    begin, worked = time.perf_counter(), time.process_time()
+    results = [attack(observation) for observation in observations]
+    wall, work = time.perf_counter() - begin, time.process_time() - worked
+    images = sum(len(result.loss) for result in results)
+    done = sum(int(result.iterations.sum()) for result in results)
+    share = STEPS / done if search else 1 / images
+    return wall * share, work * share
 
 
 def main() -> None:

@@ -166,6 +166,16 @@ def train(
     report_images: Annotated[
         int | None, typer.Option(help="Other test images each round reports on.")
     ] = None,
+    fingerprint: Annotated[
+        float | None,
+        typer.Option(help="Individual noise in each client's copy, in a layer's RMS; 0: none."),
+    ] = None,
+    archive: Annotated[
+        bool | None,
+        typer.Option(
+            "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
+        ),
+    ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
@@ -322,6 +332,77 @@ def reproduce_dct(
     typer.echo(f"{out / 'dct.json'}  {out / 'dct.png'}  {out / 'figure3.png'}")
 
 
+@reproduce.command("trace")
+def reproduce_trace(
+    out: Annotated[Path, typer.Option(help="Directory of the study; its runs are resumed.")],
+    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run that is leaked.")] = 50,
+    trials: Annotated[int, typer.Option(min=1, help="Leaks of each kind.")] = 3,
+    innocents: Annotated[int, typer.Option(min=5, help="Innocent models traced.")] = 1_000,
+    fingerprint: Annotated[
+        float | None, typer.Option(help="Strength of the fingerprints, as of fedveil train.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+) -> None:
+    """Who leaked: coalitions of 1 to 10 clients, what they do to hide, and innocent models.
+
+    Writes trace.json, trace.png and trace.md. Interrupted, it keeps its training runs.
+    """
+    try:
+        from fedveil.audit.reproduce_trace import TraceStudy
+        from fedveil.audit.reproduce_trace import reproduce as run
+
+        study = TraceStudy(
+            dataset=dataset,
+            rounds=rounds,
+            other_rounds=min(rounds, 20),
+            trials=trials,
+            innocents=innocents,
+            strength=fingerprint,
+            workers=workers,
+        )
+        run(study, out, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "trace.md").read_text())
+    typer.echo(f"{out / 'trace.json'}  {out / 'trace.png'}")
+
+
+@reproduce.command("theft")
+def reproduce_theft(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each protection: seeds 0, 1, …")] = 3,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's; may be repeated.  [default: all]"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
+    ] = None,
+    thieves: Annotated[int, typer.Option(min=1, help="Thieves of each run.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of the audits.")] = None,
+) -> None:
+    """Final accuracy against theft advantage, for every protection, on MNIST and CIFAR-10.
+
+    Writes theft-study.json, theft-study.png and theft-study.md. Interrupted, it goes on where it
+    stopped.
+    """
+    try:
+        from dataclasses import replace
+
+        from fedveil.audit.reproduce_theft import THEFT, select
+        from fedveil.audit.reproduce_theft import reproduce as run
+
+        study = select(THEFT, datasets=dataset, rounds=rounds, seeds=tuple(range(seeds)))
+        run(replace(study, thieves=thieves), out, workers=workers, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "theft-study.md").read_text())
+    typer.echo(f"{out / 'theft-study.json'}  {out / 'theft-study.png'}")
+
+
 def _show_piece(name: str, done: int, total: int) -> None:
     typer.echo(f"[{done + 1}/{total}] {name}", err=True)
 
@@ -417,6 +498,74 @@ def audit_leakage(
         raise typer.Exit(130) from None
     typer.echo(report.table())
     typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
+
+
+@audit.command("trace")
+def audit_trace(
+    leaked: Annotated[Path, typer.Argument(help="The leaked model: .safetensors, or .pt.")],
+    run: Annotated[Path, typer.Option(help="Directory of the run it may have come from.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Chance to name anybody innocent, above 0 and below 1.")
+    ] = 1e-6,
+) -> None:
+    """Name the clients a leaked model came from, by the fingerprints in their copies."""
+    if not 0 < alpha < 1:
+        raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
+    try:
+        from fedveil.audit.trace_run import run_trace
+
+        told = run_trace(leaked, run, alpha=alpha, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(told)
+
+
+@audit.command("theft")
+def audit_theft(
+    run: Annotated[Path, typer.Option(help="Directory of a run of fedveil train.")],
+    out: Annotated[Path, typer.Option(help="Directory for the results; resumed if there.")],
+    labels: Annotated[
+        str, typer.Option(help="Labelled images of a thief; several, with commas between.")
+    ] = "10,50,100,600",
+    colluders: Annotated[
+        str, typer.Option(help="Clients that put their copies together; several, with commas.")
+    ] = "1,2,5",
+    thieves: Annotated[int, typer.Option(help="Draws of clients and images for each.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draws of clients and images.")] = 0,
+) -> None:
+    """Steal the model as its clients could, and compare with training alone.
+
+    Writes theft.json and theft.png. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.theft import TheftSettings
+        from fedveil.audit.theft_run import run_theft_audit
+
+        settings = TheftSettings(
+            run=run,
+            labels=_numbers("--labels", labels),
+            colluders=_numbers("--colluders", colluders),
+            thieves=thieves,
+            seed=seed,
+        )
+        report = run_theft_audit(settings, out=out, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(f"{out / 'theft.json'}  {out / 'theft.png'}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FedveilError(
+            f"{option} {text!r} is no list of whole numbers; write them like 10,50"
+        ) from None
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedveil.errors import FedveilError
@@ -33,6 +34,27 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_results(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into the user's ``--out``, in this order, each whole or not at all.
+
+    Args:
+        out: The directory; made where it is not there.
+        files: Name to content.
+
+    Raises:
+        FedveilError: The directory cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(out / name, content)
+    except OSError as error:
+        raise FedveilError(
+            f"--out {out} could not be written: {error.strerror}; make room, mend the "
+            "permissions or name another directory"
+        ) from error
 
 
 def check_directory(path: Path, *, new: bool = False) -> None:

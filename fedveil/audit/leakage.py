@@ -29,7 +29,7 @@ from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.fedsgd import Update
-from fedveil.files import write_atomically
+from fedveil.files import write_results
 
 CANDIDATES = 100
 """Originals among which a reconstruction must find its own, or as many as there are."""
@@ -224,15 +224,7 @@ class LeakageReport:
             "reconstructions.png": _picture(self),
             "leakage.json": (json.dumps(self.as_json(), indent=2) + "\n").encode(),
         }
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write_atomically(out / name, content)
-        except OSError as error:
-            raise FedveilError(
-                f"--out {out} could not be written: {error.strerror}; make room, mend the "
-                "permissions or name another directory"
-            ) from error
+        write_results(out, files)
 
 
 def _line(row: dict[str, Any], wide: Sequence[int]) -> str:

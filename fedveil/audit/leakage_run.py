@@ -1,15 +1,13 @@
 """A leakage audit from its settings: loads what they name, shows progress, writes the report."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
+from fedveil.audit.state_files import read_state
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
@@ -60,13 +58,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         FedveilError: The file cannot be read, or does not fit the model.
     """
-    state = _read_state(path)
+    state = read_state(path, option="--checkpoint")
     wanted = model.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise FedveilError(
-            f"--checkpoint {path} holds no state dict; write one with "
-            "torch.save(model.state_dict(), FILE) or safetensors"
-        )
     faults = [
         *(f"it lacks {name}" for name in wanted if name not in state),
         *(f"it has {name}, which the model has not" for name in state if name not in wanted),
@@ -83,20 +76,3 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             "this --model, trained on images of this size and as many classes"
         )
     model.load_state_dict(state)
-
-
-def _read_state(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FedveilError(
-            f"--checkpoint {path} cannot be read: {error.strerror or error}; give the path of a "
-            ".safetensors file, or of a .pt file of tensors"
-        ) from None
-    except Exception:  # unpickling raises what it likes, and says nothing a user can mend
-        raise FedveilError(
-            f"--checkpoint {path} is damaged or no file of tensors; give a .safetensors file, or a "
-            ".pt file with a state dict and nothing else"
-        ) from None

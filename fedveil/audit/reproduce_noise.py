@@ -243,9 +243,9 @@ def _rows(study: Study, out: Path) -> list[dict[str, Any]]:
 
 
 def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
-    runs = [_run(study, arm, seed, out) for seed in study.seeds]
+    runs = [train_arm(study, arm, seed, out) for seed in study.seeds]
     finals = [
-        _final(study, arm, seed, out, rounds)
+        final_accuracy(study, arm, seed, out, rounds)
         for seed, rounds in zip(study.seeds, runs, strict=True)
     ]
     cap = arm.settings.get("cap", study.common["cap"])
@@ -272,21 +272,31 @@ def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
     }
 
 
-def _path(study: Study, arm: Arm, seed: int, out: Path) -> Path:
+def arm_directory(study: Study, arm: Arm, seed: int, out: Path) -> Path:
+    """Return where a run of a study is kept."""
     name = f"{study.prefix}{arm.name}-{arm.partition}-{seed}"
     return out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
 
 
-def _final(study: Study, arm: Arm, seed: int, out: Path, rounds: list[RoundRecord]) -> float:
+def final_accuracy(
+    study: Study, arm: Arm, seed: int, out: Path, rounds: list[RoundRecord]
+) -> float:
     """Return the accuracy of w on all report images, or of its last round where it broke off."""
-    summary = _path(study, arm, seed, out) / "summary.json"
+    summary = arm_directory(study, arm, seed, out) / "summary.json"
     if not summary.exists():
         return rounds[-1].accuracy
     return float(json.loads(summary.read_text())["accuracy"])
 
 
-def _run(study: Study, arm: Arm, seed: int, out: Path) -> list[RoundRecord]:
-    config, path = study.config(arm, seed), _path(study, arm, seed, out)
+def train_arm(study: Study, arm: Arm, seed: int, out: Path) -> list[RoundRecord]:
+    """Run one arm of a study with one seed, from where it stopped; nothing where it is complete.
+
+    A run whose noise cannot reach the cap ends early, and says so in ``ended.txt``.
+
+    Raises:
+        FedveilError: The directory holds a run of other settings, or anything the user can mend.
+    """
+    config, path = study.config(arm, seed), arm_directory(study, arm, seed, out)
     directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
     if directory.config != config:
         raise FedveilError(

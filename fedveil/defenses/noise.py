@@ -67,6 +67,16 @@ class NoiseKey:
         """Write the key as hexadecimal text, readable by the owner alone."""
         write_atomically(path, (self.secret.hex() + "\n").encode("ascii"), mode=0o600)
 
+    def derive(self, purpose: str) -> bytes:
+        """Return the 32 bytes of a key for one purpose, by HKDF-SHA256 (RFC 5869)."""
+        info = f"fedveil {purpose}".encode()
+        return HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
+
+    def stream(self, purpose: str, count: int) -> bytearray:
+        """Return ``count`` bytes of the ChaCha20 key stream (RFC 8439) for one purpose."""
+        cipher = Cipher(ChaCha20(self.derive(purpose), bytes(16)), mode=None)
+        return bytearray(cipher.encryptor().update(bytes(count)))
+
     def gaussians(self, *, run: str, round_number: int, group: str, count: int) -> Tensor:
         """Expand the key into independent standard normal values.
 
@@ -82,10 +92,8 @@ class NoiseKey:
         Returns:
             float64 [count], |z| ≤ 6.4; the same on every machine for the same arguments.
         """
-        info = f"fedveil noise v1\0{run}\0{round_number}\0{group}".encode()
-        key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
-        stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
-        words = torch.frombuffer(bytearray(stream), dtype=torch.int32).to(torch.float64)
+        stream = self.stream(f"noise v1\0{run}\0{round_number}\0{group}", 4 * count)
+        words = torch.frombuffer(stream, dtype=torch.int32).to(torch.float64)
         values: Tensor = torch.special.ndtri((words + (2**31 + 0.5)) / 2**32)
         return values
 
@@ -136,9 +144,16 @@ class NoiseTarget:
     def _scale(self, weights: Tensors, layer: Sequence[str]) -> float:
         if not self.relative:
             return 1.0
-        # Over the layer, not the tensor: a bias may still be zero and must be hidden all the same.
-        squares = sum(float(weights[name].double().square().sum()) for name in layer)
-        return math.sqrt(squares / sum(weights[name].numel() for name in layer))
+        return root_mean_square(weights, layer)
+
+
+def root_mean_square(weights: Tensors, layer: Sequence[str]) -> float:
+    """Return the root mean square over the tensors of one layer together.
+
+    Over the layer, not the tensor: a bias may still be zero and must be hidden all the same.
+    """
+    squares = sum(float(weights[name].double().square().sum()) for name in layer)
+    return math.sqrt(squares / sum(weights[name].numel() for name in layer))
 
 
 def noise_target(

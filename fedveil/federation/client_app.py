@@ -121,7 +121,12 @@ def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers 
     )
     if record is None or not lacking:
         return None
-    return Strangers(record.to_torch_state_dict()["images"], task.batch_size)
+    raw = record.to_torch_state_dict()["images"]
+    unlabelled = Images(raw, torch.full((len(raw),), -1))
+    transform = _defense(task.defense).transform
+    if transform is not None and is_fixed(transform):
+        unlabelled = transformed(unlabelled, transform)
+    return Strangers(unlabelled, task.batch_size)
 
 
 def _one_minibatch(

@@ -76,6 +76,10 @@ class TrainConfig(BaseModel):
     report_images: int = Field(
         default=2_000, ge=20, le=10_000_000, description="a round; all at the end"
     )
+    fingerprint: float | None = Field(
+        default=None, ge=0, le=10, description="of each client's copy, in a layer's RMS; 0: none"
+    )
+    archive: bool = Field(default=True, description="keep what each client was sent, encrypted")
     engine: Literal["local", "ray", "deployed"] = "local"
     workers: int | None = Field(default=None, ge=1, le=1024)
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data.augmentation import Augmentation
 from fedveil.federation.fedavg import (
@@ -34,7 +35,7 @@ class Distillation:
     Attributes:
         steps: Steps of gradient descent a round.
         batch_size: Images a step.
-        learning_rate: Step size.
+        learning_rate: Step size of a round's first step; falls in a straight line to zero.
         momentum: Part of the last step that the next one repeats.
         augmentation: Changes the images anew in every step, while what they are stays the same.
     """
@@ -154,6 +155,7 @@ class EnsembleDistillation(SeededFedAvg):
         self.model.train()
         how = self.distillation
         optimiser = torch.optim.SGD(self.model.parameters(), how.learning_rate, how.momentum)
+        schedule = LinearLR(optimiser, start_factor=1.0, end_factor=0.0, total_iters=how.steps)
         size = min(how.batch_size, len(answers))
         for _ in range(how.steps):
             index = torch.randint(len(answers), (size,), generator=generator)
@@ -162,5 +164,6 @@ class EnsembleDistillation(SeededFedAvg):
             loss = F.cross_entropy(self.model(pixels), answers[index])
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
+            schedule.step()
         self.model.eval()
         return clone({name: value.detach() for name, value in self.model.state_dict().items()})

@@ -12,7 +12,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from fedveil.defenses.fingerprint import Fingerprint
 from fedveil.errors import FedveilError
+from fedveil.federation.archive import Archive, Entry
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, query_roster, sample_clients
 
@@ -30,6 +32,7 @@ class Distribution:
         evaluations: Evaluations of copies that finding σ took.
         images: Images those evaluations took.
         seconds: Time it took to make the copies.
+        shared: The same before each client's fingerprint was added; ``None`` where none was.
     """
 
     copies: tuple[Weights, ...]
@@ -38,6 +41,7 @@ class Distribution:
     evaluations: int = 0
     images: int = 0
     seconds: float = 0.0
+    shared: "Distribution | None" = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class SeededFedAvg(FedAvg):
     Args:
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+
+    Attributes:
+        archive: Where each round is written down before its models leave; ``None``: nowhere.
+        fingerprint: What tells each client's copy from the others'; ``None``: nothing.
     """
 
     def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
@@ -106,6 +114,8 @@ class SeededFedAvg(FedAvg):
         resume = resume or Resume()
         self.completed_rounds = resume.rounds
         self.state = resume.state
+        self.archive: Archive | None = None
+        self.fingerprint: Fingerprint | None = None
         self.clients: tuple[Client, ...] = ()
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()
@@ -122,9 +132,22 @@ class SeededFedAvg(FedAvg):
         """Return what goes to every client beside its copy, by the name of its record."""
         return {}
 
+    def marked(self, round_number: int, sent: Distribution) -> Distribution:
+        """Give each client a copy of its own, with its fingerprint, if it has none yet."""
+        if self.fingerprint is None or sent.shared is not None:
+            return sent
+        copies = tuple(
+            self.fingerprint.apply(
+                sent.copies[copy], round_number=round_number, client=client.partition
+            )
+            for client, copy in sent.assignment
+        )
+        assignment = tuple((client, number) for number, (client, _) in enumerate(sent.assignment))
+        return replace(sent, copies=copies, assignment=assignment, shared=sent)
+
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
-        return weighted_mean([(update.weights, update.examples) for update in updates])
+        return weighted_mean([(unmarked(update, sent), update.examples) for update in updates])
 
     def expected(self, sent: Distribution) -> Weights:
         """Return tensors with the names, shapes and dtypes a reply must have."""
@@ -150,7 +173,10 @@ class SeededFedAvg(FedAvg):
         )
         started = time.perf_counter()
         sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
+        sent = self.marked(round_number, sent)
         self.sent = replace(sent, seconds=time.perf_counter() - started)
+        if self.archive:
+            self.archive.write(self._entry(round_number, sent))
         config = ConfigRecord({**config, "server-round": round_number})
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
@@ -167,6 +193,12 @@ class SeededFedAvg(FedAvg):
             Message(content=contents[copy], message_type=MessageType.TRAIN, dst_node_id=client.node)
             for client, copy in self.sent.assignment
         ]
+
+    def _entry(self, round_number: int, sent: Distribution) -> Entry:
+        shared = sent.shared or sent
+        assignment = {client.partition: copy for client, copy in shared.assignment}
+        mark = None if sent.shared is None else self.fingerprint
+        return Entry(round_number, shared.copies, assignment, mark)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -196,6 +228,31 @@ class SeededFedAvg(FedAvg):
         self.loss = sum(update.loss * update.examples for update in updates) / examples
         self.averaged = tuple(update.client.partition for update in updates)
         return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
+
+
+def unmarked(update: Update, sent: Distribution) -> Weights:
+    """Return what a client sent back less the fingerprint in the copy it was sent.
+
+    A client that returns its copy untouched returns the shared copy exactly, so the mean of
+    returned weights keeps nothing of any fingerprint.
+
+    Args:
+        update: The reply.
+        sent: What its round sent.
+
+    Returns:
+        State by name, in the reply's dtypes.
+    """
+    if sent.shared is None:
+        return update.weights
+    copy, shared = (dict(d.assignment)[update.client] for d in (sent, sent.shared))
+    received, clean = sent.copies[copy], sent.shared.copies[shared]
+    return {
+        name: value
+        if received[name] is clean[name]
+        else (value.double() + (clean[name].double() - received[name].double())).to(value.dtype)
+        for name, value in update.weights.items()
+    }
 
 
 def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from fedveil.federation.fedavg import (
     Sampling,
     Weights,
     clone,
+    unmarked,
     weighted_mean,
 )
 from fedveil.federation.noisy_fedavg import Cap, NoisyFedAvg, require_labels
@@ -129,7 +130,7 @@ class NoisePair(NoisyFedAvg):
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return w, and keep base, the mean without server-side clients, for the next copies."""
-        returned = [(update.weights, float(update.examples)) for update in updates]
+        returned = [(unmarked(update, sent), float(update.examples)) for update in updates]
         previous = self.state.base or sent.copies[0]
         base = self.keep_statistics(weighted_mean(returned), previous)
         self.state = replace(self.state, base=self.cool(base))

@@ -17,7 +17,9 @@ from fedveil.defenses.calibration import (
     Calibration,
     Copies,
     Evaluate,
+    Verdict,
     agreement_margin,
+    below_cap,
 )
 from fedveil.defenses.noise import NoiseKey, NoiseTarget, add_noise, noise_target
 from fedveil.defenses.temperature import Temperature
@@ -136,7 +138,12 @@ class NoisyFedAvg(SeededFedAvg):
         base = self.state.base or weights
         self.state = replace(self.state, base=base)
         if not self.passed_cap(round_number, base):
-            return super().distribute(round_number, base, clients)
+            plain = self.marked(round_number, super().distribute(round_number, base, clients))
+            labels, cap = self.yardstick(weights)
+            checked = self._check(plain, self.evaluator(round_number, labels), cap)
+            if all(verdict.below for verdict in checked):
+                return _counted(plain, checked)
+            self.state = replace(self.state, noisy=True)
         return self._degrade(round_number, base, weights, clients)
 
     @abstractmethod
@@ -156,16 +163,39 @@ class NoisyFedAvg(SeededFedAvg):
             return self.pair(base, noise(draw), sigma)
 
         labels, cap = self.yardstick(weights)
-        found = self.calibrate(copies, self.evaluator(round_number, labels), cap)
-        self.state = replace(self.state, sigma=found.sigma)
+        evaluate = self.evaluator(round_number, labels)
+        found = self.calibrate(copies, evaluate, cap)
         half = -(-len(clients) // 2)
-        return Distribution(
-            copies=copies(found.sigma, found.draw),
-            assignment=tuple((client, int(i >= half)) for i, client in enumerate(clients)),
-            sigma=found.sigma,
-            evaluations=found.evaluations,
-            images=found.images,
-        )
+        assignment = tuple((client, int(i >= half)) for i, client in enumerate(clients))
+
+        def addressed(sigma: float, draw: int) -> Distribution:
+            sent = Distribution(copies(sigma, draw), assignment, sigma)
+            return self.marked(round_number, sent)
+
+        sent = addressed(found.sigma, found.draw)
+        checked = self._check(sent, evaluate, cap)
+        if checked and not checked[-1].below:
+            # The shared copies are below the cap, but not every client's own: these are searched.
+            first = found
+            found = self.calibrate(lambda s, d: addressed(s, d).copies, evaluate, cap)
+            sent = addressed(found.sigma, found.draw)
+            found = replace(
+                found,
+                evaluations=found.evaluations + first.evaluations,
+                images=found.images + first.images,
+            )
+        self.state = replace(self.state, sigma=found.sigma)
+        return _counted(sent, checked, found)
+
+    @staticmethod
+    def _check(sent: Distribution, evaluate: Evaluate, cap: float) -> list[Verdict]:
+        """Return the verdicts on the fingerprinted copies, up to and with the first to fail."""
+        checked: list[Verdict] = []
+        for copy in sent.copies if sent.shared else ():
+            checked.append(below_cap(evaluate(copy), cap))
+            if not checked[-1].below:
+                break
+        return checked
 
     def pair(self, base: Weights, noise: Weights, sigma: float) -> tuple[Weights, Weights]:
         """Return base + σN and base - σN, each with batch statistics of its own."""
@@ -208,6 +238,17 @@ class NoisyFedAvg(SeededFedAvg):
         """
         state = {name: mean[name] if name in self._parameters else base[name] for name in base}
         return self.with_statistics(state)
+
+
+def _counted(
+    sent: Distribution, checked: Sequence[Verdict], found: Calibration | None = None
+) -> Distribution:
+    """Return ``sent`` with what it took to find and check it."""
+    return replace(
+        sent,
+        evaluations=len(checked) + (found.evaluations if found else 0),
+        images=sum(verdict.images for verdict in checked) + (found.images if found else 0),
+    )
 
 
 def require_labels(cap: Cap, strategy: str) -> None:

@@ -3,7 +3,8 @@
 ``config.json``         the whole configuration, and the versions it ran with
 ``rounds.jsonl``        a line a round
 ``checkpoint.safetensors``  w, base and the strategy's state after the last whole round (0600)
-``noise.key``           the noise key (0600)
+``noise.key``           the run's secret key (0600)
+``archive/``            what each client was sent in each round, encrypted under that key
 ``model.safetensors``   w, once the run is complete (0600)
 ``summary.json``, ``curves.png``
 """

@@ -16,8 +16,10 @@ from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.defenses import check_defense, parse_defense
+from fedveil.defenses.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
+from fedveil.federation.archive import Archive
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.evaluation import count_correct
@@ -39,6 +41,7 @@ from fedveil.models import build_model
 OnRound = Callable[[RoundRecord], None]
 
 _EVALUATION_BLOCK = 1_000
+_WITHOUT_FINGERPRINT = ("fedavg", "noise-pair", "protected")
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,13 @@ _STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
 }
 
 
+def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
+    """Return what tells the clients' copies apart; the others have none unless asked for."""
+    default = 0.0 if job.config.strategy in _WITHOUT_FINGERPRINT else FINGERPRINT_STRENGTH
+    strength = default if job.config.fingerprint is None else job.config.fingerprint
+    return Fingerprint.of(job.model, key, strength=strength) if strength else None
+
+
 class Recorder:
     """Turns each finished round into a line of ``rounds.jsonl`` and a checkpoint.
 
@@ -257,7 +267,10 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
-    strategy = build_strategy(job, Resume(last.round, last.state), directory.noise_key())
+    key = directory.noise_key()
+    strategy = build_strategy(job, Resume(last.round, last.state), key)
+    strategy.fingerprint = _fingerprint(job, key)
+    strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
     recorder = Recorder(job, directory, strategy, on_round)
     if last.round < job.config.rounds:
         strategy.start(

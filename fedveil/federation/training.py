@@ -53,17 +53,17 @@ class Strangers:
     Skews in One-Shot Federated Learning", ICLR 2023.
 
     Attributes:
-        raw: uint8 [M, C, H, W], at least one.
+        images: At least one; their labels are not looked at.
         step: How many of them a step takes, at least 1.
     """
 
-    raw: Tensor
+    images: Images
     step: int
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return one step's images, float [step, C, H, W] in [0, 1]."""
-        index = torch.randint(len(self.raw), (self.step,), generator=generator)
-        return self.raw[index].to(torch.float32).div_(255)
+        index = torch.randint(len(self.images), (self.step,), generator=generator)
+        return self.images[index].pixels
 
 
 def train_locally(

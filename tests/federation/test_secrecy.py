@@ -22,6 +22,8 @@ TOLD = {
     "learning-rate",
     "momentum",
     "clip",
+    "decay",
+    "augment",
     "seed",
     "server-round",
 }
@@ -75,7 +77,7 @@ def arrays(message):
 def test_no_message_carries_the_key_or_a_clean_model(tmp_path, strategy, noise, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     _, directory, grid, delivered = train(
-        tmp_path / "run", strategy=strategy, noise=noise, sigma_step=1.0
+        tmp_path / "run", strategy=strategy, noise=noise, sigma_step=1.0, fingerprint=0
     )
     key = directory.noise_key().secret
     noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
@@ -119,7 +121,13 @@ def test_only_the_run_directory_is_written(tmp_path, monkeypatch):
 def test_batch_statistics_are_the_copys_own(tmp_path):
     """Neither w's running statistics nor any client's are in what the next round sends."""
     job, _, grid, delivered = train(
-        tmp_path / "run", model="resnet-bn", noise="all", rounds=3, learning_rate=0.2, epochs=4
+        tmp_path / "run",
+        model="resnet-bn",
+        noise="all",
+        rounds=3,
+        learning_rate=0.2,
+        epochs=4,
+        fingerprint=0,  # which is added to parameters, after the statistics were measured
     )
     noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
     assert noisy

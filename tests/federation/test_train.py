@@ -91,7 +91,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert job.accuracy(model.state_dict()) == summary["accuracy"]
 
 
-@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair"])
+@pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair", "protected"])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, strategy):
     options = [*FAST, "--rounds", 8, "--strategy", strategy, "--learning-rate", 0.1]
     options += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
@@ -127,9 +127,10 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
 
 def test_a_complete_run_is_left_as_it_is(tmp_path):
     fedveil("--out", tmp_path / "run", *FAST, "--rounds", 2)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".png"]
+    before = {path: path.read_bytes() for path in files}
     fedveil("--resume", tmp_path / "run")
-    assert before == {n: (tmp_path / "run" / n).read_bytes() for n in before}
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_the_same_seed_and_key_give_the_same_bits_and_another_key_does_not(tmp_path):

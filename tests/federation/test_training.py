@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch.nn import functional as F
 
 from fedveil.data import Images
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.training import LocalTraining, train_locally
+from fedveil.federation.training import LocalTraining, Strangers, train_locally
 from fedveil.models import build_model
 
 
@@ -22,7 +23,8 @@ def plain_loop(model, images, settings, generator):
     optimiser = torch.optim.SGD(
         model.parameters(), lr=settings.learning_rate, momentum=settings.momentum
     )
-    losses = []
+    losses, step = [], 0
+    steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
     for _ in range(settings.epochs):
         for index in torch.randperm(len(images), generator=generator).split(settings.batch_size):
             optimiser.zero_grad()
@@ -30,7 +32,10 @@ def plain_loop(model, images, settings, generator):
             loss.backward()
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if settings.decay:
+                optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / steps)
             optimiser.step()
+            step += 1
             losses += [loss.item()] * len(index)
     return sum(losses) / len(losses)
 
@@ -42,8 +47,9 @@ def plain_loop(model, images, settings, generator):
         LocalTraining(epochs=2, batch_size=8),
         LocalTraining(epochs=2, batch_size=8, momentum=0.9, learning_rate=0.01),
         LocalTraining(epochs=1, batch_size=5, clip=0.1),
+        LocalTraining(epochs=2, batch_size=8, decay=True),
     ],
-    ids=["plain", "momentum", "clip"],
+    ids=["plain", "momentum", "clip", "decay"],
 )
 def test_training_gives_what_a_plain_loop_gives(name, settings):
     images = some_images(27, (3, 16, 16))  # the last batch is smaller
@@ -126,3 +132,30 @@ def test_count_correct_counts_and_leaves_the_model_as_it_was(name):
     assert model.training
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_unlabelled_images_are_taught_as_any_class_the_client_lacks():
+    images = some_images(8, (1, 8, 8))
+    images = Images(images.raw, torch.tensor([0, 2] * 4))
+    strange = some_images(50, (1, 8, 8))
+    settings = LocalTraining(epochs=1, batch_size=8, learning_rate=0.1)
+    model = build_model("cnn", (1, 8, 8), 4, seed=1)
+    plain = copy.deepcopy(model)
+    train_locally(
+        model,
+        images,
+        settings,
+        generator=torch.Generator().manual_seed(5),
+        strangers=Strangers(strange, 6),
+    )
+    # One step: the gradient of the mean over both kinds, written out.
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(8, generator=generator)
+    drawn = torch.randint(50, (6,), generator=generator)
+    known = -F.log_softmax(plain(images[order].pixels), 1)[torch.arange(8), images.labels[order]]
+    logs = F.log_softmax(plain(strange[drawn].pixels), 1)
+    stranger = -(logs[:, 1] + logs[:, 3]) / 2
+    (torch.cat([known, stranger]).mean()).backward()
+    for name, parameter in plain.named_parameters():
+        expected = parameter.detach() - 0.1 * parameter.grad
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-4, atol=1e-6)
