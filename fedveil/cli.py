@@ -36,6 +36,7 @@ class Strategy(StrEnum):
     FEDAVG = "fedavg"
     NOISE_PAIR = "noise-pair"
     NOISE_DELTA = "noise-delta"
+    PROTECTED = "protected"
 
 
 class Engine(StrEnum):
@@ -109,8 +110,16 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
+    decay: Annotated[
+        bool | None,
+        typer.Option("--decay", help="Let eta fall to zero over a client's steps of a round."),
+    ] = None,
     momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Random changes of training images: crop:PIXELS, flip or both."),
+    ] = None,
     strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
     cap: Annotated[
         float | None, typer.Option(help="theta: accuracy every copy stays below.")
@@ -125,6 +134,20 @@ def train(
         float | None, typer.Option(help="How much of the last w noise-delta keeps in w, below 1.")
     ] = None,
     bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
+    shared_rounds: Annotated[
+        int | None,
+        typer.Option(help="Rounds of plain averaging before protected sends nothing more."),
+    ] = None,
+    share_unlabelled: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-unlabelled",
+            help="protected: send clients the calibration images, for clients of few classes.",
+        ),
+    ] = None,
+    distillation_steps: Annotated[
+        int | None, typer.Option(help="Steps a round in which protected teaches w.")
+    ] = None,
     server_clients: Annotated[
         int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
     ] = None,
@@ -215,7 +238,12 @@ def reproduce_noise(
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds 0, 1, …: a run of each arm for each.")
     ] = 3,
-    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    dataset: Annotated[
+        str, typer.Option(help="What is reported on: NAME or a fold of it, NAME@k/n.")
+    ] = "mnist@1/6",
+    search_dataset: Annotated[
+        str, typer.Option(help="What the settings are chosen on, with --search.")
+    ] = "mnist@6/6",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
     also_search: Annotated[
         bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
@@ -231,11 +259,12 @@ def reproduce_noise(
     from fedveil.audit.reproduce_noise import NOISE, SEARCH, search
     from fedveil.audit.reproduce_noise import reproduce as run
 
-    common = {**NOISE.common, "dataset": dataset, "rounds": rounds}
+    common = {**NOISE.common, "rounds": rounds}
+    searched, reported = ({**common, "dataset": name} for name in (search_dataset, dataset))
     try:
-        run(replace(NOISE, common=common, seeds=tuple(range(seeds))), out)
         if also_search:
-            search(replace(SEARCH, common=common), out)
+            search(replace(SEARCH, common=searched), out)
+        run(replace(NOISE, common=reported, seeds=tuple(range(seeds))), out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

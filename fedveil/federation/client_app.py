@@ -15,8 +15,8 @@ from fedveil.data.partition import partition
 from fedveil.defenses.mods import transform_inputs
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.task import ClientTask
-from fedveil.federation.training import train_locally
+from fedveil.federation.task import UNLABELLED, ClientTask
+from fedveil.federation.training import Strangers, train_locally
 from fedveil.models import build_model
 
 
@@ -60,7 +60,13 @@ def _train_on(message: Message, context: Context, images: Images) -> Message:
     task = _task(message)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    loss = train_locally(model, images, task.training, generator=_generator(task, context))
+    loss = train_locally(
+        model,
+        images,
+        task.training,
+        generator=_generator(task, context),
+        strangers=_strangers(message, images, task),
+    )
     metrics = MetricRecord(
         {"num-examples": len(images), "loss": loss, "server-round": task.server_round}
     )
@@ -80,6 +86,17 @@ def step(message: Message, context: Context) -> Message:
     return _one_minibatch(
         message, context, lambda parameter, gradient, rate: parameter - rate * gradient
     )
+
+
+def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers | None:
+    """Return the server's unlabelled images, if it sent any and this client lacks a class."""
+    record = message.content.array_records.get(UNLABELLED)
+    lacking = int(images.labels.bincount().count_nonzero()) < len(
+        _dataset(task.dataset, task.seed).classes
+    )
+    if record is None or not lacking:
+        return None
+    return Strangers(record.to_torch_state_dict()["images"], task.batch_size)
 
 
 def _one_minibatch(

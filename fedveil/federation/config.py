@@ -31,9 +31,22 @@ class TrainConfig(BaseModel):
     epochs: int = Field(default=1, ge=1, le=10_000, description="E")
     batch_size: int = Field(default=10, ge=1, le=1_000_000, description="B")
     learning_rate: float = Field(default=0.05, gt=0, le=100, description="eta")
+    decay: bool = Field(default=False, description="of eta to zero over a client's steps")
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0, description="largest norm of a step's gradient")
-    strategy: Literal["fedavg", "noise-pair", "noise-delta"] = "noise-delta"
+    augment: str | None = Field(
+        default=None, description="of training images: crop:PIXELS, flip, or crop:PIXELS,flip"
+    )
+    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected"] = "protected"
+    shared_rounds: int = Field(
+        default=0, ge=0, le=1_000_000, description="of protected: rounds of plain averaging"
+    )
+    share_unlabelled: bool = Field(
+        default=False, description="of protected: clients receive the calibration images"
+    )
+    distillation_steps: int = Field(
+        default=40, ge=1, le=1_000_000, description="of protected, a round"
+    )
     cap: float = Field(default=0.6, gt=0, lt=1, description="theta")
     noise: str | None = Field(
         default=None, min_length=1, description="first-conv, output, all, a pattern"

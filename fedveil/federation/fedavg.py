@@ -48,11 +48,13 @@ class StrategyState:
         base: The model the next copies are made from.
         sigma: Where the next search for σ starts.
         noisy: Whether the model has passed the cap.
+        memory: What else the strategy keeps, by name.
     """
 
     base: Weights | None = None
     sigma: float = 0.0
     noisy: bool = False
+    memory: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class SeededFedAvg(FedAvg):
         """Decide which model each sampled client receives; here all receive the same."""
         return Distribution((weights,), tuple((client, 0) for client in clients))
 
+    def attachments(self) -> dict[str, ArrayRecord]:
+        """Return what goes to every client beside its copy, by the name of its record."""
+        return {}
+
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
         return weighted_mean([(update.weights, update.examples) for update in updates])
@@ -149,7 +155,11 @@ class SeededFedAvg(FedAvg):
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
             RecordDict(
-                {self.arrayrecord_key: ArrayRecord(dict(copy)), self.configrecord_key: config}
+                {
+                    self.arrayrecord_key: ArrayRecord(dict(copy)),
+                    self.configrecord_key: config,
+                    **self.attachments(),
+                }
             )
             for copy in self.sent.copies
         ]

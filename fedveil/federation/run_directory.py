@@ -192,11 +192,13 @@ class RunDirectory:
                 metadata = stored.metadata()
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             state = json.loads(metadata["state"])
-            base = _with_prefix(tensors, "base/")
+            base, memory = (_with_prefix(tensors, f"{kind}/") for kind in ("base", "memory"))
             return Checkpoint(
                 round=int(state["round"]),
                 weights=_with_prefix(tensors, "w/"),
-                state=StrategyState(base or None, float(state["sigma"]), bool(state["noisy"])),
+                state=StrategyState(
+                    base or None, float(state["sigma"]), bool(state["noisy"]), memory or None
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise FedveilError(
@@ -208,6 +210,8 @@ class RunDirectory:
         tensors = {f"w/{name}": value for name, value in checkpoint.weights.items()}
         base = checkpoint.state.base or {}
         tensors |= {f"base/{name}": value.clone() for name, value in base.items()}
+        memory = checkpoint.state.memory or {}
+        tensors |= {f"memory/{name}": value.clone() for name, value in memory.items()}
         state = {
             "round": checkpoint.round,
             "sigma": checkpoint.state.sigma,

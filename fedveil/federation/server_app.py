@@ -12,10 +12,12 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
     Distribution,
@@ -81,6 +83,7 @@ def prepare_job(config: TrainConfig) -> Job:
     model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
     scheme = parse_partition(config.partition)
+    parse_augmentation(config.augment)
     partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
     job = Job(config, dataset, split, model.eval())
     build_strategy(job, Resume(), NoiseKey.generate())
@@ -157,8 +160,24 @@ def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     )
 
 
+def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
+    config = job.config
+    return EnsembleDistillation(
+        model=job.model,
+        unlabelled=job.evaluation.calibration.raw,
+        distillation=Distillation(
+            steps=config.distillation_steps, augmentation=parse_augmentation(config.augment)
+        ),
+        share_unlabelled=config.share_unlabelled,
+        shared_rounds=config.shared_rounds,
+        sampling=_sampling(config),
+        resume=resume,
+    )
+
+
 _STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
     "fedavg": _fedavg,
+    "protected": _protected,
     "noise-pair": _noise_pair,
     "noise-delta": _noise_delta,
 }

@@ -5,8 +5,12 @@ from typing import Any
 from flwr.app import ConfigRecord
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedveil.data.augmentation import parse_augmentation
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.training import LocalTraining
+
+UNLABELLED = "unlabelled"
+"""Record of a message to a client that holds the server's images, uint8 [M, C, H, W]."""
 
 
 class ClientTask(BaseModel):
@@ -20,9 +24,11 @@ class ClientTask(BaseModel):
         epochs: E.
         batch_size: B.
         learning_rate: η.
+        decay: Whether η falls to zero over a client's steps.
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
         images: How many of a client's images a round of FedSGD uses; B of them where not given.
+        augment: How the client changes its images at random in every step.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
     """
@@ -36,9 +42,11 @@ class ClientTask(BaseModel):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+    decay: bool = False
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
     images: int | None = Field(default=None, ge=1)
+    augment: str | None = None
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)
 
@@ -64,6 +72,8 @@ class ClientTask(BaseModel):
             epochs=self.epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            decay=self.decay,
             momentum=self.momentum,
             clip=self.clip,
+            augmentation=parse_augmentation(self.augment),
         )

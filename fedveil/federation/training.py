@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data import Images
+from fedveil.data.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,54 @@ class LocalTraining:
         epochs: Passes over the client's images (McMahan's E).
         batch_size: Images a step (McMahan's B); the last step of an epoch may have fewer.
         learning_rate: Step size of the descent.
+        decay: Whether the step size falls in a straight line to zero over a client's steps.
         momentum: Part of the last step that the next one repeats.
         clip: Largest norm a step's gradient may have, over all parameters; None for no limit.
+        augmentation: Changes every minibatch at random before the step.
     """
 
     epochs: int = 1
     batch_size: int = 10
     learning_rate: float = 0.05
+    decay: bool = False
     momentum: float = 0.0
     clip: float | None = None
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """Unlabelled images, taught as any of the classes that a client lacks.
+
+    A client that has images of some classes only cannot learn what sets them apart from the others.
+    From these it can. Some of them are of its own classes all the same, which lowers its certainty
+    but not the order of its answers.
+
+    Source: unlabelled images as negatives: Elkan and Noto, "Learning Classifiers from Only Positive
+    and Unlabeled Data", KDD 2008; a client's "none of mine": Diao et al., "Towards Addressing Label
+    Skews in One-Shot Federated Learning", ICLR 2023.
+
+    Attributes:
+        raw: uint8 [M, C, H, W], at least one.
+        step: How many of them a step takes, at least 1.
+    """
+
+    raw: Tensor
+    step: int
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Return one step's images, float [step, C, H, W] in [0, 1]."""
+        index = torch.randint(len(self.raw), (self.step,), generator=generator)
+        return self.raw[index].to(torch.float32).div_(255)
 
 
 def train_locally(
-    model: nn.Module, images: Images, settings: LocalTraining, *, generator: torch.Generator
+    model: nn.Module,
+    images: Images,
+    settings: LocalTraining,
+    *,
+    generator: torch.Generator,
+    strangers: Strangers | None = None,
 ) -> float:
     """Train ``model`` in place on ``images`` and return the mean cross entropy on the way.
 
@@ -43,7 +80,8 @@ def train_locally(
         model: Takes float pixels [N, C, H, W] in [0, 1], returns logits [N, classes].
         images: The client's images; at least one.
         settings: How to train.
-        generator: Shuffles the images, anew each epoch.
+        generator: Shuffles the images, anew each epoch, and augments them.
+        strangers: What a client that lacks some class learns besides.
 
     Returns:
         Mean loss over all images and epochs, each before the step that used it. Not finite where
@@ -58,25 +96,44 @@ def train_locally(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
-    with _descent(model, settings) as step:
+    held = images.labels.bincount().nonzero().flatten()
+    steps = settings.epochs * -(-len(images) // settings.batch_size)
+    with _descent(model, settings, steps) as step:
         for _ in range(settings.epochs):
             order = torch.randperm(len(images), generator=generator)
             for index in torch.split(order, settings.batch_size):
                 batch = images[index]
-                pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(model(pixels), batch.labels)
+                pixels = batch.pixels
+                if strangers:
+                    pixels = torch.cat([pixels, strangers.draw(generator)])
+                pixels = settings.augmentation(pixels, generator)
+                logits = model(pixels.contiguous(memory_format=torch.channels_last))
+                loss = _loss(logits, batch.labels, held)
                 loss.backward()  # type: ignore[no-untyped-call]
                 step()
                 total += loss.detach() * len(index)
     return float(total) / (settings.epochs * len(images))
 
 
+def _loss(logits: Tensor, labels: Tensor, held: Tensor) -> Tensor:
+    """Return the mean cross entropy; rows beyond the labels' are to be of any class not held."""
+    count, classes = len(labels), logits.shape[1]
+    if len(logits) == count:
+        return F.cross_entropy(logits, labels)
+    target = logits.new_full((classes,), 1 / (classes - len(held))).index_fill(0, held, 0.0)
+    known = F.cross_entropy(logits[:count], labels, reduction="sum")
+    strange = F.cross_entropy(
+        logits[count:], target.expand(len(logits) - count, -1), reduction="sum"
+    )
+    return (known + strange) / len(logits)
+
+
 @contextmanager
-def _descent(model: nn.Module, settings: LocalTraining) -> Iterator[Callable[[], None]]:
-    """Yield what applies the gradients and clears them."""
+def _descent(model: nn.Module, settings: LocalTraining, steps: int) -> Iterator[Callable[[], None]]:
+    """Yield what applies the gradients and clears them, ``steps`` times in all."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if settings.momentum or settings.clip is not None:
-        yield _optimiser_step(parameters, settings)
+    if settings.momentum or settings.clip is not None or settings.decay:
+        yield _optimiser_step(parameters, settings, steps)
         return
 
     def descend(parameter: Tensor) -> None:
@@ -97,13 +154,18 @@ def _descent(model: nn.Module, settings: LocalTraining) -> Iterator[Callable[[],
             handle.remove()
 
 
-def _optimiser_step(parameters: list[nn.Parameter], settings: LocalTraining) -> Callable[[], None]:
+def _optimiser_step(
+    parameters: list[nn.Parameter], settings: LocalTraining, steps: int
+) -> Callable[[], None]:
     optimiser = torch.optim.SGD(parameters, settings.learning_rate, settings.momentum, foreach=True)
+    end = 0.0 if settings.decay else 1.0
+    schedule = LinearLR(optimiser, start_factor=1.0, end_factor=end, total_iters=steps)
 
     def step() -> None:
         if settings.clip is not None:
             clip_grad_norm_(parameters, settings.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        schedule.step()
 
     return step
