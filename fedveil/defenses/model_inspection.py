@@ -37,16 +37,15 @@ class ModelInspection:
     """Find layers built to let single images be read off their gradient.
 
     A server that binds images to neurons gives many rows of a layer one direction and each its own
-    threshold (an imprint block). Trained layers have no such groups: rows of some dozens of entries
-    that point the same way are rare, and would be redundant. The score of a layer is the largest
-    number of rows whose direction is within ``cosine`` of one of them, opposite ones included, and
-    whose thresholds (bias over length) differ.
+    threshold (an imprint block). The score of a layer is the largest number of rows whose direction
+    is within ``cosine`` of one of them, opposite ones included, and whose thresholds (bias over
+    length) differ. Trained layers were not seen to have such groups.
 
-    What it does not see: a layer that separates images by random directions, as any wide layer does
-    at small batches (``fedveil audit leakage --attack fc`` shows how many); rows disturbed
-    so much that they are no longer parallel, which costs the attack readings (docs/
-    inversion-suite.md has both curves); and leaks that need no such layer. Layers without a bias
-    have no thresholds and are not looked at.
+    What it does not stop: a server that knows of it. Rows disturbed by noise of their own size are
+    no longer parallel, pass, and still separate most images of a batch; docs/inversion-suite.md
+    has the figures. Nor does it see a layer that separates images by random directions, as any wide
+    layer does in small batches, or leaks that need no such layer. Layers without a bias have no
+    thresholds and are not looked at. It is a trip-wire for the published attack, and no protection.
 
     Source: what it looks for is described in Fowl et al., "Robbing the Fed", ICLR 2022, section 3;
     the test is ours.

@@ -191,7 +191,7 @@ def infer_labels(observation: Observation) -> Tensor:
         )
     layer = None if observation.images == 1 else _output(observation)
     if layer is None:
-        return _labels_one_by_one(rows[-1], observation.images)
+        return labels_one_by_one(rows[-1], observation.images)
     name, module = layer
     return torch.stack(
         [
@@ -216,7 +216,13 @@ def _output(observation: Observation) -> tuple[str, nn.Linear] | None:
     return (name, module) if seen and isinstance(module, nn.Linear) else None
 
 
-def _labels_one_by_one(rows: Tensor, images: int) -> Tensor:
+def labels_one_by_one(rows: Tensor, images: int) -> Tensor:
+    """Return labels taken one by one from the last layer's gradient, int64 [V, images], ascending.
+
+    Args:
+        rows: The last bias's gradient [V, classes], or the last weight's [V, classes, features].
+        images: Images in a batch.
+    """
     slack = rows.detach().double().clone()
     if slack.ndim == 3:
         slack = slack.sum(dim=2) / slack.sum(dim=2).abs().sum(dim=1, keepdim=True)
