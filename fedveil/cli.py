@@ -102,8 +102,13 @@ def train(
     partition: Annotated[
         str | None, typer.Option(help="iid, dirichlet:ALPHA or shards:CLASSES.")
     ] = None,
-    transform: Annotated[
-        str | None, typer.Option(help="What clients do to their images first: dct:keep=N.")
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            "--defense",
+            "--transform",
+            help="How clients protect their images: dct:keep=N and others of docs/defenses.md.",
+        ),
     ] = None,
     clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
     fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
@@ -408,6 +413,12 @@ class Update(StrEnum):
 
     GRADIENT = "gradient"
     STEP = "step"
+    FEDAVG = "fedavg"
+
+
+def _local_rate(update: Update) -> float:
+    # The longer the one step, the less the rounding of the weights hides; several must converge.
+    return 0.05 if update is Update.FEDAVG else 1.0
 
 
 @audit.command("leakage")
@@ -425,14 +436,33 @@ def audit_leakage(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Clients in all.")] = 10,
     victim: Annotated[int, typer.Option(help="The client the server watches, from 0.")] = 0,
-    images: Annotated[int, typer.Option(help="Its images, one a round.")] = 16,
+    images: Annotated[int, typer.Option(help="Its images in all.")] = 16,
+    batch: Annotated[int, typer.Option(help="How many of them it uses in a round.")] = 1,
+    aggregate: Annotated[
+        int, typer.Option(help="Clients whose sum only the server sees; --images are of them all.")
+    ] = 1,
     attack: Annotated[
-        list[str] | None, typer.Option(help="dlg, idlg, rgap or lm; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="dlg, idlg, rgap, lm, ig, ig-bn or fc, with its options as in "
+            "ig:steps=600,restarts=2; may be repeated."
+        ),
     ] = None,
     defense: Annotated[
-        list[str] | None, typer.Option(help="none or dct:keep=N; may be repeated.")
+        list[str] | None,
+        typer.Option(help="none, dct:keep=N and others of docs/defenses.md; may be repeated."),
     ] = None,
+    inverse: Annotated[
+        bool,
+        typer.Option("--inverse", help="Also learn, on test images, to undo transformations."),
+    ] = False,
     update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
+    epochs: Annotated[int, typer.Option(help="Local epochs of --update fedavg.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds model, partition and order.")] = 0,
 ) -> None:
@@ -451,9 +481,15 @@ def audit_leakage(
             clients=clients,
             victim=victim,
             images=images,
+            batch=batch,
+            aggregate=aggregate,
+            inverse=inverse,
             attacks=tuple(attack or ("lm",)),
             defenses=tuple(defense or ("none",)),
             update=update.value,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=_local_rate(update) if learning_rate is None else learning_rate,
             seed=seed,
             workers=workers,
         )
@@ -531,6 +567,66 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise FedveilError(
             f"{option} {text!r} is no list of whole numbers; write them like 10,50"
         ) from None
+
+
+@app.command()
+def frontier(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    dataset: Annotated[str, typer.Option(help="What is learnt, and attacked.")] = "cifar10",
+    leakage_dataset: Annotated[
+        str | None,
+        typer.Option(help="What is attacked in the worst case; the same by default."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images attacked for each row.")] = 96,
+    seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 30,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 26 settings]"),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the worst case; may be repeated.  [default: lm, ig]"),
+    ] = None,
+    round_attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the realistic round; may be repeated.  [default: ig]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of the realistic round.")] = 16,
+    inverse: Annotated[
+        bool, typer.Option(help="Also learn, on test images, to undo transformations.")
+    ] = True,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; one a core.")] = None,
+) -> None:
+    """Accuracy against leakage for every defence and strength, by the best attack of the suite.
+
+    Writes frontier.json, frontier.png and frontier.md. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.frontier import FrontierStudy, measure
+        from fedveil.federation.worker import usable_cores
+
+        defaults = FrontierStudy()
+        study = FrontierStudy(
+            dataset=dataset,
+            leakage_dataset=leakage_dataset,
+            images=images,
+            seeds=seeds,
+            rounds=rounds,
+            defenses=tuple(defense or defaults.defenses),
+            worst_attacks=tuple(attack or defaults.worst_attacks),
+            round_attacks=tuple(round_attack or defaults.round_attacks),
+            batch=batch,
+            inverse=inverse,
+        )
+        measure(
+            study, out, workers=usable_cores() if workers is None else workers, on_piece=_show_piece
+        )
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "frontier.md").read_text())
+    typer.echo(f"{out / 'frontier.json'}  {out / 'frontier.png'}")
 
 
 @app.command()

@@ -167,7 +167,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["audit", "demo", "reproduce", "train", "transform"]),
+        ([], ["audit", "demo", "frontier", "reproduce", "train", "transform"]),
         (["demo"], ["--out"]),
         (["audit", "leakage"], ["--checkpoint", "--defense"]),
         (["reproduce", "dct"], ["--accuracy-dataset", "--keep"]),
@@ -226,6 +226,11 @@ def test_a_model_that_cannot_be_attacked(folder, model, words):
         (["--images", "5000"], ["--images 5000 is too many", "ask for fewer"]),
         (["--attack", "dlgg"], ["attack 'dlgg'", "did you mean 'dlg'"]),
         (["--attack", "rgap", "--model", "cnn"], ["rgap does not apply", "--attack lm"]),
+        (["--attack", "ig:stepps=3"], ["no option 'stepps'", "its options: steps"]),
+        (["--attack", "fc"], ["first layer body.0 (Conv2d)", "--attack ig"]),
+        (["--batch", "2"], ["--images 1 is no multiple of --batch 2", "give 2"]),
+        (["--update", "fedavg", "--learning-rate", "0"], ["--learning-rate 0.0", "more than 0"]),
+        (["--update", "fedavg", "--epochs", "2", "--attack", "dlg"], ["--attack ig"]),
         (["--defense", "dtc:keep=3"], ["defence 'dtc'", "did you mean 'dct'"]),
         (["--defense", "dct:keep=0"], ["keep=0", "1 to 64"]),
         (["--defense", "dct:keep=65"], ["keep=65", "1 to 64"]),
@@ -238,6 +243,20 @@ def test_a_model_that_cannot_be_attacked(folder, model, words):
 )
 def test_an_audit_that_cannot_be(folder, options, words):
     refuses(*AUDIT, *options, words=words)
+
+
+def test_an_audit_of_batches_and_local_training(folder):
+    run = [*AUDIT[:4], "--images", "4", "--batch", "2", "--workers", "1"]
+    active = ["--model", "imprint-cnn", "--attack", "fc"]
+    assert "exact" in succeeds(*run, *active, "--out", "active")
+    row = json.loads(Path("active/leakage.json").read_text())["rows"][0]
+    assert (row["images"], row["exact"]) == (4, 1)
+    local = ["--update", "fedavg", "--epochs", "2", "--batch-size", "1"]
+    succeeds(*run, *local, "--attack", "ig:steps=20,restarts=2", "--out", "local")
+    content = json.loads(Path("local/leakage.json").read_text())
+    assert content["settings"]["epochs"] == 2
+    assert content["settings"]["learning_rate"] == 0.05
+    assert content["rows"][0]["attack"] == "ig:steps=20,restarts=2"
 
 
 @pytest.mark.parametrize(

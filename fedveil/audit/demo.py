@@ -25,7 +25,7 @@ _TRAINING = TrainConfig(
     epochs=2,
     learning_rate=0.1,
     clip=20.0,
-    transform="dct:keep=21",
+    defense="dct:keep=21",
 )
 _LEAKAGE = LeakageSettings(
     dataset="photos",

@@ -2,21 +2,23 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, build_attack, check_model
+from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
+from fedveil.audit.adaptive import adaptive_for, attackers
 from fedveil.audit.metrics import (
     bootstrap,
     exact,
     identified,
     label_accuracy,
+    match,
     median,
     psnr,
     ssim,
@@ -24,14 +26,16 @@ from fedveil.audit.metrics import (
 )
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
-from fedveil.defenses import Defense, parse_defense
+from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.fedsgd import Update
 from fedveil.files import write_results
 
 CANDIDATES = 100
 """Originals among which a reconstruction must find its own, or as many as there are."""
 
 _DRAWN = 16
+_PUBLIC = 2_000  # test images that an inverse learns from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +47,24 @@ class LeakageSettings:
         model: Name for the report.
         clients: Clients among whom the training images are divided at random.
         victim: Which of them is observed.
-        images: Its images, one a round.
-        attacks: Names from ``fedveil.attacks.inversion.ATTACKS``.
+        images: Its images in all.
+        batch: How many of them it uses in a round.
+        attacks: As ``fedveil.attacks.inversion.build_attack`` reads them.
         defenses: As ``fedveil.defenses.parse_defense`` reads them.
-        update: What clients return: ``gradient``, or ``step``, the weights after one local step.
+        aggregate: How many clients secure aggregation adds up: the server then sees only the mean
+            update of the victim and the clients after it, and ``images`` are of them all.
+        update: What clients return: ``gradient``; ``step``, the weights after one local step on
+            the batch; or ``fedavg``, the weights after local training on it.
+        epochs: Passes of ``fedavg`` over the batch.
+        batch_size: Images a local step of ``fedavg``.
+        learning_rate: Of a local step, where weights are returned.
+        inverse: Whether a network also learns, on the test images, to undo each transformation.
         seed: Seeds the division and the choice.
         workers: Worker processes of the federation.
 
     Raises:
-        FedveilError: No images, attacks or defences, or a victim that is none of the clients.
+        FedveilError: No images, attacks or defences, images that make up no whole batches, or a
+            victim that is none of the clients.
     """
 
     dataset: str
@@ -59,15 +72,42 @@ class LeakageSettings:
     clients: int = 10
     victim: int = 0
     images: int = 16
+    batch: int = 1
+    aggregate: int = 1
     attacks: tuple[str, ...] = ("dlg", "lm")
     defenses: tuple[str, ...] = ("none",)
-    update: Literal["gradient", "step"] = "gradient"
+    update: Update = "gradient"
+    epochs: int = 1
+    batch_size: int = 10
+    learning_rate: float = 1.0
+    inverse: bool = False
     seed: int = 0
     workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:
             raise FedveilError(f"--images {self.images} is out of range: give at least 1")
+        for name in ("batch", "epochs", "batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value <= 0:
+                option = name.replace("_", "-")
+                raise FedveilError(f"--{option} {value} is out of range: give more than 0")
+        if not 1 <= self.aggregate <= self.clients:
+            raise FedveilError(
+                f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
+                "number of clients"
+            )
+        if self.aggregate > 1 and self.update == "fedavg":
+            raise FedveilError(
+                "--aggregate with --update fedavg is not attacked: no attack of this package "
+                "simulates several clients' local training at once; use gradient or step"
+            )
+        together = self.batch * self.aggregate
+        if self.images % together:
+            raise FedveilError(
+                f"--images {self.images} is no multiple of the {together} images of a round "
+                f"(--batch times --aggregate): give {-(-self.images // together) * together}"
+            )
         if not 0 <= self.victim < self.clients:
             raise FedveilError(
                 f"--victim {self.victim} is no client: there are {self.clients}, "
@@ -80,14 +120,19 @@ class LeakageSettings:
 
     @property
     def federation(self) -> WatchedFederation:
-        """The federation that is watched, a round an image."""
+        """The federation that is watched, a round a batch."""
         return WatchedFederation(
             dataset=self.dataset,
             model=self.model,
             clients=self.clients,
             victim=self.victim,
-            rounds=self.images,
+            rounds=self.images // (self.batch * self.aggregate),
+            batch_size=self.batch,
+            aggregate=self.aggregate,
             update=self.update,
+            local_epochs=self.epochs,
+            local_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
             seed=self.seed,
             workers=self.workers,
         )
@@ -101,9 +146,9 @@ class Row:
         attack: Its name.
         defense: As written.
         adaptive: Whether the attacker knows the defence.
-        reconstructions: [V, C, H, W].
-        loss: Float64 [V], the attacker's own.
-        scores: Column name to [V].
+        reconstructions: [M, C, H, W], each batch in the order that suits the originals best.
+        loss: Float64 [V], the attacker's own, a value a batch.
+        scores: Column name to [M].
     """
 
     attack: str
@@ -137,8 +182,8 @@ class LeakageReport:
 
     Attributes:
         settings: What was audited.
-        originals: [V, C, H, W], the victim's images.
-        trained: Defence to [V, C, H, W], what the victim trained on under it.
+        originals: [M, C, H, W], the victim's images.
+        trained: Defence to [M, C, H, W], what the victim trained on under it.
         rows: One for each attack, defence and kind of attacker.
     """
 
@@ -156,11 +201,13 @@ class LeakageReport:
 
     def table(self) -> str:
         """Return the rows as lines of text."""
+        wide = [max(8, *(len(row.attack) + 2 for row in self.rows))]
+        wide += [max(16, *(len(row.defense) + 2 for row in self.rows))]
         lines = [
-            f"{'attack':8}{'defence':16}{'attacker':10}{'exact':>7}{'found':>7}{'labels':>8}"
-            f"{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
+            f"{'attack':{wide[0]}}{'defence':{wide[1]}}{'attacker':10}{'exact':>7}{'found':>7}"
+            f"{'labels':>8}{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
         ]
-        lines += [_line(row.summary()) for row in self.rows]
+        lines += [_line(row.summary(), wide) for row in self.rows]
         return "\n".join(lines)
 
     def write(self, out: Path) -> None:
@@ -180,9 +227,10 @@ class LeakageReport:
         write_results(out, files)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], wide: Sequence[int]) -> str:
     return (
-        f"{row['attack']:8}{row['defense']:16}{'adaptive' if row['adaptive'] else 'naive':10}"
+        f"{row['attack']:{wide[0]}}{row['defense']:{wide[1]}}"
+        f"{'adaptive' if row['adaptive'] else 'naive':10}"
         f"{row['exact']:7.0%}{row['identified']:7.0%}{row['label_accuracy']:8.0%}"
         f"{row['psnr_original']:16.1f}{row['psnr_trained']:15.1f}{row['seconds_per_image']:9.2f}"
     )
@@ -203,8 +251,8 @@ def audit_leakage(
 
     A federation runs over the local engine, and its server notes what the victim sends. The attacks
     receive that observation only; originals and labels stay in this function and its helpers, for
-    scoring. Under every defence each attack runs twice: as the naive attacker, who
-    does not know it, and as the adaptive one, who does.
+    scoring. Under every defence each attack runs as the naive attacker, who does not know it, and
+    as the adaptive ones of ``fedveil.audit.adaptive``, who do.
 
     Args:
         dataset: The dataset the settings name.
@@ -216,8 +264,18 @@ def audit_leakage(
     Raises:
         FedveilError: Fewer images than asked for, or what an attack refuses.
     """
-    check_model(model, dataset.shape, len(dataset.classes))
+    check_model(
+        model,
+        dataset.shape,
+        len(dataset.classes),
+        images=settings.batch * settings.aggregate,
+        batch_statistics=True,
+    )
     defenses = [parse_defense(text) for text in settings.defenses]
+    for defense in defenses:
+        check_defense(defense, model, dataset.shape)
+        if defense.name != "none":
+            adaptive_for(defense)
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation
     victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)
@@ -229,17 +287,46 @@ def audit_leakage(
         with torch.no_grad():
             trained[defense.label] = originals if transform is None else transform(originals)
         informed = federation.observe(model, dataset, defense)
+        undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
-            for adaptive in (False,) if transform is None else (False, True):
-                seen = informed if adaptive else replace(informed, knows=None)
-                step = f"{name} on {defense.label}{' (adaptive)' if adaptive else ''}"
-                result = attack(seen, progress=_named(progress, step))
-                scored = _score(result, victims, trained[defense.label], candidates)
-                rows.append(_row(name, defense, adaptive, result, scored))
+            found: dict[int, Inversion] = {}
+            for attacker in attackers(defense, informed, name, inverse=undo is not None):
+                label = f"{name}+inverse" if attacker.inverse else name
+                step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
+                # The inverse goes on top of what the attacker before it has found already.
+                known = id(attacker.observation)
+                if known not in found:
+                    found[known] = attack(attacker.observation, progress=_named(progress, step))
+                result = found[known]
+                if attacker.inverse and undo is not None:
+                    result = _undone(result, undo)
+                images, scores = _score(result, victims, trained[defense.label], candidates)
+                rows.append(
+                    Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
+                )
     report = LeakageReport(settings, originals, trained, tuple(rows))
     if out is not None:
         report.write(out)
     return report
+
+
+def _inverse(
+    dataset: Dataset, defense: Defense, settings: LeakageSettings, progress: Progress | None
+) -> Callable[[Tensor], Tensor] | None:
+    """Return what a network learnt to undo a transformation on test images, nobody's training."""
+    if not settings.inverse or defense.transform is None:
+        return None
+    if not adaptive_for(defense).inverse:
+        return None
+    step = _named(progress, f"learning to undo {defense.label}")
+    public = dataset.test[:_PUBLIC].pixels
+    return LearnedInverse(seed=settings.seed).fit(defense.transform, public, progress=step)
+
+
+def _undone(result: Inversion, undo: Callable[[Tensor], Tensor]) -> Inversion:
+    victims, batch = result.images.shape[:2]
+    images = undo(result.images.flatten(0, 1)).double()
+    return replace(result, images=images.reshape(victims, batch, *images.shape[1:]))
 
 
 def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
@@ -251,30 +338,31 @@ def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
 
 def _score(
     result: Inversion, victims: Images, trained: Tensor, candidates: Tensor
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     # Everybody knows the range of pixels; transformed ones may lie a little outside it.
-    images = result.images[:, 0].float()
-    clipped = images.clamp(0, 1)
     originals = victims.pixels
+    images = _in_order(result.images.float(), originals)
+    clipped = images.clamp(0, 1)
     own = torch.arange(len(victims))
     as_trained = clipped if torch.equal(trained, originals) else images
-    return {
+    batch = result.images.shape[1]
+    right = label_accuracy(result.labels, victims.labels.reshape(-1, batch))
+    return images, {
         "exact": exact(as_trained, trained).double(),
         "identified": identified(images, candidates, own).double(),
-        "label_accuracy": label_accuracy(result.labels, victims.labels[:, None]),
+        "label_accuracy": right.repeat_interleave(batch),
         "psnr_original": psnr(clipped, originals),
         "psnr_trained": psnr(as_trained, trained),
         "ssim_original": ssim(clipped, originals),
         "psnr_ceiling": psnr(trained.clamp(0, 1), originals),
-        "seconds_per_image": result.seconds.double(),
+        "seconds_per_image": (result.seconds.double() / batch).repeat_interleave(batch),
     }
 
 
-def _row(
-    attack: str, defense: Defense, adaptive: bool, result: Inversion, scores: dict[str, Tensor]
-) -> Row:
-    images = result.images[:, 0].float()
-    return Row(attack, defense.label, adaptive, images, result.loss, scores)
+def _in_order(found: Tensor, originals: Tensor) -> Tensor:
+    """Return images [V, N, C, H, W] as [V·N, C, H, W], each batch in its originals' order."""
+    batches = torch.split(originals, found.shape[1])
+    return torch.cat([match(images, own) for images, own in zip(found, batches, strict=True)])
 
 
 def _named(progress: Progress | None, step: str) -> Callable[[int, int, float], None] | None:

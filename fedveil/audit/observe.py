@@ -7,7 +7,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Observation
+from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
 from fedveil.errors import FedveilError
 
 
@@ -18,9 +18,10 @@ def observation_from_records(
     *,
     shape: tuple[int, int, int],
     classes: int,
-    learning_rate: float | None = None,
+    steps: LocalSteps | None = None,
     images: int = 1,
     knows: nn.Module | None = None,
+    sanitizer: UpdateKnowledge | None = None,
 ) -> Observation:
     """Return what an honest-but-curious server has of clients that answered one model.
 
@@ -31,19 +32,16 @@ def observation_from_records(
             gradients, or weights.
         shape: (C, H, W) of one image.
         classes: Number of classes.
-        learning_rate: Of the single local step after which the weights came back, as the server
-            configured it; None where the records hold gradients.
+        steps: The local steps after which the weights came back, as the server configured them;
+            None where the records hold gradients.
         images: Images in a victim's batch, as the reply counts them.
         knows: The image transformation that is public knowledge.
+        sanitizer: What is publicly known of a change of the update.
 
     Raises:
-        FedveilError: A record that lacks a weight of the model, or a learning rate of 0 or less.
+        FedveilError: A record that lacks a weight of the model.
     """
-    if learning_rate is not None and learning_rate <= 0:
-        raise FedveilError(
-            f"learning rate {learning_rate} is out of range: weights that came back tell a "
-            "gradient only after a step with a learning rate above 0"
-        )
+    count = steps.steps(images) if steps else 0
     before = sent.to_torch_state_dict()
     own = copy.deepcopy(model)
     own.load_state_dict(before)
@@ -57,10 +55,11 @@ def observation_from_records(
                 f"a reply lacks {name}; the client must return every weight it was sent"
             )
         stacked = torch.stack([update[name] for update in updates]) if updates else torch.empty(0)
-        if learning_rate is not None:
+        if steps is not None:
             # In float64, so that nothing is lost beyond what the client's own rounding lost.
-            rounding += _rounding_energy(stacked) / learning_rate**2
-            stacked = (before[name].double() - stacked.double()) / learning_rate
+            length = steps.learning_rate * count
+            rounding += _rounding_energy(stacked) * count / length**2
+            stacked = (before[name].double() - stacked.double()) / length
         gradients[name] = stacked
     size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
     return Observation(
@@ -70,7 +69,9 @@ def observation_from_records(
         classes=classes,
         images=images,
         knows=knows,
+        sanitizer=sanitizer,
         rounding=rounding / max(size, 1e-30),
+        local=steps if count > 1 else None,
     )
 
 

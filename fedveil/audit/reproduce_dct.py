@@ -17,7 +17,6 @@ images do for accuracy, never for measuring what the transformation removes. The
 therefore read another, lossless dataset.
 """
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,28 +27,24 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
-from fedveil.audit.leakage_run import run_leakage_audit
 from fedveil.audit.metrics import psnr
+from fedveil.audit.study import audited, plain, png, spread, trained, with_interval
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.federation.evaluation import count_correct
-from fedveil.federation.run_directory import RunDirectory, versions
+from fedveil.federation.run_directory import versions
 from fedveil.federation.server_app import prepare_job
-from fedveil.federation.training_run import run_to_completion
 from fedveil.files import check_directory, write_atomically
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
 _NONE = "none"
-_EVALUATION_BLOCK = 1_000
 
 OnPiece = Callable[[str, int, int], None]
 
@@ -150,7 +145,7 @@ class DctStudy:
             {
                 "dataset": self.accuracy_dataset,
                 "model": self.accuracy_model,
-                "transform": None if defense == _NONE else defense,
+                "defense": defense,
                 "clients": self.clients,
                 "fraction": 1.0,
                 "rounds": self.rounds,
@@ -213,10 +208,10 @@ def reproduce(
     accuracies: dict[str, dict[str, Any]] = {}
     for name, settings in audits.items():
         on_piece(f"leakage: {name}", len(leaks), total)
-        leaks[name] = _audited(settings, out / "leakage" / name)
+        leaks[name] = audited(settings, out / "leakage" / name)
     for name, config in study.trainings.items():
         on_piece(f"accuracy: {name}", len(leaks) + len(accuracies), total)
-        accuracies[name] = _trained(config, out, name)
+        accuracies[name] = trained(config, out, name)
     return _report(study, out, leaks, accuracies)
 
 
@@ -232,7 +227,7 @@ def _report(
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "seeds": list(range(study.seeds)),
-        "settings": _plain(asdict(study)),
+        "settings": plain(asdict(study)),
         "rows": rows,
         "figure3": [row for name in study.figure_audits for row in leaks[name]],
     }
@@ -264,77 +259,6 @@ def _slug(defense: str) -> str:
     return defense.removeprefix("dct:").replace("=", "-")
 
 
-def _audited(settings: LeakageSettings, path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an audit, from its directory where it is complete."""
-    stored = path / "leakage.json"
-    if not stored.exists():
-        run_leakage_audit(settings, out=path)
-    content = _read(stored)
-    if content.get("settings") != _plain(asdict(settings)):
-        raise _other_settings(path)
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
-
-
-def _trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
-    """Return the accuracies of a training run, from its file where it is complete."""
-    stored = out / "accuracy" / f"{name}.json"
-    if stored.exists():
-        content = _read(stored)
-        if content.get("configuration") != config.model_dump():
-            raise _other_settings(stored)
-        return content
-    path = out / "runs" / name
-    started = (path / "config.json").exists()
-    directory = RunDirectory.open(path) if started else RunDirectory.create(path, config)
-    if directory.config != config:
-        raise _other_settings(path)
-    summary = run_to_completion(directory)
-    content = {
-        "configuration": config.model_dump(),
-        "report_images": summary["report_images"],
-        "plain": summary["accuracy"],
-        "transformed": _accuracy_transformed(config, path / "model.safetensors"),
-        "rounds": [record.accuracy for record in directory.rounds()],
-    }
-    write_atomically(stored, (json.dumps(content, indent=1) + "\n").encode())
-    return content
-
-
-def _accuracy_transformed(config: TrainConfig, weights: Path) -> float:
-    """Return the accuracy on the report images as the clients would have transformed them."""
-    job = prepare_job(config)
-    job.model.load_state_dict(load_file(weights))
-    transform = parse_defense(config.transform or _NONE).transform or nn.Identity()
-    report, correct = job.evaluation.report, 0
-    for start in range(0, len(report), _EVALUATION_BLOCK):
-        block = report[start : start + _EVALUATION_BLOCK]
-        with torch.no_grad():
-            correct += count_correct(job.model, transform(block.pixels), block.labels)
-    return correct / len(report)
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON gives them back, lists for tuples."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FedveilError(f"{path} is damaged ({error}); remove it to measure anew") from None
-    if not isinstance(content, dict):
-        raise FedveilError(f"{path} is damaged; remove it to measure anew")
-    return content
-
-
-def _other_settings(path: Path) -> FedveilError:
-    return FedveilError(
-        f"{path} was made with other settings; remove it, or name another directory with --out"
-    )
-
-
 def _row(
     study: DctStudy,
     defense: str,
@@ -356,16 +280,8 @@ def _row(
         "naive": dict(naive),
         "adaptive": dict(adaptive),
         "trained_with": learnt,
-        "accuracy_transformed": _spread([run["transformed"] for run in runs]),
-        "accuracy_plain": _spread([run["plain"] for run in runs]),
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {
-        "seeds": list(values),
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "accuracy_transformed": spread([run["transformed"] for run in runs]),
+        "accuracy_plain": spread([run["plain"] for run in runs]),
     }
 
 
@@ -414,7 +330,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_xlabel("DCT coefficients kept of 64")
         axes.grid(alpha=0.2)
         axes.legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _line(
@@ -454,7 +370,7 @@ def _draw_figure3(study: DctStudy, folder: Path) -> bytes:
             axes.set(xticks=[], yticks=[])
             if place:
                 axes.set_xlabel(f"{scores[index]:.1f} dB", fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure3_columns(study: DctStudy, folder: Path) -> list[tuple[str, Tensor]]:
@@ -487,12 +403,6 @@ def _arrays(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| keep | ceiling, dB | attacker | dB to original | dB to T(x) | T(x) exactly "
@@ -517,17 +427,12 @@ def _table_line(row: Mapping[str, Any], kind: str, *, first: bool) -> str:
         keep if first else "",
         ceiling if first else "",
         "knows T" if kind == "adaptive" else "naive",
-        _with_interval(scores, "psnr_original", ".1f"),
-        _with_interval(scores, "psnr_trained", ".1f"),
-        _with_interval(scores, "exact", ".0%"),
-        _with_interval(scores, "identified", ".0%"),
+        with_interval(scores, "psnr_original", ".1f"),
+        with_interval(scores, "psnr_trained", ".1f"),
+        with_interval(scores, "exact", ".0%"),
+        with_interval(scores, "identified", ".0%"),
         f"{scores['label_accuracy']:.0%}",
         f"{transformed['mean']:.1%} ± {transformed['sd']:.1%}" if first else "",
         f"{plain['mean']:.1%} ± {plain['sd']:.1%}" if first else "",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _with_interval(scores: Mapping[str, Any], name: str, form: str) -> str:
-    low, high = scores[f"{name}_low"], scores[f"{name}_high"]
-    return f"{scores[name]:{form}} [{low:{form}}, {high:{form}}]"

@@ -2,38 +2,42 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from fedveil.attacks.inversion import Observation
+from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
 from fedveil.audit.observe import observation_from_records
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
-from fedveil.defenses.specs import Defense
+from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.fedavg import Sampling
-from fedveil.federation.fedsgd import WatchingFedSGD
+from fedveil.federation.fedsgd import Update, WatchingFedSGD
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.task import ClientTask
 
 
 @dataclass(frozen=True)
 class WatchedFederation:
-    """A FedSGD federation whose server sends the same model every round and watches one client.
+    """A federation whose server sends the same model every round and watches one client.
 
     Attributes:
         dataset: Dataset the clients share out among them at random.
         model: Architecture; clients build it by this name.
         clients: Clients in all.
         victim: Partition of the client that is watched.
-        rounds: Rounds, and so minibatches of the victim's.
-        batch_size: Images a minibatch.
-        update: What the clients return: ``gradient``, or ``step``, the weights after one step.
-        learning_rate: Of that step; the larger, the less the rounding of the weights hides.
+        rounds: Rounds, each with other images of the victim's.
+        batch_size: Images the victim uses in a round.
+        update: What the clients return: ``gradient``; ``step``, the weights after one step; or
+            ``fedavg``, the weights after local training.
+        learning_rate: Of a step; the larger, the less the rounding of the weights hides.
+        local_epochs: Passes of ``fedavg`` over the round's images.
+        local_batch_size: Images a step of ``fedavg``.
+        aggregate: How many clients' updates the server sees the mean of only, as under secure
+            aggregation: the victim's and those of the partitions after it.
         seed: Seeds the partition and the order of the images.
         workers: Worker processes.
     """
@@ -44,8 +48,11 @@ class WatchedFederation:
     victim: int
     rounds: int
     batch_size: int = 1
-    update: Literal["gradient", "step"] = "gradient"
+    update: Update = "gradient"
     learning_rate: float = 1.0
+    local_epochs: int = 1
+    local_batch_size: int = 10
+    aggregate: int = 1
     seed: int = 0
     workers: int | None = None
 
@@ -62,7 +69,7 @@ class WatchedFederation:
         """
         logging.getLogger("flwr").setLevel(logging.WARNING)
         strategy = WatchingFedSGD(
-            victim=self.victim,
+            victims=self.victims,
             parameters=[name for name, _ in model.named_parameters()],
             action=self.update,
             sampling=Sampling(seed=self.seed, min_clients=self.clients),
@@ -87,46 +94,74 @@ class WatchedFederation:
             [exchange.returned for exchange in strategy.exchanges],
             shape=data.shape,
             classes=len(data.classes),
-            learning_rate=self.learning_rate if self.update == "step" else None,
+            steps=self._steps(),
             images=strategy.exchanges[0].images,
-            knows=defense.transform,
+            knows=None if defense.transform is None else defense.transform.surrogate,
+            sanitizer=_knowledge(defense, model, data),
         )
 
     def ground_truth(self, data: Dataset) -> torch.Tensor:
-        """Return which training images the victim used; for scoring, never for attacks.
+        """Return which training images were used; for scoring, never for attacks.
 
         Returns:
-            int64 [rounds · batch_size], indices into ``data.train``, round after round.
+            int64 [rounds · aggregate · batch_size], indices into ``data.train``, round after round.
 
         Raises:
             FedveilError: The victim has fewer images than rounds use.
         """
         scheme = parse_partition("iid")
         shares = partition(data.train.labels, clients=self.clients, scheme=scheme, seed=self.seed)
-        own, task = shares[self.victim], self._task(Defense("none", None))
-        if len(own) < self.rounds * self.batch_size:
-            raise FedveilError(
-                f"--images {self.rounds * self.batch_size} is too many: client {self.victim} of "
-                f"{self.clients} has {len(own)} images; ask for fewer, or for fewer clients"
-            )
+        task = self._task(Defense("none"))
+        for victim in self.victims:
+            if len(shares[victim]) < self.rounds * self.batch_size:
+                asked = self.rounds * self.batch_size * self.aggregate
+                raise FedveilError(
+                    f"--images {asked} is too many: client {victim} of {self.clients} has "
+                    f"{len(shares[victim])} images; ask for fewer, or for fewer clients"
+                )
         used = [
-            fedsgd_batch(
-                len(own),
-                task.model_copy(update={"server_round": number + 1}),
-                client=self.victim,
-            )
+            shares[victim][
+                fedsgd_batch(
+                    len(shares[victim]),
+                    task.model_copy(update={"server_round": number + 1}),
+                    client=victim,
+                )
+            ]
             for number in range(self.rounds)
+            for victim in self.victims
         ]
-        return own[torch.cat(used)]
+        return torch.cat(used)
+
+    @property
+    def victims(self) -> tuple[int, ...]:
+        """Partitions of the clients whose sum is observed."""
+        return tuple((self.victim + step) % self.clients for step in range(self.aggregate))
+
+    def _steps(self) -> LocalSteps | None:
+        if self.update == "gradient":
+            return None
+        whole = self.update == "step"
+        return LocalSteps(
+            epochs=1 if whole else self.local_epochs,
+            batch_size=self.batch_size if whole else self.local_batch_size,
+            learning_rate=self.learning_rate,
+        )
 
     def _task(self, defense: Defense) -> ClientTask:
         return ClientTask(
             dataset=self.dataset,
             partition="iid",
-            transform=None if defense.transform is None else defense.label,
+            defense=defense.label,
             model=self.model,
-            epochs=1,
-            batch_size=self.batch_size,
+            epochs=self.local_epochs,
+            batch_size=self.local_batch_size,
+            images=self.batch_size,
             learning_rate=self.learning_rate,
             seed=self.seed,
         )
+
+
+def _knowledge(defense: Defense, model: nn.Module, data: Dataset) -> UpdateKnowledge | None:
+    if defense.soteria is not None:
+        return defense.soteria.on(model, data.shape)
+    return defense.sanitizer

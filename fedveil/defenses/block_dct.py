@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from fedveil.defenses.protocol import Transformation
 from fedveil.errors import FedveilError
 
 _LARGEST_BLOCK = 256  # its zigzag order alone takes seconds beyond
@@ -56,7 +57,7 @@ def zigzag_mask(keep: int, block: int = 8) -> Tensor:
     return mask.reshape(block, block)
 
 
-class BlockDCT(nn.Module):
+class BlockDCT(Transformation):
     """Remove DCT coefficients from every block of an image.
 
     Each block A becomes ``Tᵀ·(mask ∘ (T·A·Tᵀ))·T``. The map is linear, an orthogonal projection
@@ -88,8 +89,6 @@ class BlockDCT(nn.Module):
         torch.Size([4, 3, 32, 32])
     """
 
-    fixed = True  # the same image always becomes the same: a client may transform its images once
-
     def __init__(
         self,
         *,
@@ -116,6 +115,11 @@ class BlockDCT(nn.Module):
         kept = f"kept={int(self.mask.sum())}/{self.block**2}, block={self.block}"
         chroma = self.chroma_mask
         return kept if chroma is None else f"{kept}, chroma_kept={int(chroma.sum())}"
+
+    @property
+    def strength(self) -> float:
+        """Share of a block's coefficients that is dropped; of the luma where chroma differs."""
+        return 1 - int(self.mask.sum()) / self.block**2
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images without the coefficients that the mask drops."""

@@ -1,15 +1,128 @@
 """Defences as Flower client mods, for apps that this package did not write."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
+from fedveil.defenses.protocol import Defense, Sanitizer
+from fedveil.defenses.soteria import Soteria
+from fedveil.errors import FedveilError
+
 _TRAIN = "train"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+Returned = Literal["weights", "gradient"]
+
+
+def defense_mods(defense: Defense, *, returned: Returned = "weights") -> list[Mod]:
+    """Return the mods that put a defence into any Flower client app.
+
+    DP-SGD has none: it changes the training loop itself, which opacus does inside an app.
+
+    Args:
+        defense: Of ``parse_defense``.
+        returned: What the app answers a train message with.
+
+    Example:
+        >>> app = ClientApp(mods=defense_mods(parse_defense("prune:share=0.9")))  # doctest: +SKIP
+    """
+    mods: list[Mod] = []
+    if defense.sanitizer is not None:
+        mods.append(sanitize_update(defense.sanitizer, returned=returned))
+    if defense.soteria is not None:
+        mods.append(perturb_representation(defense.soteria))
+    if defense.transform is not None:
+        mods.append(transform_inputs(defense.transform))
+    return mods
+
+
+def sanitize_update(sanitizer: Sanitizer, *, returned: Returned = "weights") -> Mod:
+    """Return a mod that sanitises what a client answers a train message with.
+
+    Batch statistics and tensors of integers pass as they are. Noise is seeded by the operating
+    system, never by the message: whoever knew the seed could subtract it.
+
+    Args:
+        sanitizer: For example ``Pruning(share=0.9)``.
+        returned: ``weights``, of which the change since the message is the update, or ``gradient``.
+
+    Raises:
+        FedveilError: When the mod runs: the reply does not hold one record of arrays, or the
+            message not one of the same names.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.partition(".")[0] != _TRAIN:
+            return call_next(message, context)
+        # Read first: an app may train the very tensors it received.
+        received = _arrays(message) if returned == "weights" else []
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        answers = _arrays(reply)
+        if len(answers) != 1:
+            raise FedveilError(
+                f"the reply holds {len(answers)} records of arrays; a sanitiser needs exactly one"
+            )
+        sent = _counterpart(received, answers[0]) if returned == "weights" else {}
+        name = next(iter(reply.content.array_records))
+        generator = torch.Generator().manual_seed(secrets.randbits(63))
+        reply.content[name] = ArrayRecord(_sanitized(sanitizer, sent, answers[0], generator))
+        return reply
+
+    return mod
+
+
+def perturb_representation(soteria: Soteria) -> Mod:
+    """Return a mod under which every model trains with Soteria's gradient.
+
+    The same limits as of ``transform_inputs`` hold: code that calls no module is not touched.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.partition(".")[0] != _TRAIN:
+            return call_next(message, context)
+        with soteria.protecting():
+            return call_next(message, context)
+
+    return mod
+
+
+def _arrays(message: Message) -> list[dict[str, Tensor]]:
+    return [dict(r.to_torch_state_dict()) for r in message.content.array_records.values()]
+
+
+def _counterpart(received: list[dict[str, Tensor]], answer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the received record that the answer is a change of."""
+    alike = [sent for sent in received if sent.keys() == answer.keys()]
+    if len(alike) != 1:
+        raise FedveilError(
+            f"{len(alike)} records of the message have the reply's names "
+            f"({', '.join(sorted(answer)[:3])}, …); a sanitiser needs exactly one to compare with"
+        )
+    return alike[0]
+
+
+def _sanitized(
+    sanitizer: Sanitizer,
+    sent: dict[str, Tensor],
+    answer: dict[str, Tensor],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    update = {
+        name: value - sent[name] if sent else value
+        for name, value in answer.items()
+        if value.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS
+    }
+    clean = sanitizer(update, generator)
+    changed = {name: sent[name] + value if sent else value for name, value in clean.items()}
+    return {**answer, **changed}
 
 
 def transform_inputs(transform: nn.Module) -> Mod:

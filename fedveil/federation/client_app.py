@@ -1,37 +1,51 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
-from fedveil.defenses.mods import transform_inputs
+from fedveil.defenses.mods import Returned, defense_mods
+from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.task import UNLABELLED, ClientTask
-from fedveil.federation.training import Strangers, train_locally
+from fedveil.federation.training import Strangers, train_locally, train_privately
 from fedveil.models import build_model
 
 
-def transform_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Transform what the model sees in every step, where once for all steps will not do.
+def defense_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Train under the defence that the task names.
 
     A Flower mod of its own because the task is known only once the message is there. What a fixed
     transformation makes of a client's images is the same in every step and round: ``client_images``
     gives them transformed already.
     """
-    task = _task(message)
-    if task.transform is None or is_fixed(_transform(task.transform)):
-        return call_next(message, context)
-    return transform_inputs(_transform(task.transform))(message, context, call_next)
+    defense = _defense(_task(message).defense)
+    if _transforms_once(defense):
+        defense = replace(defense, transform=None)
+    action = message.metadata.message_type.partition(".")[2]
+    returned: Returned = "gradient" if action == "gradient" else "weights"
+    for mod in defense_mods(defense, returned=returned):
+        call_next = partial(_through, mod, call_next)
+    return call_next(message, context)
+
+
+def _through(mod: Mod, call_next: ClientAppCallable, message: Message, context: Context) -> Message:
+    return mod(message, context, call_next)
+
+
+def _transforms_once(defense: Defense) -> bool:
+    return defense.transform is not None and is_fixed(defense.transform)
 
 
 app = ClientApp()
@@ -46,21 +60,38 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-@app.train(mods=[transform_mod])
+@app.train(mods=[defense_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the copy that came for the local epochs; return it with the number of images."""
+    return _train_on(message, context, client_images(context, _task(message)))
+
+
+@app.train("fedavg", mods=[defense_mod])
+def train_on_the_rounds_images(message: Message, context: Context) -> Message:
+    """Train as ``train`` does, on those of the client's images that are the round's turn."""
+    return _train_on(message, context, _rounds_images(message, context))
+
+
+def _train_on(message: Message, context: Context, images: Images) -> Message:
     torch.set_num_threads(1)
     task = _task(message)
-    images = client_images(context, task)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    loss = train_locally(
-        model,
-        images,
-        task.training,
-        generator=_generator(task, context),
-        strangers=_strangers(message, images, task),
-    )
+    privacy, strangers = _defense(task.defense).privacy, _strangers(message, images, task)
+    if privacy is None:
+        loss = train_locally(
+            model,
+            images,
+            task.training,
+            generator=_generator(task, context),
+            strangers=strangers,
+        )
+    elif strangers is None:
+        loss = train_privately(model, images, task.training, privacy)
+    else:
+        raise FedveilError(
+            "DP-SGD cannot learn from the server's unlabelled images besides; leave out either"
+        )
     metrics = MetricRecord(
         {"num-examples": len(images), "loss": loss, "server-round": task.server_round}
     )
@@ -68,13 +99,13 @@ def train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-@app.train("gradient", mods=[transform_mod])
+@app.train("gradient", mods=[defense_mod])
 def gradient(message: Message, context: Context) -> Message:
     """Return the gradient of one minibatch at the weights that came, as FedSGD does."""
     return _one_minibatch(message, context, lambda parameter, gradient, rate: gradient)
 
 
-@app.train("step", mods=[transform_mod])
+@app.train("step", mods=[defense_mod])
 def step(message: Message, context: Context) -> Message:
     """Return the weights after one step of gradient descent on one minibatch."""
     return _one_minibatch(
@@ -92,7 +123,8 @@ def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers 
         return None
     raw = record.to_torch_state_dict()["images"]
     unlabelled = Images(raw, torch.full((len(raw),), -1))
-    if task.transform is not None and is_fixed(transform := _transform(task.transform)):
+    transform = _defense(task.defense).transform
+    if transform is not None and is_fixed(transform):
         unlabelled = transformed(unlabelled, transform)
     return Strangers(unlabelled, task.batch_size)
 
@@ -101,22 +133,18 @@ def _one_minibatch(
     message: Message, context: Context, answer: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Message:
     torch.set_num_threads(1)
-    task, images = _task(message), client_images(context, _task(message))
-    client = _node_setting(context, "partition-id")
-    batch = images[fedsgd_batch(len(images), task, client=client)]
+    task, batch = _task(message), _rounds_images(message, context)
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
-    loss = F.cross_entropy(model(batch.pixels), batch.labels)
-    parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    gradients, loss = _gradients(model, batch, _defense(task.defense))
     answers = {
-        name: answer(parameter.detach(), gradient, task.learning_rate)
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        name: answer(parameter.detach(), gradients[name], task.learning_rate)
+        for name, parameter in model.named_parameters()
     }
     metrics = MetricRecord(
         {
             "num-examples": len(batch),
-            "loss": float(loss.detach()),
+            "loss": loss,
             "server-round": task.server_round,
         }
     )
@@ -124,21 +152,40 @@ def _one_minibatch(
     return Message(content, reply_to=message)
 
 
-def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
-    """Return which of a client's images a FedSGD round uses, int64 [B].
+def _gradients(
+    model: nn.Module, batch: Images, defense: Defense
+) -> tuple[dict[str, Tensor], float]:
+    if defense.privacy is not None:
+        return defense.privacy.gradients(model, batch.pixels, batch.labels, expected=len(batch))
+    loss = F.cross_entropy(model(batch.pixels), batch.labels)
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True)), float(loss.detach())
 
-    Rounds go through the client's images in minibatches of B, in a new random order each time all
-    have been used.
+
+def _rounds_images(message: Message, context: Context) -> Images:
+    task = _task(message)
+    images = client_images(context, task)
+    client = _node_setting(context, "partition-id")
+    return images[fedsgd_batch(len(images), task, client=client)]
+
+
+def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
+    """Return which of a client's images a FedSGD round uses, int64 [N].
+
+    Rounds go through the client's images N at a time (the task's ``images``, or else B), in a new
+    random order each time all have been used.
 
     Args:
         images: How many images the client has.
-        task: Gives seed, round and B.
+        task: Gives seed, round and N.
         client: The client's partition.
     """
-    batches = -(-images // task.batch_size)
+    size = task.images or task.batch_size
+    batches = -(-images // size)
     epoch, batch = divmod(max(task.server_round, 1) - 1, batches)
     order = torch.randperm(images, generator=_shuffler(task.seed, epoch, client))
-    return torch.split(order, task.batch_size)[batch]
+    return torch.split(order, size)[batch]
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
@@ -155,11 +202,12 @@ def client_images(context: Context, task: ClientTask) -> Images:
     def stored() -> Images:
         return _dataset(task.dataset, task.seed).train[client_index(context, task)]
 
-    if task.transform is None or not is_fixed(transform := _transform(task.transform)):
+    transform = _defense(task.defense).transform
+    if transform is None or not is_fixed(transform):
         return stored()
     clients = _node_setting(context, "num-partitions")
     return _kept.get(
-        (task.dataset, task.partition, clients, task.seed, task.transform),
+        (task.dataset, task.partition, clients, task.seed, task.defense),
         _node_setting(context, "partition-id"),
         lambda: transformed(stored(), transform),
     )
@@ -189,8 +237,8 @@ def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.T
 
 
 @lru_cache(maxsize=4)
-def _transform(text: str) -> nn.Module:
-    return parse_defense(text).transform or nn.Identity()
+def _defense(text: str) -> Defense:
+    return parse_defense(text)
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedveil.errors import FedveilError
 
@@ -24,7 +32,12 @@ class TrainConfig(BaseModel):
     partition: str = Field(
         default="iid", min_length=1, description="iid, dirichlet:ALPHA or shards:N"
     )
-    transform: str | None = Field(default=None, description="what clients do to images: dct:keep=N")
+    # Under its first name in runs of before there were defences other than of images.
+    defense: str = Field(
+        default="none",
+        validation_alias=AliasChoices("defense", "transform"),
+        description="how clients protect their images: dct:keep=N",
+    )
     clients: int = Field(default=100, ge=1, le=1_000_000, description="K")
     fraction: float = Field(default=0.1, gt=0, le=1, description="C")
     rounds: int = Field(default=50, ge=1, le=1_000_000)
@@ -71,6 +84,11 @@ class TrainConfig(BaseModel):
     workers: int | None = Field(default=None, ge=1, le=1024)
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("defense", mode="before")
+    @classmethod
+    def _no_transform(cls, value: Any) -> Any:
+        return "none" if value is None else value
 
     @model_validator(mode="after")
     def _sigma_must_rise(self) -> "TrainConfig":

@@ -1,5 +1,6 @@
 """The ServerApp that every engine runs: strategy, rounds, report and checkpoints."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
+from fedveil.defenses import check_defense, parse_defense
 from fedveil.defenses.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
@@ -88,6 +90,7 @@ def prepare_job(config: TrainConfig) -> Job:
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
     partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    check_defense(parse_defense(config.defense), model, dataset.shape)
     job = Job(config, dataset, split, model.eval())
     build_strategy(job, Resume(), NoiseKey.generate())
     return job
@@ -296,12 +299,37 @@ def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str
         "calibration_share_of_time": sum(r.calibration_seconds for r in rounds)
         / sum(r.seconds for r in rounds),
         "seconds": sum(record.seconds for record in rounds),
+        "privacy": _privacy(job, rounds),
         "report_images": len(job.evaluation.report),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,
         "configuration": job.config.model_dump(),
         "versions": versions(),
     }
+
+
+def _privacy(job: Job, rounds: list[RoundRecord]) -> dict[str, float] | None:
+    """Return (ε, δ) of DP-SGD for an image of the client that gave most away."""
+    config = job.config
+    privacy = parse_defense(config.defense).privacy
+    if privacy is None:
+        return None
+    scheme = parse_partition(config.partition)
+    labels = job.dataset.train.labels
+    shares = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    # An answer that was refused had left its client all the same, and nobody noted whose it was.
+    unknown = sum(bool(record.refused) for record in rounds)
+    taken = [unknown + sum(c in record.clients for record in rounds) for c in range(len(shares))]
+    seen = {(len(share), count) for share, count in zip(shares, taken, strict=True)}
+    epsilon = max(
+        privacy.epsilon(
+            images=images,
+            batch_size=config.batch_size,
+            steps=count * config.epochs * math.ceil(images / config.batch_size),
+        )
+        for images, count in seen
+    )
+    return {"epsilon": epsilon, "delta": privacy.delta}
 
 
 app = ServerApp()

@@ -19,7 +19,7 @@ class ClientTask(BaseModel):
     Attributes:
         dataset: Dataset of which the client holds a share.
         partition: How the dataset is shared out.
-        transform: What the client does to its images before it trains on them.
+        defense: How the client protects its images, as ``fedveil.defenses.parse_defense`` reads it.
         model: Architecture.
         epochs: E.
         batch_size: B.
@@ -27,6 +27,7 @@ class ClientTask(BaseModel):
         decay: Whether η falls to zero over a client's steps.
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
+        images: How many of a client's images a round of FedSGD uses; B of them where not given.
         augment: How the client changes its images at random in every step.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
@@ -36,7 +37,7 @@ class ClientTask(BaseModel):
 
     dataset: str
     partition: str
-    transform: str | None = None
+    defense: str = "none"
     model: str
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -44,6 +45,7 @@ class ClientTask(BaseModel):
     decay: bool = False
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
+    images: int | None = Field(default=None, ge=1)
     augment: str | None = None
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)

@@ -1,5 +1,7 @@
 """What a client computes: stochastic gradient descent on its own images, on one thread."""
 
+import math
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
+from fedveil.defenses.dp_sgd import DPSGD
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,46 @@ def _loss(logits: Tensor, labels: Tensor, held: Tensor) -> Tensor:
         logits[count:], target.expand(len(logits) - count, -1), reduction="sum"
     )
     return (known + strange) / len(logits)
+
+
+def train_privately(
+    model: nn.Module, images: Images, settings: LocalTraining, privacy: DPSGD
+) -> float:
+    """Train ``model`` in place by DP-SGD and return the mean cross entropy on the way.
+
+    An epoch has as many steps as ``train_locally`` makes of it; each takes every image with
+    probability B/n, as the accountant assumes, so no order of images is shuffled by a seed that the
+    server knows.
+
+    Args:
+        model: See ``train_locally``.
+        images: The client's images; at least one.
+        settings: How to train; ``clip`` limits the noisy gradient besides.
+        privacy: Clipping and noise.
+
+    Raises:
+        ValueError: There are no images.
+        FedveilError: The model mixes the images of a batch.
+    """
+    if not len(images):
+        raise ValueError("a client without images cannot train")
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
+    step = _optimiser_step(parameters, settings, steps)
+    expected = min(settings.batch_size, len(images))
+    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    total, seen = 0.0, 0
+    for _ in range(steps):
+        taken = torch.rand(len(images), generator=generator) < expected / len(images)
+        batch = images[taken]
+        pixels = settings.augmentation(batch.pixels, generator) if len(batch) else batch.pixels
+        gradients, loss = privacy.gradients(model, pixels, batch.labels, expected=expected)
+        for name, gradient in gradients.items():
+            model.get_parameter(name).grad = gradient
+        step()
+        total, seen = total + loss * len(batch), seen + len(batch)
+    return total / max(seen, 1)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Image classifiers that take pixels in [0, 1] and normalise inside."""
 
 from fedveil.models.cnn import CNN, MnistCNN
+from fedveil.models.imprint import Imprint
 from fedveil.models.inspect import first_layer, has_batch_norm, output_layer
 from fedveil.models.lenet import LeNet
 from fedveil.models.registry import MODELS, build_model
@@ -10,6 +11,7 @@ from fedveil.models.vit import ViT
 __all__ = [
     "CNN",
     "MODELS",
+    "Imprint",
     "LeNet",
     "MnistCNN",
     "ResNet",

@@ -12,12 +12,18 @@ from torch import nn
 
 from fedveil.errors import FedveilError
 from fedveil.models.cnn import CNN, MnistCNN
+from fedveil.models.imprint import Imprint
 from fedveil.models.lenet import LeNet
 from fedveil.models.resnet import batch_norm_resnet, group_norm_resnet
 from fedveil.models.vit import ViT
 
 Shape = tuple[int, int, int]
 Factory = Callable[[Shape, int], nn.Module]
+
+
+def _imprinted(inner: Factory) -> Factory:
+    return lambda shape, classes: Imprint(inner(shape, classes), shape)
+
 
 MODELS: dict[str, Factory] = {
     "lenet": LeNet,
@@ -26,6 +32,8 @@ MODELS: dict[str, Factory] = {
     "resnet-gn": group_norm_resnet,
     "resnet-bn": batch_norm_resnet,
     "vit": ViT,
+    "imprint-cnn": _imprinted(CNN),
+    "imprint-resnet-gn": _imprinted(group_norm_resnet),
 }
 
 

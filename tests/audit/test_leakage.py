@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +9,7 @@ from flwr.app import ArrayRecord
 from PIL import Image
 from torch import nn
 
-from fedveil.attacks.inversion import LevenbergMarquardt
+from fedveil.attacks.inversion import LevenbergMarquardt, LocalSteps
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
@@ -96,6 +98,9 @@ def test_nothing_is_written_when_an_attack_refuses(dataset, tmp_path):
         ({"attacks": ()}, "at least one --attack"),
         ({"images": 1000}, "--images 1000 is too many"),
         ({"workers": 0}, "--workers 0"),
+        ({"batch": 2}, "--images 3 is no multiple of the 2 images of a round"),
+        ({"batch": 0}, "--batch 0"),
+        ({"learning_rate": -1.0}, "--learning-rate -1"),
     ],
 )
 def test_settings_that_cannot_be(dataset, model, changes, message):
@@ -118,6 +123,55 @@ def test_the_servers_notes_are_the_gradient_of_the_victims_own_images(dataset, m
         expected = torch.autograd.grad(loss, list(model.parameters()))
         for got, wanted in zip(seen.gradients.values(), expected, strict=True):
             assert torch.allclose(got[number], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_put_in_order_before_they_are_scored(dataset, model):
+    settings = _settings(images=6, batch=3, attacks=("lm",))
+    report = audit_leakage(dataset, model, settings)
+    (row,) = report.rows
+    assert row.reconstructions.shape == report.originals.shape == (6, 1, 8, 8)
+    assert row.loss.shape == (2,)
+    summary = row.summary()
+    assert summary["images"] == 6
+    assert summary["exact"] == summary["identified"] == summary["label_accuracy"] == 1
+    federation = settings.federation
+    assert len(set(federation.ground_truth(dataset).tolist())) == 6
+
+
+def test_the_servers_notes_of_local_training(dataset, model):
+    """A client's epochs and minibatches, done again here with the seed that only it has."""
+    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 2, "rounds": 1}
+    watched = WatchedFederation(
+        **given, batch_size=5, update="fedavg", local_epochs=2, local_batch_size=2,
+        learning_rate=0.1,
+    )  # fmt: skip
+    seen = watched.observe(model, dataset, parse_defense("none"))
+    assert seen.local == LocalSteps(epochs=2, batch_size=2, learning_rate=0.1)
+    assert seen.images == 5
+    used = dataset.train[watched.ground_truth(dataset)]
+    shuffler = torch.Generator().manual_seed((0 * 1_000_003 + 1) * 1_000_003 + 2)
+    own = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(own.parameters(), 0.1)
+    for _ in range(2):
+        for index in torch.randperm(5, generator=shuffler).split(2):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(own(used.pixels[index]), used.labels[index]).backward()
+            optimiser.step()
+    for (name, before), after in zip(model.named_parameters(), own.parameters(), strict=True):
+        moved = (before - after).detach() / (0.1 * 6)
+        assert torch.allclose(seen.gradients[name][0].float(), moved, rtol=1e-2, atol=1e-5)
+
+
+def test_an_audit_of_federated_averaging(dataset, model):
+    settings = _settings(
+        images=4, batch=2, update="fedavg", batch_size=1, learning_rate=0.1,
+        attacks=("ig:steps=30,restarts=2",),
+    )  # fmt: skip
+    report = audit_leakage(dataset, model, settings)
+    assert report.rows[0].reconstructions.shape == (4, 1, 8, 8)
+    assert "ig:steps=30,restarts=2" in report.table()
+    with pytest.raises(FedveilError, match="use --attack ig, which simulates"):
+        audit_leakage(dataset, model, dataclasses.replace(settings, attacks=("dlg",)))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.01])
@@ -146,6 +200,8 @@ def test_only_the_adaptive_attacker_is_told_of_the_defence(dataset, model):
         "images",
         "knows",
         "rounding",
+        "sanitizer",
+        "local",
     }
 
 
@@ -163,9 +219,7 @@ def test_records_that_do_not_match(model):
     with pytest.raises(FedveilError, match=r"lacks fc\.bias"):
         observation_from_records(model, sent, [ArrayRecord(state)], shape=(1, 8, 8), classes=10)
     with pytest.raises(FedveilError, match="learning rate 0"):
-        observation_from_records(
-            model, sent, [sent], shape=(1, 8, 8), classes=10, learning_rate=0.0
-        )
+        LocalSteps(epochs=1, batch_size=1, learning_rate=0.0)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_accuracies_are_those_of_the_delivered_model(study):
         config = SMALL.training("dct:keep=3", seed)
         run = out / "runs" / f"keep-3-{seed}"
         assert RunDirectory.open(run).config == config
-        assert config.transform == "dct:keep=3"
+        assert config.defense == "dct:keep=3"
         job = prepare_job(config)
         report = job.evaluation.report
         job.model.load_state_dict(load_file(run / "model.safetensors"))

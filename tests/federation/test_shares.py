@@ -7,7 +7,7 @@ from torch import nn
 
 from fedveil.data import Images, load_dataset
 from fedveil.data.partition import Iid, partition
-from fedveil.defenses import BlockDCT
+from fedveil.defenses import BlockDCT, Defense
 from fedveil.federation import client_app
 from fedveil.federation.client_app import app
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
@@ -19,7 +19,7 @@ CLIENTS = 30
 TASK = ClientTask(
     dataset="photos",
     partition="iid",
-    transform="dct:keep=3",
+    defense="dct:keep=3",
     model="lenet",
     epochs=2,
     batch_size=8,
@@ -86,7 +86,7 @@ def test_the_client_trains_on_its_transformed_images_whether_kept_or_not(dataset
     for name, value in _expected(dataset, 2, BlockDCT(keep=3)).items():
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
         assert torch.equal(first[name], second[name])
-    plain = _trained(dataset, 2, task=TASK.model_copy(update={"transform": None}))
+    plain = _trained(dataset, 2, task=TASK.model_copy(update={"defense": "none"}))
     assert any(not torch.allclose(plain[name], first[name], atol=1e-4) for name in first)
 
 
@@ -102,7 +102,7 @@ def test_the_gradient_is_of_transformed_images(dataset, kept):
 
 def test_a_transformation_that_is_not_fixed_is_applied_in_every_step(dataset, kept, monkeypatch):
     halved = Halved()
-    monkeypatch.setattr(client_app, "_transform", lambda text: halved)
+    monkeypatch.setattr(client_app, "_defense", lambda text: Defense("halved", transform=halved))
     sent = _trained(dataset, 2)
     images = len(_own(dataset, 2))
     assert halved.batches[:2] == [8, 8]

@@ -1,9 +1,12 @@
 """What a server can reconstruct of a client's images from the update it received."""
 
+import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from fedveil.attacks.inversion.dlg import DLG
+from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
     GradientMap,
     check_attackable,
@@ -11,8 +14,17 @@ from fedveil.attacks.inversion.gradients import (
     infer_labels,
 )
 from fedveil.attacks.inversion.idlg import IDLG
+from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
+from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
-from fedveil.attacks.inversion.observation import Attack, Inversion, Observation, Progress
+from fedveil.attacks.inversion.observation import (
+    Attack,
+    Inversion,
+    LocalSteps,
+    Observation,
+    Progress,
+    UpdateKnowledge,
+)
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
@@ -22,20 +34,45 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "idlg": IDLG,
     "rgap": RGAP,
     "lm": LevenbergMarquardt,
+    "ig": InvertingGradients,
+    "fc": FullyConnected,
+    "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 
 
-def build_attack(name: str) -> Attack:
-    """Return the attack of that name, with its published or default settings.
+def build_attack(text: str) -> Attack:
+    """Return the attack that ``name`` or ``name:option=value,option=value`` describes.
+
+    Options are the whole and decimal numbers among the attack's own arguments; the others keep
+    their published or default values.
 
     Raises:
-        FedveilError: Unknown name.
+        FedveilError: Unknown name or option, or a value that is no such number.
+
+    Example:
+        >>> build_attack("ig:steps=600,restarts=2").steps
+        600
     """
+    name, _, rest = text.partition(":")
     if name not in ATTACKS:
         near = difflib.get_close_matches(name, ATTACKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise FedveilError(f"attack {name!r} is unknown{hint} Known: {', '.join(ATTACKS)}")
-    return ATTACKS[name]()
+    attack: Any = ATTACKS[name]()
+    kinds = {f.name: f.type for f in dataclasses.fields(attack) if f.type in (int, float)}
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        kind: Any = kinds.get(key)
+        if kind is None:
+            allowed = ", ".join(kinds) or "none"
+            raise FedveilError(f"attack {name!r} has no option {key!r}; its options: {allowed}")
+        try:
+            options[key] = kind(value)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise FedveilError(f"attack {text!r}: {key} needs {wanted}, not {value!r}") from error
+    return dataclasses.replace(attack, **options)  # type: ignore[no-any-return]
 
 
 __all__ = [
@@ -44,12 +81,17 @@ __all__ = [
     "IDLG",
     "RGAP",
     "Attack",
+    "FullyConnected",
     "GradientMap",
     "Inversion",
+    "InvertingGradients",
+    "LearnedInverse",
     "LevenbergMarquardt",
+    "LocalSteps",
     "Observation",
     "Progress",
     "Subspace",
+    "UpdateKnowledge",
     "build_attack",
     "check_attackable",
     "check_model",

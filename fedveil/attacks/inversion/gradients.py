@@ -1,69 +1,105 @@
 """The gradient a candidate image would have caused, and how far it is from the observed one."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedveil.attacks.inversion.observation import Observation, Shape
+from fedveil.attacks.inversion.observation import LocalSteps, Observation, Shape, UpdateKnowledge
 from fedveil.errors import FedveilError
+from fedveil.models import output_layer
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NOTHING = 1e-30
+_REFINEMENTS = 10
+_PRESENT = 0.3  # images; a class with fewer has no input worth estimating
+_WHOLE = 10.0  # weight of the equation that shares sum to 1
+_EQUAL = 0.1  # weight of equal shares; chosen on CIFAR-10 training images 30,000 to 39,999
 
 Gradient = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class GradientMap:
-    """The map from images and labels to the gradient that training on them causes.
+    """The map from images and labels to the update that training on them causes.
 
     Attributes:
-        model: Where the functions are; its own weights are not used.
+        model: Where the functions are; its own weights are not used. Layers of batch normalisation
+            in training mode keep no running statistics here, so that they can be transformed.
         parameters: Trained weights, detached, by name.
         constants: Buffers and frozen weights, by name.
+        local: The client's local training; None for a single gradient.
     """
 
     model: nn.Module
     parameters: dict[str, Tensor]
     constants: dict[str, Tensor]
+    local: LocalSteps | None = None
 
     @classmethod
     def of(
         cls, observation: Observation, *, dtype: torch.dtype, device: torch.device
     ) -> "GradientMap":
         """Return the map of the observed model, computed in ``dtype`` on ``device``."""
+        model = _without_running_statistics(observation.model)
         trained: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
-        for name, parameter in observation.model.named_parameters():
+        for name, parameter in model.named_parameters():
             place = trained if parameter.requires_grad else constants
             place[name] = parameter.detach().to(device, dtype)
-        for name, buffer in observation.model.named_buffers():
+        for name, buffer in model.named_buffers():
             kind = dtype if buffer.is_floating_point() else buffer.dtype
             constants[name] = buffer.detach().to(device, kind)
-        return cls(observation.model, trained, constants)
+        return cls(model, trained, constants, observation.local)
 
-    def __call__(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, orders: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Return the gradient of the mean cross-entropy, for use under ``torch.func``.
+
+        Under ``local`` it is the mean gradient along the path of the simulated local steps, which
+        take the images in the order they are given in.
 
         Args:
             images: [N, C, H, W].
             targets: Int64 [N], or class probabilities [N, classes].
+            orders: For each epoch after the first an int64 [N] permutation in which the local steps
+                take the images; missing ones repeat the first epoch's order.
         """
+        if self.local is None:
+            return self._gradient(self.parameters, images, targets)
+        own = torch.arange(len(images), device=images.device)
+        weights = self.parameters
+        for order in (own, *orders, *[own] * self.local.epochs)[: self.local.epochs]:
+            for index in torch.split(order, self.local.batch_size):
+                step = self._gradient(weights, images[index], targets[index])
+                weights = {k: w - self.local.learning_rate * step[k] for k, w in weights.items()}
+        length = self.local.learning_rate * self.local.steps(len(images))
+        return {k: (w - weights[k]) / length for k, w in self.parameters.items()}
 
+    def _gradient(
+        self, weights: Mapping[str, Tensor], images: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
         def loss(parameters: dict[str, Tensor]) -> Tensor:
             logits = functional_call(self.model, {**parameters, **self.constants}, (images,))
             return F.cross_entropy(logits, targets)
 
-        return dict(torch.func.grad(loss)(self.parameters))
+        with differentiable_attention():
+            return dict(torch.func.grad(loss)(dict(weights)))
 
     def distance(self, images: Tensor, labels: Tensor, observation: Observation) -> Tensor:
         """Return the attacker's own loss for each victim, float [V].
 
-        It is the squared distance of the gradients as a share of the observed one's squared length.
+        It is the squared distance of the gradients as a share of the observed one's squared length,
+        both without what a known sanitiser destroyed.
 
         Args:
             images: [V, N, C, H, W].
@@ -74,24 +110,71 @@ class GradientMap:
         with torch.no_grad():
             for victim in range(len(images)):
                 gradient = self(images[victim], labels[victim])
-                missed = images.new_zeros(())
-                size = images.new_zeros(())
-                for name, value in gradient.items():
-                    observed = observation.gradients[name][victim].to(value)
-                    missed += (value - observed).square().sum()
-                    size += observed.square().sum()
-                losses.append(missed / size.clamp_min(1e-30))
+                observed = {k: observation.gradients[k][victim].to(g) for k, g in gradient.items()}
+                dummy, left = surviving(gradient, observed, observation.sanitizer)
+                missed = sum((dummy[k] - left[k]).square().sum() for k in left)
+                size = sum(value.square().sum() for value in left.values())
+                losses.append(missed / torch.as_tensor(size).clamp_min(1e-30))
         return torch.stack(losses)
 
 
+def surviving(
+    dummy: Gradient, observed: Gradient, sanitizer: UpdateKnowledge | None
+) -> tuple[Gradient, Gradient]:
+    """Return a candidate's update and the observed one without what a sanitiser destroyed.
+
+    Args:
+        dummy: Parameter name to a tensor of the parameter's shape.
+        observed: The same names and shapes.
+        sanitizer: What is known of it; None keeps everything.
+    """
+    if sanitizer is None:
+        return dummy, observed
+    empty = {name: torch.zeros_like(value) for name, value in observed.items()}
+    kept = {name: -value for name, value in sanitizer.residual(empty, observed).items()}
+    missed = sanitizer.residual(dummy, observed)
+    return {name: missed[name] + value for name, value in kept.items()}, kept
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Compute attention by plain matrix products, whose gradient has a gradient of its own."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _without_running_statistics(model: nn.Module) -> nn.Module:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if module.training and isinstance(module, _BATCH_NORMS) and module.track_running_stats
+    ]
+    if not names:
+        return model
+    own = copy.deepcopy(model)
+    for name in names:
+        layer: Any = own.get_submodule(name)
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        layer.track_running_stats = False
+    return own
+
+
 def infer_labels(observation: Observation) -> Tensor:
-    """Return the labels that the last layer's gradient gives away, int64 [V, N].
+    """Return the labels that the last layer's gradient gives away, int64 [V, N], ascending.
 
-    The gradient of the last bias is the mean of ``p − y`` over the batch, negative only where a
-    label is; the most negative class is taken, its share given back, and so on N times. A model
-    without that bias is read by the sums of the last weight's rows.
+    For one image the gradient of the last bias is ``p − y``, negative at the label only. For a
+    batch it is the mean of that, so counts are solved for: row c of the last weight's gradient over
+    entry c of the last bias's is about the mean input of that layer over the images of class c; the
+    model's own output there gives the probabilities p of such an image; and the bias gradient is
+    ``Σ_c n_c/N · (p_c − 1_c)``, whose non-negative solution n/N is rounded to counts that make up
+    N. With the solution the inputs are estimated anew, a few times, and the one that explains both
+    gradients best is kept. A model without a weight and a bias in its last layer is read class by
+    class: the most negative one is taken, its share given back, and so on N times.
 
-    Source: Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.2.
+    Sources: Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.2 (one
+    image); Ma et al., "Instance-wise Batch Label Restoration via Gradients in Federated Learning",
+    ICLR 2023, section 4 (counts). Non-negative least squares instead of a pseudo-inverse and the
+    repetition are ours.
 
     Raises:
         FedveilError: No parameter has a row for each class.
@@ -106,40 +189,152 @@ def infer_labels(observation: Observation) -> Tensor:
             f"no layer of the model has one row for each of {observation.classes} classes, so the "
             "label cannot be read off its gradient; use --attack dlg, which searches for the label"
         )
-    slack = rows[-1].detach().double().clone()
+    layer = None if observation.images == 1 else _output(observation)
+    if layer is None:
+        return labels_one_by_one(rows[-1], observation.images)
+    name, module = layer
+    return torch.stack(
+        [
+            _labels_by_counts(
+                module,
+                observation.gradients[f"{name}.weight"][victim].detach().double().cpu(),
+                observation.gradients[f"{name}.bias"][victim].detach().double().cpu(),
+                observation.images,
+            )
+            for victim in range(observation.victims)
+        ]
+    )
+
+
+def _output(observation: Observation) -> tuple[str, nn.Linear] | None:
+    try:
+        name = output_layer(observation.model, observation.shape)
+    except FedveilError:
+        return None
+    module = observation.model.get_submodule(name)
+    seen = observation.gradients.keys() >= {f"{name}.weight", f"{name}.bias"}
+    return (name, module) if seen and isinstance(module, nn.Linear) else None
+
+
+def labels_one_by_one(rows: Tensor, images: int) -> Tensor:
+    """Return labels taken one by one from the last layer's gradient, int64 [V, images], ascending.
+
+    Args:
+        rows: The last bias's gradient [V, classes], or the last weight's [V, classes, features].
+        images: Images in a batch.
+    """
+    slack = rows.detach().double().clone()
     if slack.ndim == 3:
         slack = slack.sum(dim=2) / slack.sum(dim=2).abs().sum(dim=1, keepdim=True)
     labels = []
-    for _ in range(observation.images):
+    for _ in range(images):
         found = slack.argmin(dim=1)
-        slack[torch.arange(len(slack)), found] += 1 / observation.images
+        slack[torch.arange(len(slack)), found] += 1 / images
         labels.append(found)
-    return torch.stack(labels, dim=1)
+    return torch.stack(labels, dim=1).sort(dim=1).values
 
 
-def check_attackable(observation: Observation, *, attack: str, most: int | None) -> None:
+def _labels_by_counts(layer: nn.Linear, weight: Tensor, bias: Tensor, images: int) -> Tensor:
+    own = layer.weight.detach().double().cpu()
+    offset = layer.bias.detach().double().cpu()
+    classes = len(bias)
+    safe = torch.where(bias.abs() > _NOTHING, bias, torch.full_like(bias, _NOTHING))
+    inputs = weight / safe[:, None]
+    best = torch.inf
+    shares = bias.new_full((classes,), 1 / classes)
+    for _ in range(_REFINEMENTS):
+        missed = (inputs @ own.T + offset).nan_to_num().softmax(dim=1) - torch.eye(classes)
+        solved = _shares(missed, bias)
+        # Row c of the last weight's gradient is Σ_j n_j/N · (p_j − 1_j)_c · input_j.
+        mixture = missed.T * solved
+        off = (mixture.sum(dim=1) - bias).square().sum() / bias.square().sum().clamp_min(_NOTHING)
+        off += (mixture @ inputs - weight).square().sum() / weight.square().sum().clamp_min(
+            _NOTHING
+        )
+        if float(off) < best:
+            best, shares = float(off), solved
+        present = solved * images > _PRESENT
+        inputs = inputs.clone()
+        inputs[present] = torch.linalg.lstsq(
+            mixture[:, present], weight, rcond=1e-6, driver="gelsd"
+        ).solution
+    return torch.repeat_interleave(torch.arange(classes), _rounded(shares * images, images))
+
+
+def _shares(missed: Tensor, bias: Tensor) -> Tensor:
+    """Return the classes' shares whose mixture of ``p − 1`` is the bias's gradient, [classes].
+
+    They are not negative and sum to 1, and lean weakly towards equal ones, which settles them where
+    a trained model tells little.
+    """
+    from scipy.optimize import nnls
+
+    classes = len(bias)
+    whole = torch.full((1, classes), _WHOLE)
+    system = torch.cat([missed.T, whole, _EQUAL * torch.eye(classes)])
+    equal = torch.full((classes,), _EQUAL / classes)
+    wanted = torch.cat([bias, torch.tensor([_WHOLE]), equal])
+    found = nnls(system.numpy(), wanted.double().numpy(), maxiter=100 * classes)[0]
+    return torch.from_numpy(found / max(found.sum(), _NOTHING))
+
+
+def _rounded(shares: Tensor, total: int) -> Tensor:
+    """Return whole numbers that sum to ``total``, by the largest remainders."""
+    counts = shares.floor().long()
+    missing = total - int(counts.sum())
+    counts[(shares - counts).argsort(descending=True)[:missing]] += 1
+    return counts
+
+
+def check_attackable(
+    observation: Observation,
+    *,
+    attack: str,
+    most: int | None,
+    local: bool = False,
+    batch_statistics: bool = False,
+) -> None:
     """Refuse what an attack cannot take, before anything is computed.
 
     Args:
         observation: What is to be attacked.
         attack: Its name on the command line.
         most: Images in a batch that it handles; None for any number.
+        local: Whether it simulates several local steps.
+        batch_statistics: Whether it handles batch normalisation in training mode.
 
     Raises:
-        FedveilError: Too large a batch, dropout or batch normalisation in training mode, a forward
-            pass that fails, or a model whose gradient does not follow its input.
+        FedveilError: Too large a batch, several local steps, dropout or batch normalisation in
+            training mode, a forward pass that fails, or a model whose gradient does not follow its
+            input.
     """
+    if observation.local is not None and not local:
+        raise FedveilError(
+            f"--attack {attack} takes the gradient of one step, and the clients return weights "
+            "after several; use --attack ig, which simulates the local steps"
+        )
     if most is not None and observation.images > most:
         raise FedveilError(
             f"--attack {attack} handles batches of at most {most}, not of {observation.images} "
             "images; use --attack dlg, or observe smaller batches"
         )
     check_model(
-        observation.model, observation.shape, observation.classes, images=observation.images
+        observation.model,
+        observation.shape,
+        observation.classes,
+        images=observation.images,
+        batch_statistics=batch_statistics,
     )
 
 
-def check_model(model: nn.Module, shape: Shape, classes: int, *, images: int = 1) -> None:
+def check_model(
+    model: nn.Module,
+    shape: Shape,
+    classes: int,
+    *,
+    images: int = 1,
+    batch_statistics: bool = False,
+) -> None:
     """Refuse a model whose gradients no attack can match.
 
     Args:
@@ -147,6 +342,7 @@ def check_model(model: nn.Module, shape: Shape, classes: int, *, images: int = 1
         shape: (C, H, W) of one image.
         classes: Number of classes.
         images: Images in a batch.
+        batch_statistics: Whether batch normalisation may be in training mode.
 
     Raises:
         FedveilError: Dropout or batch normalisation in training mode, a forward pass that fails or
@@ -159,14 +355,17 @@ def check_model(model: nn.Module, shape: Shape, classes: int, *, images: int = 1
                 "attacker cannot repeat the client's gradient; set its p to 0, or observe clients "
                 "that train in evaluation mode"
             )
-        if module.training and isinstance(module, _BATCH_NORMS):
+        if module.training and isinstance(module, _BATCH_NORMS) and not batch_statistics:
             raise FedveilError(
                 f"layer {name} ({type(module).__name__}) is in training mode and mixes the images "
-                "of a batch; use a model with group normalisation (--model resnet-gn is one), or "
-                "observe clients that train in evaluation mode"
+                "of a batch; use --attack ig, a model with group normalisation (--model resnet-gn "
+                "is one), or observe clients that train in evaluation mode"
             )
-    logits, pixels = _probe(model, shape, classes, images)
-    if not _follows(model, logits, pixels):
+    probed = _without_running_statistics(model)  # which a forward pass would change
+    with differentiable_attention():
+        logits, pixels = _probe(probed, shape, classes, images)
+        follows = _follows(probed, logits, pixels)
+    if not follows:
         raise FedveilError(
             f"model {type(model).__name__} is not differentiable: its gradient does not follow its "
             "input, so no gradient-matching attack applies; remove detach(), rounding or argmax "

@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, infer_labels
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.attacks.inversion.gradients import (
+    Gradient,
+    GradientMap,
+    check_attackable,
+    infer_labels,
+    surviving,
+)
+from fedveil.attacks.inversion.observation import (
+    Inversion,
+    Observation,
+    Progress,
+    UpdateKnowledge,
+)
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
@@ -30,19 +41,23 @@ class _Problem:
     map: GradientMap
     subspace: Subspace
     labels: Tensor
-    observed: Tensor
+    observed: Gradient
+    sanitizer: UpdateKnowledge | None
     bins: Tensor | None
     signs: Tensor
 
     def residual(self, unknowns: Tensor) -> Tensor:
         images = self.subspace.images(unknowns.reshape(len(self.labels), -1))
         gradient = self.map(images, self.labels)
-        return torch.cat([g.flatten() for g in gradient.values()]) - self.observed
+        dummy, left = surviving(gradient, self.observed, self.sanitizer)
+        return torch.cat([(dummy[name] - left[name]).flatten() for name in left])
 
     def loss(self, unknowns: Tensor) -> float:
         with torch.no_grad():
             missed = self.residual(unknowns)
-        return float(missed.square().sum() / self.observed.square().sum().clamp_min(1e-30))
+        _, left = surviving(self.observed, self.observed, self.sanitizer)
+        size = sum(float(value.square().sum()) for value in left.values())
+        return float(missed.square().sum()) / max(size, 1e-30)
 
     def sketch(self, rows: Tensor) -> Tensor:
         # Random signs and sums keep the solution of consistent equations, at two rows an unknown
@@ -129,7 +144,8 @@ class LevenbergMarquardt:
         )
 
     def _closed_form(self, observation: Observation) -> Inversion | None:
-        if not self.closed_form or observation.images > 1:
+        # The closed form takes every equation at its word; what a sanitiser destroyed is none.
+        if not self.closed_form or observation.images > 1 or observation.sanitizer is not None:
             return None
         try:
             return RGAP()(observation)
@@ -157,7 +173,9 @@ class _Search:
         self.solved = max(_SOLVED, _ROUNDINGS * self.observation.rounding)
         self.generator = torch.Generator().manual_seed(self.attack.seed)
         unknowns = self.subspace.size * self.observation.images
-        weights = sum(p.numel() for p in self.map.parameters.values())
+        observed = self._observed(0)
+        _, left = surviving(observed, observed, self.observation.sanitizer)
+        weights = sum(value.numel() for value in left.values())
         rows = min(weights, _ROWS * unknowns + 64)
         self.bins: Tensor | None = None
         if rows < weights:
@@ -196,12 +214,22 @@ class _Search:
         self.accept(self.subspace.images(flat), best[0], spent)
 
     def _problem(self, victim: int) -> _Problem:
-        observed = torch.cat(
-            [self.observation.gradients[k][victim].flatten() for k in self.map.parameters]
+        return _Problem(
+            map=self.map,
+            subspace=self.subspace,
+            labels=self.labels[victim].to(self.device),
+            observed=self._observed(victim),
+            sanitizer=self.observation.sanitizer,
+            bins=self.bins,
+            signs=self.signs,
         )
-        labels = self.labels[victim].to(self.device)
-        observed = observed.detach().to(self.device, self.attack.dtype)
-        return _Problem(self.map, self.subspace, labels, observed, self.bins, self.signs)
+
+    def _observed(self, victim: int) -> dict[str, Tensor]:
+        gradients = self.observation.gradients
+        return {
+            name: gradients[name][victim].detach().to(self.device, self.attack.dtype)
+            for name in self.map.parameters
+        }
 
     def _cold(self) -> Tensor:
         shape = (self.observation.images, *self.observation.shape)

@@ -14,6 +14,69 @@ Progress = Callable[[int, int, float], None]
 """Called as ``progress(done, total, loss)``; raising from it, Ctrl-C included, ends the attack."""
 
 
+class UpdateKnowledge(Protocol):
+    """What an attacker knows of a sanitiser that changed the updates before they were sent.
+
+    A sanitiser prunes, perturbs or clips what a client returns. An attack that knows of it compares
+    only what survives.
+    """
+
+    def residual(
+        self, dummy: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return what is left unexplained of one victim's update.
+
+        It is ``M·(S(dummy) − observed)``: S, which maps zeros to zeros, is the part of the
+        sanitiser that can be repeated (the identity for most, clipping for one that clips); M,
+        which may depend on ``observed`` and on nothing of ``dummy``, is zero where information was
+        destroyed (a pruned entry, a perturbed layer). Attacks that need ``M·S(dummy)`` itself, to
+        compare directions, subtract ``residual(zeros, observed)``.
+
+        Args:
+            dummy: Parameter name to a tensor of the parameter's shape: the update that a candidate
+                would have caused. Gradients flow through it, and ``torch.func`` transforms (vmap,
+                grad, jvp) wrap it, so there is no in-place operation and no branch on values.
+            observed: The same names and shapes: the update that was received.
+
+        Returns:
+            The same names; a name may be missing where nothing of it survived.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """Public knowledge of a client's local training by gradient descent.
+
+    The server chose these settings; the order in which a client takes its images is its own.
+
+    Attributes:
+        epochs: Passes over the client's images.
+        batch_size: Images a step; the last step of an epoch may have fewer.
+        learning_rate: Step size.
+
+    Raises:
+        FedveilError: A setting out of range.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise FedveilError(
+                    f"local training with {name.replace('_', ' ')} {value} is out of range: "
+                    "give a value above 0"
+                )
+
+    def steps(self, images: int) -> int:
+        """Return how many steps a client with so many images takes in all."""
+        return self.epochs * -(-images // self.batch_size)
+
+
 @dataclass(frozen=True)
 class Observation:
     """All that the attacks of this package may see. It never holds a victim's image or label.
@@ -25,7 +88,9 @@ class Observation:
         model: The model the server sent, with the weights it sent, in the mode the client trains
             in. Takes float [N, C, H, W] in [0, 1], returns logits [N, classes].
         gradients: Parameter name to [V, *parameter shape]: the gradient of the mean cross-entropy
-            over a victim's batch, for each of V victims.
+            over a victim's batch, for each of V victims. Under ``local`` it is the mean gradient
+            along the client's path: weights sent minus weights returned, over the learning rate
+            times the number of local steps.
         shape: (C, H, W) of one image.
         classes: Number of classes.
         images: Images in a victim's batch, which the reply's example count tells the server.
@@ -34,6 +99,10 @@ class Observation:
         rounding: Squared error that rounding put into a gradient, as a share of its squared length;
             what no reconstruction can be expected to explain. Negligible where gradients are sent,
             not where they are differences of weights.
+        sanitizer: What is publicly known of a defence that changed the update itself, or None for
+            an attacker who takes the update as it is.
+        local: How the client trained where the update is of more than one step; None for a single
+            gradient.
 
     Raises:
         FedveilError: No victims, no images, or gradients that do not match the model.
@@ -46,6 +115,8 @@ class Observation:
     images: int = 1
     knows: nn.Module | None = None
     rounding: float = 0.0
+    sanitizer: UpdateKnowledge | None = None
+    local: LocalSteps | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:

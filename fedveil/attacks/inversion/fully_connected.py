@@ -1,0 +1,169 @@
+"""Images read off the gradient of a first fully connected layer, without a search."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, infer_labels
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.errors import FedveilError
+from fedveil.models import first_layer
+
+_SILENT = 1e-6  # of the largest; rounding of sums over a batch in float32
+_PARALLEL = 0.3  # cosine to the mean row; rows of honest layers have about 0
+_SAME = 1e-3  # root mean squared difference of pixels below which two readings are of one image
+_INSIDE = 0.05  # how far rounding may put a pixel out of [0, 1]; further outside is no image
+_READINGS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullyConnected:
+    """Divide the gradient of a first linear layer's weights by that of its biases.
+
+    Row i of the weights' gradient is ``Σ_n δ_ni·x_n`` and entry i of the biases' ``Σ_n δ_ni``, with
+    δ zero for images at which the neuron is silent. A neuron that fires for one image of the batch
+    gives that image exactly. Which neurons these are is seen from the readings: several neurons
+    that fire for the same image alone agree, and mixtures do not. The N readings on which most
+    neurons agree are taken, then those of the largest gradient.
+
+    Where the rows of the layer have one direction in common and its biases are in order, as an
+    active server arranges it (``fedveil.models.Imprint``), neighbouring rows are subtracted first:
+    the difference is of the images between two thresholds alone.
+
+    The labels of a batch are inferred as counts, and which image bears which is not: the loss,
+    which pairs them as they come, says little there.
+
+    Sources: Phong et al., "Privacy-Preserving Deep Learning via Additively Homomorphic Encryption",
+    IEEE TIFS 2018, section 3 (the quotient); Fowl et al., "Robbing the Fed", ICLR 2022, section 3
+    (differences of rows). The choice by agreement is ours.
+
+    Shape: any batch, computed in float64. Iterations are 0.
+
+    Raises:
+        FedveilError: On a call, a model whose first layer is not a linear layer with a bias, or one
+            that does more to the pixels before than to scale and shift each.
+
+    Example:
+        >>> FullyConnected()(observation).images  # doctest: +SKIP
+    """
+
+    def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
+        """Reconstruct every victim's images."""
+        begin = time.perf_counter()
+        check_attackable(observation, attack="fc", most=None, batch_statistics=True)
+        name, layer = _first_linear(observation)
+        scale, offset = _preparation(observation, layer)
+        binned = _is_binned(layer)
+        order = layer.bias.detach().argsort(descending=True)
+        device = next(observation.model.parameters()).device
+        measure = GradientMap.of(observation, dtype=torch.float32, device=device)
+        labels = infer_labels(observation).cpu()
+        images, losses = [], []
+        for victim in range(observation.victims):
+            weight = observation.gradients[f"{name}.weight"][victim].detach().double()
+            bias = observation.gradients[f"{name}.bias"][victim].detach().double()
+            if binned:
+                weight, bias = _between(weight[order]), _between(bias[order])
+            # Weights' gradients in units of pixels, so that readings are images.
+            weight = (weight - bias[:, None] * offset) / scale
+            pixels = _chosen(weight, bias, observation.images)
+            found = pixels.reshape(1, observation.images, *observation.shape)
+            images.append(found.cpu())
+            part = observation.select(torch.tensor([victim]))
+            losses.append(measure.distance(found.float(), labels[victim : victim + 1], part))
+            if progress:
+                progress(victim + 1, observation.victims, float(losses[-1]))
+        seconds = (time.perf_counter() - begin) / observation.victims
+        return Inversion(
+            images=torch.cat(images),
+            labels=labels,
+            loss=torch.cat(losses).double().cpu(),
+            seconds=torch.full((observation.victims,), seconds),
+            iterations=torch.zeros(observation.victims, dtype=torch.int64),
+        )
+
+
+def _first_linear(observation: Observation) -> tuple[str, nn.Linear]:
+    model = observation.model
+    name = first_layer(model, observation.shape)
+    layer = model.get_submodule(name)
+    given = observation.gradients.keys() >= {f"{name}.weight", f"{name}.bias"}
+    if not isinstance(layer, nn.Linear) or not given:
+        raise FedveilError(
+            f"model {type(model).__name__}: its first layer {name} ({type(layer).__name__}) is no "
+            "linear layer with a bias that is trained, so no image can be divided out of its "
+            "gradient; use --attack ig"
+        )
+    return name, layer
+
+
+def _preparation(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return scale and offset of what the layer receives, ``scale · pixels + offset``, [C·H·W]."""
+    received: list[Tensor] = []
+
+    def note(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        received.append(inputs[0].detach().double().flatten(1))
+
+    like = layer.weight.detach()
+    probe = torch.rand(1, *observation.shape, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros_like(probe)
+    given = torch.cat([zero, zero + 1, probe]).to(like)
+    handle = layer.register_forward_pre_hook(note)
+    training = observation.model.training
+    observation.model.eval()
+    try:
+        with torch.no_grad():
+            observation.model(given)
+    finally:
+        handle.remove()
+        observation.model.train(training)
+    offset = received[0][0]
+    scale = received[0][1] - offset if received[0].shape[1] == probe.numel() else offset
+    expected = scale * given[2].double().flatten() + offset if scale.numel() == probe.numel() else 0
+    same = isinstance(expected, Tensor) and torch.allclose(expected, received[0][2], atol=1e-4)
+    if not same or bool((scale.abs() < _SILENT).any()):
+        raise FedveilError(
+            f"model {type(observation.model).__name__}: what its first linear layer receives is "
+            "more than each pixel scaled and shifted, so no image can be divided out of its "
+            "gradient; use --attack ig"
+        )
+    return scale, offset
+
+
+def _is_binned(layer: nn.Linear) -> bool:
+    rows = nn.functional.normalize(layer.weight.detach().double(), dim=1)
+    common = nn.functional.normalize(rows.mean(dim=0), dim=0)
+    return len(rows) > 1 and float((rows @ common).median()) > _PARALLEL
+
+
+def _between(rows: Tensor) -> Tensor:
+    """Return each row minus the next, and the last as it is."""
+    return torch.cat([rows[:-1] - rows[1:], rows[-1:]])
+
+
+def _chosen(weight: Tensor, bias: Tensor, images: int) -> Tensor:
+    """Return the images that most readings agree on, [images, C·H·W]."""
+    if images == 1:
+        energy = bias.square().sum().clamp_min(1e-60)
+        return (bias @ weight / energy)[None]
+    strongest = bias.abs().argsort(descending=True)[:_READINGS]
+    strongest = strongest[bias[strongest].abs() > _SILENT * bias.abs().max()]
+    if not len(strongest):
+        return weight.new_zeros(images, weight.shape[1])
+    readings = weight[strongest] / bias[strongest][:, None]
+    inside = ((readings > -_INSIDE) & (readings < 1 + _INSIDE)).all(dim=1)
+    readings = readings[inside] if bool(inside.any()) else readings
+    apart = torch.cdist(readings, readings) / readings.shape[1] ** 0.5
+    alike = apart < _SAME
+    taken: list[int] = []
+    free = torch.ones(len(readings), dtype=torch.bool)
+    while len(taken) < images and bool(free.any()):
+        votes = (alike & free).sum(dim=1) * free
+        best = int(votes.argmax())  # of equals the first, which has the largest gradient
+        taken.append(best)
+        free &= ~alike[best]
+    # A bin may hold several images; which, nothing tells, so the strongest are given again.
+    repeated = [taken[i % len(taken)] for i in range(images)]
+    return readings[torch.tensor(repeated)]

@@ -1,0 +1,448 @@
+"""Accuracy against leakage, for every defence and strength: what to deploy.
+
+Accuracy comes from federations that train to their end. Leakage comes from the best attack of the
+suite, naive or adaptive, in two scenarios:
+
+* ``worst``: a freshly initialised LeNet, one image a round, its gradient on the wire;
+* ``round``: the model that the clients have trained under the same defence, a batch of 16 images,
+  one local epoch, weights on the wire.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedveil.attacks.inversion import build_attack
+from fedveil.audit.adaptive import adaptive_for
+from fedveil.audit.leakage import LeakageSettings
+from fedveil.audit.study import (
+    Piece,
+    audited,
+    plain,
+    png,
+    run_pieces,
+    spread,
+    trained,
+    with_interval,
+)
+from fedveil.data import load_dataset
+from fedveil.defenses import check_defense, parse_defense
+from fedveil.errors import FedveilError
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.run_directory import versions
+from fedveil.federation.server_app import prepare_job
+from fedveil.files import check_directory, write_atomically
+
+DEFENSES = (
+    "none",
+    *(f"dct:keep={keep}" for keep in (3, 6, 10, 21)),
+    *(f"dct-random:drop={drop}" for drop in (0.5, 0.8, 0.95)),
+    *(f"jpeg:quality={quality}" for quality in (5, 20, 60)),
+    *(f"blur:sigma={sigma}" for sigma in (0.7, 1.5, 3)),
+    *(f"down:factor={factor}" for factor in (2, 4)),
+    *(f"prune:share={share}" for share in (0.7, 0.9, 0.99)),
+    "clip:norm=1",
+    *(f"noise:ratio={ratio}" for ratio in (0.1, 1, 10)),
+    *(f"soteria:share={share}" for share in (0.4, 0.8)),
+    *(f"dp-sgd:noise={noise}" for noise in (0.1, 0.5, 1)),
+)
+SCENARIOS = ("worst", "round")
+_REFUSED = "refused.json"
+_MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
+
+OnPiece = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierStudy:
+    """What is measured.
+
+    Attributes:
+        dataset: What is learnt, and attacked in the realistic round.
+        leakage_dataset: What is attacked in the worst case; None for the same. Images stored as
+            JPEG, as CIFAR-10's sometimes are, have lost part of what transformations remove.
+        images: The victim's images behind each row.
+        seeds: Training runs 0, 1, … for each defence.
+        rounds: Rounds of a training run, all clients in each.
+        defenses: As ``fedveil.defenses.parse_defense`` reads them; ``none`` is the reference.
+        worst_attacks: Attacks of the worst case, as ``build_attack`` reads them.
+        round_attacks: Attacks of the realistic round.
+        inverse: Whether a network also learns to undo each transformation.
+        model: What is trained, and attacked in the realistic round.
+        worst_model: What is attacked in the worst case.
+        clients: Clients.
+        victim: Which of them is attacked.
+        batch: Images of the realistic round.
+        batch_size: Images a local step, in training; the realistic round has one step of ``batch``.
+        learning_rate: Of the local steps.
+        clip: Largest norm of a local gradient; None for no limit.
+
+    Raises:
+        FedveilError: Nothing to measure, or a defence or attack that cannot be.
+    """
+
+    dataset: str = "cifar10"
+    leakage_dataset: str | None = None
+    images: int = 96
+    seeds: int = 3
+    rounds: int = 30
+    defenses: tuple[str, ...] = DEFENSES
+    worst_attacks: tuple[str, ...] = ("lm", "ig")
+    round_attacks: tuple[str, ...] = ("ig",)
+    inverse: bool = True
+    model: str = "cnn"
+    worst_model: str = "lenet"
+    clients: int = 10
+    victim: int = 3
+    batch: int = 16
+    batch_size: int = 10
+    learning_rate: float = 0.05
+    clip: float | None = 20.0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise FedveilError(f"--seeds {self.seeds} is out of range: give at least 1")
+        if self.images < 1 or self.images % self.batch:
+            raise FedveilError(
+                f"--images {self.images} is no multiple of the {self.batch} images of a round: "
+                f"give {max(1, -(-self.images // self.batch)) * self.batch}"
+            )
+        if not self.defenses or len(set(self.defenses)) < len(self.defenses):
+            raise FedveilError("name at least one --defense, and none twice")
+        for defense in map(parse_defense, self.defenses):
+            if defense.name != "none":
+                adaptive_for(defense)
+        for attack in (*self.worst_attacks, *self.round_attacks):
+            build_attack(attack)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        several = (
+            ("defense", () if self.defenses == DEFENSES else self.defenses),
+            ("attack", self.worst_attacks),
+            ("round-attack", self.round_attacks),
+        )
+        leakage = f" --leakage-dataset {self.leakage_dataset}" if self.leakage_dataset else ""
+        repeated = "".join(f" --{name} {value}" for name, values in several for value in values)
+        return (
+            f"fedveil frontier --out DIR --dataset {self.dataset}{leakage} --images {self.images} "
+            f"--seeds {self.seeds} --rounds {self.rounds} --batch {self.batch}"
+            f"{'' if self.inverse else ' --no-inverse'}{repeated}"
+        )
+
+    def attacks(self, scenario: str) -> tuple[str, ...]:
+        """Return the attacks of a scenario."""
+        return self.worst_attacks if scenario == "worst" else self.round_attacks
+
+    def audit(self, scenario: str, defense: str, attack: str) -> LeakageSettings:
+        """Return the settings of one audit."""
+        worst = scenario == "worst"
+        return LeakageSettings(
+            dataset=(self.leakage_dataset or self.dataset) if worst else self.dataset,
+            model=self.worst_model if worst else self.model,
+            clients=self.clients,
+            victim=self.victim,
+            images=self.images,
+            batch=1 if worst else self.batch,
+            batch_size=self.batch,
+            attacks=(attack,),
+            defenses=(defense,),
+            update="gradient" if worst else "fedavg",
+            learning_rate=1.0 if worst else self.learning_rate,
+            inverse=self.inverse,
+            workers=1,
+        )
+
+    def training(self, defense: str, seed: int) -> TrainConfig:
+        """Return the settings of one training run."""
+        return TrainConfig.check(
+            {
+                "dataset": self.dataset,
+                "model": self.model,
+                "defense": defense,
+                "clients": self.clients,
+                "fraction": 1.0,
+                "rounds": self.rounds,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "clip": self.clip,
+                "strategy": "fedavg",
+                "report_images": 500,  # each round; the last counts on all
+                "seed": seed,
+                "workers": 1,
+            }
+        )
+
+
+def measure(
+    study: FrontierStudy,
+    out: Path,
+    *,
+    workers: int = 1,
+    on_piece: OnPiece = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Measure what is missing of a study, then write frontier.json, frontier.png and frontier.md.
+
+    Every training run and every audit is a piece of its own, kept as soon as it is finished, so an
+    interrupted study goes on where it stopped. An attack that does not apply to a model or a batch
+    is noted as such.
+
+    Args:
+        study: What to measure.
+        out: Directory of the study.
+        workers: Processes side by side.
+        on_piece: Called when a piece begins: ``on_piece(name, pieces begun, pieces in all)``.
+
+    Returns:
+        The content of ``frontier.json``.
+
+    Raises:
+        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
+    """
+    if workers < 1:
+        raise FedveilError(f"--workers {workers} is out of range: give at least 1")
+    _check(study, out)
+    (out / "accuracy").mkdir(parents=True, exist_ok=True)
+    trainings = [
+        Piece(f"accuracy of {defense}, seed {seed}", _train, (study, defense, seed, out))
+        for seed in range(study.seeds)
+        for defense in study.defenses
+    ]
+    audits = {
+        scenario: [
+            Piece(f"{scenario}: {attack} on {d}", _attack, (study, scenario, d, attack, out))
+            for d in study.defenses
+            for attack in study.attacks(scenario)
+        ]
+        for scenario in SCENARIOS
+    }
+    first = [*trainings, *audits["worst"]]
+    total = len(first) + len(audits["round"])
+    run_pieces(first, workers=workers, on_piece=lambda name, done, _: on_piece(name, done, total))
+    # The realistic round attacks models that the trainings before have made.
+    run_pieces(
+        audits["round"],
+        workers=workers,
+        on_piece=lambda name, done, _: on_piece(name, len(first) + done, total),
+    )
+    return _report(study, out)
+
+
+def _check(study: FrontierStudy, out: Path) -> None:
+    """Refuse before anything is written what would fail hours later."""
+    check_directory(out)
+    for scenario in SCENARIOS:
+        settings = study.audit(scenario, "none", study.attacks(scenario)[0])
+        settings.federation.ground_truth(load_dataset(settings.dataset))
+    job = prepare_job(study.training("none", 0))
+    for defense in study.defenses:
+        check_defense(parse_defense(defense), job.model, job.dataset.shape)
+
+
+def _train(study: FrontierStudy, defense: str, seed: int, out: Path) -> dict[str, Any]:
+    return trained(study.training(defense, seed), out, f"{_slug(defense)}-{seed}")
+
+
+def _attack(
+    study: FrontierStudy, scenario: str, defense: str, attack: str, out: Path
+) -> list[dict[str, Any]]:
+    path = out / "leakage" / f"{scenario}-{_slug(attack)}-{_slug(defense)}"
+    if (path / _REFUSED).exists():
+        return []
+    weights = out / "runs" / f"{_slug(defense)}-0" / "model.safetensors"
+    try:
+        return audited(
+            study.audit(scenario, defense, attack),
+            path,
+            checkpoint=weights if scenario == "round" else None,
+        )
+    except FedveilError as error:
+        if not _inapplicable(attack, error):
+            raise
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / _REFUSED, (json.dumps({"reason": str(error)}) + "\n").encode())
+        return []
+
+
+def _inapplicable(attack: str, error: FedveilError) -> bool:
+    """Return whether an attack said of itself that it does not fit the model or the batch."""
+    name = attack.partition(":")[0]
+    return any(phrase in str(error) for phrase in (f"attack {name}", f"--attack {name} handles"))
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
+
+
+def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
+    rows = [
+        row
+        for defense in study.defenses
+        for accuracy in [_accuracy(study, defense, out)]
+        for scenario in SCENARIOS
+        for row in _rows(study, scenario, defense, accuracy, out)
+    ]
+    result = {
+        "command": study.command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "seeds": list(range(study.seeds)),
+        "settings": plain(asdict(study)),
+        "rows": rows,
+        "refused": _refusals(out),
+    }
+    best = [row for row in rows if row["best"]]
+    write_atomically(out / "frontier.png", _draw(best))
+    write_atomically(out / "frontier.md", _table(best).encode())
+    write_atomically(out / "frontier.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _accuracy(study: FrontierStudy, defense: str, out: Path) -> dict[str, Any]:
+    runs = [_train(study, defense, seed, out) for seed in range(study.seeds)]
+    return {
+        # Whoever uses the model knows the transformation and may apply it to their own images.
+        **spread([run["transformed"] for run in runs]),
+        "plain": spread([run["plain"] for run in runs]),
+        "privacy": runs[0]["privacy"],
+    }
+
+
+def _rows(
+    study: FrontierStudy, scenario: str, defense: str, accuracy: Mapping[str, Any], out: Path
+) -> list[dict[str, Any]]:
+    parsed = parse_defense(defense)
+    found = [
+        row
+        for attack in study.attacks(scenario)
+        for row in _attack(study, scenario, defense, attack, out)
+    ]
+    if not found:
+        raise FedveilError(
+            f"no attack applies to {defense} in the scenario {scenario}, so its leakage is "
+            "unknown; name another --attack or --round-attack"
+        )
+    best = max(found, key=lambda row: (row["identified"], row["psnr_original"]))
+    return [
+        {
+            "defense": defense,
+            "family": parsed.name,
+            "strength": parsed.strength,
+            "scenario": scenario,
+            "accuracy": accuracy["mean"],
+            "accuracy_sd": accuracy["sd"],
+            "accuracy_plain": accuracy["plain"]["mean"],
+            "privacy": accuracy["privacy"],
+            **{key: value for key, value in row.items() if key != "defense"},
+            "best": row is best,
+        }
+        for row in found
+    ]
+
+
+def _refusals(out: Path) -> dict[str, str]:
+    return {
+        path.parent.name: json.loads(path.read_text())["reason"]
+        for path in sorted((out / "leakage").glob(f"*/{_REFUSED}"))
+    }
+
+
+# Okabe and Ito's colours and as many shapes, so that no family hangs on colour alone.
+_LOOK = {
+    "none": ("#000000", "*"),
+    "dct": ("#0072B2", "o"),
+    "dct-random": ("#56B4E9", "D"),
+    "jpeg": ("#E69F00", "s"),
+    "blur": ("#D55E00", "^"),
+    "down": ("#CC79A7", "v"),
+    "prune": ("#009E73", "P"),
+    "clip": ("#666666", "X"),
+    "noise": ("#B8A800", "<"),
+    "soteria": ("#7A4FA3", ">"),
+    "dp-sgd": ("#8C510A", "h"),
+}
+_TITLES = {
+    "worst": "Worst case: untrained LeNet, one image",
+    "round": "Realistic round: trained model, a batch",
+}
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 9), dpi=130, layout="constrained")
+    panels = figure.subplots(2, 2)
+    for column, scenario in enumerate(SCENARIOS):
+        own = [row for row in rows if row["scenario"] == scenario]
+        _panel(panels[0][column], own, "identified", "own original found among candidates")
+        _panel(
+            panels[1][column],
+            own,
+            "psnr_original",
+            f"PSNR to the original, dB (median; more than {_MOST_DB} drawn there)",
+        )
+        panels[0][column].set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    figure.suptitle("Best attack of the suite. Better is right and below.", fontsize=10)
+    return png(figure)
+
+
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = sorted(
+            (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
+        )
+        color, marker = _LOOK[family]
+        x = [row["accuracy"] for row in own]
+        y, lowest, highest = (
+            [min(_MOST_DB, row[f"{column}{end}"]) for row in own] for end in ("", "_low", "_high")
+        )
+        low = [value - end for value, end in zip(y, lowest, strict=True)]
+        high = [end - value for value, end in zip(y, highest, strict=True)]
+        axes.errorbar(
+            x,
+            y,
+            xerr=[row["accuracy_sd"] for row in own],
+            yerr=[[max(0, v) for v in low], [max(0, v) for v in high]],
+            color=color,
+            marker=marker,
+            markersize=12 if family == "none" else 7,
+            linewidth=1,
+            elinewidth=0.6,
+            alpha=0.9,
+            label=family,
+        )
+        for row, across, up in zip(own, x, y, strict=True):
+            text = row["defense"].partition("=")[2] or "none"
+            axes.annotate(
+                text, (across, up), (4, 4), textcoords="offset points", fontsize=7, color=color
+            )
+    axes.set(xlabel="test accuracy (mean, sd over seeds)", ylabel=label)
+    axes.grid(alpha=0.2)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| defence | strength | accuracy | scenario | best attack | identified | dB to original |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        accuracy = f"{row['accuracy']:.1%} ± {row['accuracy_sd']:.1%}"
+        if row["privacy"]:
+            accuracy += f", ε = {row['privacy']['epsilon']:.3g}"
+        cells = [
+            f"`{row['defense']}`",
+            f"{row['strength']:.3g}",
+            accuracy,
+            row["scenario"],
+            f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
+            with_interval(row, "identified", ".0%"),
+            with_interval(row, "psnr_original", ".1f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

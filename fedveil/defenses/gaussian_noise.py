@@ -1,0 +1,54 @@
+"""Gaussian noise on the update that a client returns."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.defenses.protocol import Tensors, difference
+from fedveil.errors import FedveilError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise:
+    """Add independent normal values to every entry of an update.
+
+    The unit is the update's own root mean square over all parameters, so one number means the same
+    for a gradient, for a difference of weights and for every model. Without clipping to a fixed
+    norm this is no differential privacy.
+
+    Source: Zhu, Liu & Han, "Deep Leakage from Gradients", NeurIPS 2019, section 5.1, where the unit
+    is absolute.
+
+    Args:
+        ratio: Standard deviation, as a share of the update's root mean square; at least 0.
+
+    Raises:
+        FedveilError: A ratio below 0.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < math.inf:
+            raise FedveilError(f"ratio={self.ratio} is out of range: give 0 or more")
+
+    @property
+    def strength(self) -> float:
+        """Standard deviation over the update's root mean square."""
+        return self.ratio
+
+    def __call__(self, update: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the noisy update."""
+        squares = sum(float(value.double().square().sum()) for value in update.values())
+        count = sum(value.numel() for value in update.values())
+        sigma = self.ratio * math.sqrt(squares / count)
+        return {
+            name: value + sigma * torch.randn(value.shape, generator=generator).to(value)
+            for name, value in update.items()
+        }
+
+    def residual(self, dummy: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Compare everything: no entry is worth more than another."""
+        return difference(dummy, observed)

@@ -1,0 +1,260 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedveil.attacks.inversion import (
+    DLG,
+    GradientMap,
+    InvertingGradients,
+    LocalSteps,
+    Observation,
+    build_attack,
+    infer_labels,
+)
+from fedveil.defenses import BlockDCT
+from fedveil.errors import FedveilError
+from fedveil.models import CNN, batch_norm_resnet, group_norm_resnet
+from tests.attacks.inversion.conftest import CLASSES, observe, psnr
+
+SHAPE = (3, 16, 16)
+LABELS = torch.tensor([3, 0, 9, 3, 1, 2, 7, 5])
+SHORT = InvertingGradients(steps=300, tv=0.1)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    torch.manual_seed(0)
+    return CNN(SHAPE, CLASSES)
+
+
+def _trained(model, photos, labels, steps=60):
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(model(photos), labels).backward()
+        optimiser.step()
+    return model
+
+
+def test_a_relu_network_gives_its_images_away(cnn, photos):
+    result = SHORT(observe(cnn, photos[:4], LABELS[:4]))
+    assert result.images.shape == (4, 1, *SHAPE)
+    found = psnr(result.images[:, 0], photos[:4])
+    flat = photos[:4].mean((2, 3), keepdim=True).expand_as(photos[:4])
+    # Above the best single colour, which a search that learnt nothing could hit on.
+    gained = found - psnr(flat, photos[:4])
+    assert (gained > 0).all()
+    assert gained.mean() > 4
+    assert torch.equal(result.labels[:, 0], LABELS[:4])
+
+
+def test_the_loss_is_the_squared_distance_of_the_gradients(cnn, photos):
+    seen = observe(cnn, photos[:2], LABELS[:2], batch=2)
+    result = InvertingGradients(steps=20)(seen)
+    again = observe(cnn, result.images[0].float(), result.labels[0], batch=2)
+    missed = sum((again.gradients[k] - g).square().sum() for k, g in seen.gradients.items())
+    size = sum(g.square().sum() for g in seen.gradients.values())
+    assert float(result.loss[0]) == pytest.approx(float(missed / size), rel=1e-3)
+
+
+def test_victims_do_not_disturb_each_other(cnn, photos):
+    """Searched together and one by one, from the same starts."""
+    seen = observe(cnn, photos[:3], LABELS[:3])
+    attack = InvertingGradients(steps=40, dtype=torch.float64)
+    together = attack(seen)
+    apart = dataclasses.replace(attack, together=1)(seen)
+    assert torch.allclose(together.images, apart.images, atol=1e-6)
+
+
+def test_the_restart_of_the_smallest_angle_is_kept(cnn, photos):
+    """Four restarts of a victim start as four victims of the same image do."""
+    seen = observe(cnn, photos[:1], LABELS[:1])
+    fourfold = seen.select(torch.zeros(4, dtype=torch.int64))
+    attack = InvertingGradients(steps=16, tv=0.0, dtype=torch.float64)
+    apart = attack(fourfold)
+    kept = dataclasses.replace(attack, restarts=4)(seen)
+    wanted = torch.cat([g[0].flatten() for g in seen.gradients.values()])
+    angles = []
+    for images, labels in zip(apart.images, apart.labels, strict=True):
+        again = observe(cnn, images.float(), labels).gradients.values()
+        angles.append(F.cosine_similarity(torch.cat([g[0].flatten() for g in again]), wanted, 0))
+    best = int(torch.stack(angles).argmax())
+    assert torch.allclose(kept.images[0], apart.images[best], atol=1e-6)
+    assert kept.iterations.tolist() == [64]
+
+
+def test_who_knows_the_transformation_reports_its_images(cnn, photos):
+    transform = BlockDCT(keep=6)
+    trained = transform(photos[:2])
+    seen = observe(cnn, trained, LABELS[:2], knows=transform)
+    result = SHORT(seen)
+    assert torch.allclose(transform(result.images[:, 0]), result.images[:, 0], atol=1e-6)
+    naive = SHORT(dataclasses.replace(seen, knows=None))
+    adaptive = psnr(result.images[:, 0], trained)
+    assert (adaptive > psnr(naive.images[:, 0], trained)).all()
+
+
+def test_batch_statistics_are_simulated(photos):
+    """A client that trains with the statistics of its batch, against autograd on the real model."""
+    torch.manual_seed(0)
+    model = batch_norm_resnet(SHAPE, CLASSES).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(photos[:4]), LABELS[:4]), list(model.parameters())
+    )
+    model.load_state_dict(before)
+    seen = observe(model, photos[:4], LABELS[:4], batch=4)
+    model.load_state_dict(before)
+    found = GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu"))(
+        photos[:4], LABELS[:4]
+    )
+    for value, wanted in zip(found.values(), expected, strict=True):
+        assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-6)
+    with pytest.raises(FedveilError, match="use --attack ig"):
+        DLG()(seen)
+    result = InvertingGradients(steps=10)(seen)
+    assert torch.equal(
+        model.state_dict()["stem_norm.running_mean"], before["stem_norm.running_mean"]
+    )
+    assert result.images.shape == (1, 4, *SHAPE)
+
+
+def test_the_prior_of_batch_norm_pulls_the_statistics_together(photos):
+    torch.manual_seed(0)
+    model = batch_norm_resnet(SHAPE, CLASSES)
+    for _ in range(30):
+        model(photos)
+    model.eval()
+    seen = observe(model, photos[:1], LABELS[:1])
+    inputs = {}
+    model.stem_norm.register_forward_pre_hook(lambda _m, given: inputs.update(stem=given[0]))
+
+    def gap(images):
+        model(images.float())
+        return (inputs["stem"].mean((0, 2, 3)) - model.stem_norm.running_mean).norm()
+
+    free = InvertingGradients(steps=60, tv=0.0)(seen)
+    pulled = InvertingGradients(steps=60, tv=0.0, batch_norm=1.0)(seen)
+    assert gap(pulled.images[0]) < gap(free.images[0]) / 2
+    plain = observe(CNN(SHAPE, CLASSES), photos[:1], LABELS[:1])
+    with pytest.raises(FedveilError, match="needs a model with running statistics"):
+        InvertingGradients(batch_norm=0.1)(plain)
+
+
+def test_a_solved_victim_stops_and_its_restarts_with_it(cnn, photos):
+    seen = observe(cnn, photos[:2], LABELS[:2])
+    result = InvertingGradients(steps=200, restarts=2, solved=0.9)(seen)
+    assert (result.iterations < 20).all()
+
+
+class _FirstLayerLost:
+    """A sanitiser that sent noise instead of the first layer's gradient."""
+
+    def residual(self, dummy, observed):
+        return {k: dummy[k] - observed[k] for k in observed if not k.startswith("body.0")}
+
+
+def test_what_a_sanitiser_destroyed_is_not_compared(cnn, photos):
+    seen = observe(cnn, photos[:2], LABELS[:2])
+    ruined = {
+        k: torch.randn_like(g) if k.startswith("body.0") else g for k, g in seen.gradients.items()
+    }
+    naive = dataclasses.replace(seen, gradients=ruined)
+    informed = dataclasses.replace(naive, sanitizer=_FirstLayerLost())
+    truth = photos[:2, None]
+    measure = GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu"))
+    assert (measure.distance(truth, LABELS[:2, None], informed) < 1e-9).all()
+    assert (measure.distance(truth, LABELS[:2, None], naive) > 0.1).all()
+    assert SHORT(informed).loss.max() < SHORT(naive).loss.min()
+
+
+@pytest.mark.parametrize("factory", [CNN, group_norm_resnet])
+@pytest.mark.parametrize("trained", [False, True])
+def test_labels_of_a_batch_with_repeats(factory, trained, photos):
+    torch.manual_seed(0)
+    model = factory(SHAPE, CLASSES)
+    if trained:
+        _trained(model, photos, LABELS, steps=15)
+    labels = torch.tensor([4, 4, 4, 1, 7, 7, 0, 9])
+    seen = observe(model, photos, labels, batch=8)
+    inferred = infer_labels(seen)
+    assert inferred.shape == (1, 8)
+    counts = torch.bincount(inferred[0], minlength=CLASSES)
+    right = torch.minimum(counts, torch.bincount(labels, minlength=CLASSES)).sum()
+    assert right >= (8 if not trained else 7)
+
+
+def test_counts_of_a_large_lopsided_batch():
+    """Images of one class are alike here, as the equations of the counts suppose."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES))
+    kinds = torch.rand(CLASSES, 3, 2, 2) * 4
+    labels = torch.tensor([2] * 36 + [5] * 16 + [6] * 8 + [0] * 4)
+    seen = observe(model, kinds[labels], labels, batch=64)
+    wrong = (infer_labels(seen)[0] != labels.sort().values).sum()
+    assert wrong <= 2
+    shares = torch.bincount(labels, minlength=CLASSES) / 64
+    # The bias alone is off by the mean probability of a class, some images' worth of it.
+    assert (seen.gradients["1.bias"][0] + shares).abs().max() > 4 / 64
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(FedveilError, match="steps 0 is out of range"):
+        InvertingGradients(steps=0)
+    with pytest.raises(FedveilError, match="tv -1"):
+        InvertingGradients(tv=-1)
+
+
+def test_options_of_attacks_as_written():
+    attack = build_attack("ig:steps=600,tv=0.5,restarts=2")
+    assert attack == InvertingGradients(steps=600, tv=0.5, restarts=2)
+    with pytest.raises(FedveilError, match="has no option 'step'; its options: steps, restarts"):
+        build_attack("ig:step=3")
+    with pytest.raises(FedveilError, match="steps needs a whole number, not '1e3'"):
+        build_attack("ig:steps=1e3")
+    with pytest.raises(FedveilError, match="has no option 'dtype'"):
+        build_attack("lm:dtype=float64")
+
+
+def _federated(model, images, labels, local, order):
+    """Weights after a client's own local training, by torch.optim on a copy."""
+    own = type(model)(SHAPE, CLASSES)
+    own.load_state_dict(model.state_dict())
+    optimiser = torch.optim.SGD(own.parameters(), local.learning_rate)
+    for epoch in order:
+        for index in epoch.split(local.batch_size):
+            optimiser.zero_grad()
+            F.cross_entropy(own(images[index]), labels[index]).backward()
+            optimiser.step()
+    length = local.learning_rate * local.steps(len(images))
+    after = dict(own.named_parameters())
+    gradients = {
+        name: ((weight - after[name]).detach() / length)[None]
+        for name, weight in model.named_parameters()
+    }
+    return Observation(model, gradients, SHAPE, CLASSES, len(images), local=local)
+
+
+def test_local_steps_are_simulated_as_torch_makes_them(cnn, photos):
+    local = LocalSteps(epochs=2, batch_size=3, learning_rate=0.1)
+    orders = [torch.arange(8), torch.tensor([7, 1, 5, 0, 2, 6, 3, 4])]
+    seen = _federated(cnn, photos, LABELS, local, orders)
+    measure = GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu"))
+    found = measure(photos, LABELS, orders[1:])
+    assert local.steps(8) == 6
+    for name, value in found.items():
+        assert torch.allclose(value, seen.gradients[name][0], rtol=1e-3, atol=1e-5)
+
+
+def test_simulating_local_steps_beats_taking_the_update_for_a_gradient(cnn, photos):
+    local = LocalSteps(epochs=5, batch_size=1, learning_rate=0.3)
+    orders = [torch.arange(1)] * 5
+    seen = _federated(cnn, photos[:1], LABELS[:1], local, orders)
+    naive = SHORT(dataclasses.replace(seen, local=None))
+    aware = SHORT(seen)
+    assert psnr(aware.images[0], photos[:1]) > psnr(naive.images[0], photos[:1]) + 1
+    with pytest.raises(FedveilError, match="use --attack ig, which simulates"):
+        DLG()(seen)
