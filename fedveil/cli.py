@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedveil import __version__
+from fedveil.cli_deploy import deploy
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
 from fedveil.files import check_directory
@@ -28,6 +29,7 @@ reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_
 audit = typer.Typer(help="Attack what a federation gives away, and measure.", no_args_is_help=True)
 app.add_typer(reproduce, name="reproduce")
 app.add_typer(audit, name="audit")
+app.add_typer(deploy, name="deploy")
 
 
 class Strategy(StrEnum):
@@ -162,6 +164,23 @@ def train(
         int | None, typer.Option(help="Other test images each round reports on.")
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
+    superlink: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running SuperLink, for --engine deployed.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the CA that signed the SuperLink's certificate."),
+    ] = None,
+    app: Annotated[
+        str | None, typer.Option(help="Signed app for nodes that run no other: @who/what==1.0.0.")
+    ] = None,
+    send_models_unencrypted: Annotated[
+        bool | None,
+        typer.Option(
+            "--send-models-unencrypted",
+            help="Let models and updates travel to another machine in the clear.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
     noise_key: Annotated[
@@ -177,6 +196,8 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None}
     places = ("out", "resume", "config", "noise_key")
     settings = {k: v for k, v in given.items() if k not in places}
+    if root_certificates:
+        settings["root_certificates"] = str(root_certificates.absolute())
     if (out is None) == (resume is None):
         raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
     if out:

@@ -10,7 +10,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data import Dataset, Images, load_dataset, load_own_images, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses.mods import transform_inputs
 from fedveil.defenses.specs import parse_defense
@@ -38,7 +38,7 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Say which share of the data this client holds and how many images it has."""
     client = _node_setting(context, "partition-id")
-    share = len(client_index(context, _task(message)))
+    share = len(client_images(context, _task(message)))
     metrics = MetricRecord({"partition-id": client, "num-examples": share})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
@@ -135,15 +135,21 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
-    """Return the images of one client.
+    """Return the images of one client: every image of its own folder, or its share of a dataset.
 
     Args:
-        context: Its node config names ``partition-id`` and ``num-partitions``.
-        task: Names the dataset and how it is shared out.
+        context: Its node config names ``data``, a folder, or ``partition-id`` and
+            ``num-partitions``.
+        task: Names the dataset and how it is shared out, or the classes and shape images must have.
 
     Raises:
-        FedveilError: The dataset cannot be loaded or shared out, or the node config is incomplete.
+        FedveilError: The images cannot be loaded or do not fit the task, the dataset cannot be
+            shared out, or the node config is incomplete.
     """
+    if own := context.node_config.get("data"):
+        if task.shape is None:
+            raise FedveilError("a node with data of its own needs a server with --engine deployed")
+        return _own_images(str(own), task.classes, task.shape)
     return _dataset(task.dataset, task.seed).train[client_index(context, task)]
 
 
@@ -163,6 +169,11 @@ def _dataset(name: str, seed: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
+def _own_images(path: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Images:
+    return load_own_images(path, classes=classes, shape=shape)
+
+
+@lru_cache(maxsize=4)
 def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.Tensor, ...]:
     labels = _dataset(dataset, seed).train.labels
     return partition(labels, clients=clients, scheme=parse_partition(scheme), seed=seed)
@@ -179,6 +190,8 @@ def _model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def _model_for(task: ClientTask) -> nn.Module:
+    if task.shape is not None:
+        return _model(task.model, task.shape, len(task.classes)).train()
     dataset = _dataset(task.dataset, task.seed)
     return _model(task.model, dataset.shape, len(dataset.classes)).train()
 

@@ -17,6 +17,7 @@ from fedveil.data.partition import partition
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.eager_grid import EagerGrid
 from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
@@ -262,7 +263,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
             ArrayRecord(dict(last.weights)),
             num_rounds=job.config.rounds - last.round,
             timeout=job.config.timeout,
-            train_config=ClientTask.of(job.config).to_record(),
+            train_config=ClientTask.of(job.config, job.dataset).to_record(),
             evaluate_fn=recorder,
         )
         last = directory.checkpoint() or last
@@ -304,4 +305,5 @@ def main(grid: Grid, context: Context) -> None:
     if not out:
         raise FedveilError("the run configuration has no 'out', the directory of the run")
     directory = RunDirectory.open(Path(str(out)))
-    run_rounds(grid, prepare_job(directory.config), directory, on_round=lambda _: None)
+    job = prepare_job(directory.config)
+    run_rounds(EagerGrid(grid), job, directory, on_round=lambda _: None)
