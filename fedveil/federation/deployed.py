@@ -129,7 +129,7 @@ def _join(stack: ExitStack, home: Path, directory: RunDirectory) -> SuperLink:
 
 
 def _start_here(stack: ExitStack, home: Path, directory: RunDirectory) -> SuperLink:
-    """Start a SuperLink and one SuperNode a client on loopback; traffic never leaves the machine."""
+    """Start a SuperLink and a SuperNode a client on loopback; traffic never leaves the machine."""
     config = directory.config
     address = f"127.0.0.1:{free_port()}"
     _write_connection(home, config.model_copy(update={"superlink": address}))

@@ -81,6 +81,34 @@ def test_three_protected_rounds_on_the_nodes_own_images(federation, tmp_path):
     assert [(run.app, run.status) for run in found.runs] == [(APP, "finished:completed")]
 
 
+def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
+    example = Path(__file__).parents[2] / "examples/your-flower-app"
+    signed = subprocess.run(
+        [PROGRAMS / "fedveil", "deploy", "sign", str(federation.home), str(example)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert signed.stdout == "@you/your-app==1.0.0\n", signed.stderr
+    result = tmp_path / "result.json"
+    done = subprocess.run(
+        [
+            *(PROGRAMS / "flwr", "run", "@you/your-app==1.0.0", "fedveil"),
+            *("--run-config", f'result="{result}"'),
+        ],
+        env=environment(federation.home / "flwr"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Successfully started run" in done.stdout, done.stdout
+    federation.until(lambda: result.exists() and result.read_text().endswith("}"), seconds=240)
+    outcome = json.loads(result.read_text())
+    assert outcome["model"] > 0.6
+    assert len(outcome["copies"]) >= 4  # at least one round sent two noisy ones
+    assert max(outcome["copies"]) < 0.6
+
+
 def test_nodes_run_no_app_that_is_not_signed(federation, tmp_path):
     done = train(federation, tmp_path / "run", "--rounds=1")
     assert done.returncode == 2
