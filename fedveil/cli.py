@@ -49,6 +49,14 @@ class Engine(StrEnum):
     DEPLOYED = "deployed"
 
 
+class Average(StrEnum):
+    """How ``fedveil train`` averages answers."""
+
+    MEAN = "mean"
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
+
+
 class Bound(StrEnum):
     """What ``noise-delta`` checks its copies with."""
 
@@ -162,6 +170,13 @@ def train(
     ] = None,
     report_images: Annotated[
         int | None, typer.Option(help="Other test images each round reports on.")
+    ] = None,
+    norm_limit: Annotated[
+        float | None,
+        typer.Option(help="Refuse changes longer than so many medians of the round; 0: none."),
+    ] = None,
+    average: Annotated[
+        Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     superlink: Annotated[

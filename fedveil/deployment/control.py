@@ -112,7 +112,7 @@ def status(path: Path) -> Status:
                 int(run["run-id"]),
                 f"@{run['fab-id']}=={run['fab-version']}",
                 run["status"],
-                run["status-details"],
+                run["status-details"].removeprefix("N/A"),
             )
             for run in runs
         ),

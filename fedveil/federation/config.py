@@ -64,6 +64,10 @@ class TrainConfig(BaseModel):
     report_images: int = Field(
         default=2_000, ge=20, le=10_000_000, description="a round; all at the end"
     )
+    norm_limit: float = Field(
+        default=10.0, ge=0, le=1e9, description="of a change, in medians of the round; 0: none"
+    )
+    average: Literal["mean", "median", "trimmed-mean"] = "mean"
     engine: Literal["local", "ray", "deployed"] = "local"
     superlink: str | None = Field(default=None, min_length=1, description="host:port")
     root_certificates: str | None = Field(default=None, min_length=1, description="a CA's PEM file")
@@ -79,6 +83,15 @@ class TrainConfig(BaseModel):
     def _sigma_must_rise(self) -> "TrainConfig":
         if self.sigma_step == 0 and self.sigma_factor == 1:
             raise ValueError("sigma-step 0 with sigma-factor 1 never raises sigma; raise either")
+        return self
+
+    @model_validator(mode="after")
+    def _average_must_fit(self) -> "TrainConfig":
+        if self.average != "mean" and self.strategy not in ("fedavg", "noise-delta"):
+            raise ValueError(
+                f"average {self.average} is for fedavg and noise-delta; {self.strategy} is defined "
+                "by its weighted means"
+            )
         return self
 
     @model_validator(mode="after")

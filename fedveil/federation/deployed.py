@@ -31,6 +31,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _STATUS_EVERY = 3.0
+_PATIENCE = 30.0
 _RUN_FILE = "flower-run.json"
 
 
@@ -274,7 +275,7 @@ def _follow(
     on_round: Callable[[RoundRecord], None],
 ) -> None:
     told = len(directory.rounds())
-    asked = time.monotonic()
+    asked = heard = time.monotonic()
     while True:
         complete = directory.complete
         for record in directory.rounds()[told:]:
@@ -284,14 +285,22 @@ def _follow(
             return
         link.check()
         if time.monotonic() - asked > _STATUS_EVERY:
-            _check_status(link, number, directory)
+            status = _status(link, number)
             asked = time.monotonic()
+            heard = asked if status else heard
+            if status:
+                _check_status(status, number, directory)
+            elif asked - heard > _PATIENCE:
+                raise FedveilError(
+                    f"the SuperLink {directory.config.superlink} has not answered for "
+                    f"{asked - heard:.0f} seconds; start it again with the same --database, then "
+                    f"fedveil train --resume {directory.path}"
+                )
         time.sleep(0.2)
 
 
-def _check_status(link: SuperLink, number: int, directory: RunDirectory) -> None:
-    status = _status(link, number)
-    if status and status[0].startswith("finished") and not directory.complete:
+def _check_status(status: tuple[str, str], number: int, directory: RunDirectory) -> None:
+    if status[0].startswith("finished") and not directory.complete:
         raise FedveilError(
             f"run {number} ended as {status[0]}: {status[1] or 'no reason given'}; mend it, then "
             f"fedveil train --resume {directory.path}"

@@ -16,6 +16,7 @@ from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
+from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.eager_grid import EagerGrid
 from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
@@ -115,7 +116,9 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
 
 def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
-    return _STRATEGIES[job.config.strategy](job, resume, key)
+    strategy = _STRATEGIES[job.config.strategy](job, resume, key)
+    strategy.acceptance = Acceptance(job.config.norm_limit or None, job.config.average)
+    return strategy
 
 
 def _sampling(config: TrainConfig) -> Sampling:
@@ -254,6 +257,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     Raises:
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
+    directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     strategy = build_strategy(job, Resume(last.round, last.state), directory.noise_key())
     recorder = Recorder(job, directory, strategy, on_round)

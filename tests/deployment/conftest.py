@@ -68,6 +68,14 @@ class Federation:
                 start_new_session=True,
             )
 
+    def start_part(self, part):
+        self.start(part, self.home / f"start-{part}")
+
+    def start_node(self, number):
+        images = str(self.home.parent / "sites" / f"node-{number}")
+        script = self.home / "nodes" / f"node-{number}" / "start"
+        self.start(f"node-{number}", script, FEDVEIL_NODE_IMAGES=images)
+
     def kill(self, name, number=signal.SIGKILL):
         process = self.processes.pop(name)
         for sign in (number, signal.SIGKILL):
@@ -91,7 +99,27 @@ class Federation:
         raise AssertionError({name: self.log(name)[-1000:] for name in self.processes})
 
 
-@pytest.fixture(scope="module")
+def train_command(federation, out, *options):
+    """Return a protected training run on the deployment, as its README prints it."""
+    deployment = Deployment.open(federation.home)
+    command = [
+        PROGRAMS / "fedveil",
+        "train",
+        "--engine=deployed",
+        f"--superlink={deployment.superlink}",
+        f"--root-certificates={federation.home / 'ca.crt'}",
+        f"--clients={NODES}",
+        "--fraction=1",
+        "--dataset=digits",
+        "--strategy=noise-delta",
+        "--cap=0.6",
+        f"--out={out}",
+        *options,
+    ]
+    return list(map(str, command))
+
+
+@pytest.fixture(scope="session")
 def federation(tmp_path_factory):
     root = tmp_path_factory.mktemp("deployment")
     home = root / "deployment"
@@ -100,13 +128,11 @@ def federation(tmp_path_factory):
     federation.examples = write_sites(root / "sites")
     try:
         for part in ("shelf", "superlink", "gate"):
-            federation.start(part, home / f"start-{part}")
+            federation.start_part(part)
         federation.until(lambda: all(status(home).parts.values()))
         register(home)
         for number in range(NODES):
-            images = str(root / "sites" / f"node-{number}")
-            script = home / "nodes" / f"node-{number}" / "start"
-            federation.start(f"node-{number}", script, FEDVEIL_NODE_IMAGES=images)
+            federation.start_node(number)
         federation.until(lambda: all(node.status == "online" for node in status(home).nodes))
         yield federation
     finally:

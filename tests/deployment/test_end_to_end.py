@@ -20,30 +20,14 @@ from fedveil.deployment.layout import Deployment
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.deployed import environment
 from fedveil.federation.server_app import prepare_job
-from tests.deployment.conftest import NODES, PROGRAMS
+from tests.deployment.conftest import NODES, PROGRAMS, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
 
 
 def train(federation, out, *options):
-    deployment = Deployment.open(federation.home)
-    command = [
-        PROGRAMS / "fedveil",
-        "train",
-        "--engine=deployed",
-        f"--superlink={deployment.superlink}",
-        f"--root-certificates={federation.home / 'ca.crt'}",
-        f"--clients={NODES}",
-        "--fraction=1",
-        "--dataset=digits",
-        "--strategy=noise-delta",
-        "--cap=0.6",
-        f"--out={out}",
-        *options,
-    ]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=300
-    )
+    command = train_command(federation, out, *options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def post(port, path, authority):
