@@ -83,6 +83,18 @@ add = _app(_add)
 spoil = _app(_spoil)
 
 
+shy = ClientApp()
+
+
+@shy.query()
+def _shy_query(message: Message, context: Context) -> Message:
+    client = int(context.node_config["partition-id"])
+    if client == 1:
+        raise RuntimeError("the data folder '/srv/images' of this node does not exist")
+    metrics = MetricRecord({"partition-id": client, "num-examples": 5})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
 ordinary = ClientApp()
 
 

@@ -4,6 +4,7 @@ Faults of whole deployments are in ``tests/deployment/test_faults.py``; workers 
 ``test_local.py``; a killed or interrupted training run in ``test_train.py``.
 """
 
+import logging
 import multiprocessing
 import os
 import random
@@ -30,8 +31,9 @@ from fedveil.federation.acceptance import (
 )
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.fedavg import StrategyState
+from fedveil.federation.local import LocalGrid
 from fedveil.federation.replies import Update, read_replies
-from fedveil.federation.roster import Client
+from fedveil.federation.roster import Client, query_roster
 from fedveil.federation.run_directory import Checkpoint, RunDirectory
 from tests.federation.test_strategies import delta, run, trains, weights_of
 from tests.federation.test_train import FAST, fedveil, outcomes, same_bits, start, wait_for_round
@@ -114,8 +116,6 @@ def test_the_cap_holds_in_every_round_whatever_a_client_answers(
 def test_a_client_that_never_answers_is_named_and_the_round_goes_on(model):
     strategy = SeededFedAvg()
     history = []
-    from fedveil.federation.local import LocalGrid
-
     with LocalGrid("tests.federation.apps:never_answers", nodes=3, workers=3) as grid:
         strategy.start(
             grid,
@@ -136,6 +136,20 @@ def test_a_client_that_is_silent_altogether_is_named_too(model):
     strategy.sent = strategy.distribute(1, model.state_dict(), [Client(0, 7, 5), Client(1, 8, 5)])
     with pytest.raises(FedveilError, match="node 7: no answer in time; node 8: no answer in time"):
         strategy.aggregate_train(1, [])
+
+
+def test_a_node_that_cannot_take_part_is_named_at_the_start(caplog):
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        with LocalGrid("tests.federation.apps:shy", nodes=3, workers=1) as grid:
+            clients = query_roster(grid, ConfigRecord(), min_clients=3, timeout=60)
+            missing = grid.get_node_ids()[1]
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    assert [client.partition for client in clients] == [0, 2]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"node {missing} takes no part: ")
+    assert "'/srv/images' of this node does not exist" in record.getMessage()
 
 
 def _updates(vectors):
