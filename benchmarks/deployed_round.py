@@ -172,13 +172,14 @@ def deployment(processes: Processes, home: Path) -> tuple[str, str, Path]:
 def run(app: str, connection: str, home: Path, out: Path, eager: bool, rounds: int) -> list[float]:
     config = f'out="{out}" eager={str(eager).lower()} rounds={rounds}'
     command = [program("flwr"), "run", app, connection, "--run-config", config]
-    while "Successfully" not in (
-        said := subprocess.run(
+    while True:
+        done = subprocess.run(
             command, env=environment(home), capture_output=True, text=True, check=False
-        ).stdout
-    ):
-        if "unavailable" not in said:
-            raise SystemExit(said)
+        )
+        if "Successfully" in done.stdout:
+            break
+        if "unavailable" not in done.stdout + done.stderr:
+            raise SystemExit(done.stdout + done.stderr)
         time.sleep(1)
     while not out.exists():
         time.sleep(0.5)

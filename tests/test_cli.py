@@ -167,7 +167,8 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["audit", "demo", "reproduce", "train", "transform"]),
+        ([], ["audit", "demo", "deploy", "reproduce", "train", "transform"]),
+        (["deploy"], ["init", "register", "sign", "status"]),
         (["demo"], ["--out"]),
         (["audit", "leakage"], ["--checkpoint", "--defense"]),
         (["reproduce", "dct"], ["--accuracy-dataset", "--keep"]),

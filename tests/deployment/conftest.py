@@ -88,7 +88,7 @@ class Federation:
     def log(self, name):
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
-    def until(self, condition, *, seconds=90):
+    def until(self, condition, *, seconds=600):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if condition():

@@ -27,7 +27,7 @@ APP = "@fedveil/fedveil-run==1.0.0"
 
 def train(federation, out, *options):
     command = train_command(federation, out, *options)
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def post(port, path, authority):
@@ -78,7 +78,7 @@ def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
     done = subprocess.run(
         [
             *(PROGRAMS / "flwr", "run", "@you/your-app==1.0.0", "fedveil"),
-            *("--run-config", f'result="{result}"'),
+            *("--run-config", f'result="{result}" rounds=2'),
         ],
         env=environment(federation.home / "flwr"),
         capture_output=True,
@@ -86,10 +86,10 @@ def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
         check=False,
     )
     assert "Successfully started run" in done.stdout, done.stdout
-    federation.until(lambda: result.exists() and result.read_text().endswith("}"), seconds=240)
+    federation.until(lambda: result.exists() and result.read_text().endswith("}"))
     outcome = json.loads(result.read_text())
     assert outcome["model"] > 0.6
-    assert len(outcome["copies"]) >= 4  # at least one round sent two noisy ones
+    assert len(outcome["copies"]) == 3  # w itself in the first round, two noisy ones in the second
     assert max(outcome["copies"]) < 0.6
 
 
@@ -164,7 +164,7 @@ def test_a_node_that_was_not_registered_is_turned_away(federation, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode != 0
     assert "Failed to initialize the connection" in done.stdout + done.stderr

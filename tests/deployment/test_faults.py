@@ -32,11 +32,9 @@ def test_a_round_goes_on_without_a_node_that_was_killed_while_it_trained(federat
     # So many epochs that a kill in the middle is in the middle.
     run = start(federation, out, "--rounds=1", "--epochs=20", "--timeout=45")
     try:
-        federation.until(
-            lambda: "Receiving: train message" in federation.log("node-2")[before:], seconds=120
-        )
+        federation.until(lambda: "Receiving: train message" in federation.log("node-2")[before:])
         federation.kill("node-2")
-        _, told = run.communicate(timeout=240)
+        _, told = run.communicate(timeout=600)
     finally:
         run.kill()
         federation.start_node(2)
@@ -55,10 +53,10 @@ def test_a_run_goes_on_after_the_superlink_was_killed(federation, tmp_path):
     out = tmp_path / "run"
     run = start(federation, out, "--rounds=3")
     try:
-        federation.until(lambda: len(rounds(out)) >= 1, seconds=200)
+        federation.until(lambda: len(rounds(out)) >= 1)
         before = rounds(out)
         federation.kill("superlink")
-        _, told = run.communicate(timeout=240)
+        _, told = run.communicate(timeout=600)
     finally:
         run.kill()
         federation.start_part("superlink")
@@ -70,7 +68,7 @@ def test_a_run_goes_on_after_the_superlink_was_killed(federation, tmp_path):
     resume = [Path(sys.executable).with_name("fedveil"), "train", "--resume", out]
     for _ in range(2):
         done = subprocess.run(
-            list(map(str, resume)), capture_output=True, text=True, check=False, timeout=300
+            list(map(str, resume)), capture_output=True, text=True, check=False, timeout=600
         )
         # Until Flower has missed the killed run's heartbeats, it calls it running.
         if "ended as finished:failed" not in done.stderr:

@@ -4,7 +4,6 @@ Faults of whole deployments are in ``tests/deployment/test_faults.py``; workers 
 ``test_local.py``; a killed or interrupted training run in ``test_train.py``.
 """
 
-import logging
 import multiprocessing
 import os
 import random
@@ -139,13 +138,9 @@ def test_a_client_that_is_silent_altogether_is_named_too(model):
 
 
 def test_a_node_that_cannot_take_part_is_named_at_the_start(caplog):
-    logging.getLogger("flwr").addHandler(caplog.handler)
-    try:
-        with LocalGrid("tests.federation.apps:shy", nodes=3, workers=1) as grid:
-            clients = query_roster(grid, ConfigRecord(), min_clients=3, timeout=60)
-            missing = grid.get_node_ids()[1]
-    finally:
-        logging.getLogger("flwr").removeHandler(caplog.handler)
+    with LocalGrid("tests.federation.apps:shy", nodes=3, workers=1) as grid:
+        clients = query_roster(grid, ConfigRecord(), min_clients=3, timeout=60)
+        missing = grid.get_node_ids()[1]
     assert [client.partition for client in clients] == [0, 2]
     (record,) = caplog.records
     assert record.getMessage().startswith(f"node {missing} takes no part: ")
