@@ -58,7 +58,8 @@ from flwr.serverapp.strategy import FedAvg
 import fedveil.federation.client_app
 from fedveil.federation.eager_grid import EagerGrid
 
-client_app, server_app = ClientApp(), ServerApp()
+client_app = ClientApp()
+server_app = ServerApp()
 
 @client_app.train()
 def train(message, context):
