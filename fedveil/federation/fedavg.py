@@ -107,13 +107,14 @@ class SeededFedAvg(FedAvg):
         acceptance: Which answers are averaged, and how; may be set before the first round.
     """
 
+    acceptance = Acceptance()
+
     def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
         self.sampling = sampling or Sampling()
         super().__init__(fraction_train=self.sampling.fraction, min_evaluate_nodes=0)
         # Evaluation is the server's: no client is ever sent a model just to be evaluated.
         self.fraction_evaluate = 0.0
         resume = resume or Resume()
-        self.acceptance = Acceptance()
         self.completed_rounds = resume.rounds
         self.state = resume.state
         self.clients: tuple[Client, ...] = ()
