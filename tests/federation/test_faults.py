@@ -157,6 +157,7 @@ def _updates(vectors):
     lengths=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=9),
     limit=st.floats(1, 100),
 )
+@settings(deadline=None)
 def test_the_limit_is_so_many_medians(lengths, limit):
     updates = _updates([[length, 0.0] for length in lengths])
     received = {update.client: {"x": torch.zeros(2)} for update in updates}
@@ -173,6 +174,7 @@ def test_the_limit_is_so_many_medians(lengths, limit):
 
 
 @given(st.integers(1, 12), st.integers(0, 999))
+@settings(deadline=None)
 def test_robust_averages_are_numpys_and_scipys(clients, seed):
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(3, 2, generator=generator) for _ in range(clients)]
