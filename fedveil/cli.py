@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedveil import __version__
+from fedveil.cli_deploy import deploy
 from fedveil.cli_report import report
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
@@ -29,6 +30,7 @@ reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_
 audit = typer.Typer(help="Attack what a federation gives away, and measure.", no_args_is_help=True)
 app.add_typer(reproduce, name="reproduce")
 app.add_typer(audit, name="audit")
+app.add_typer(deploy, name="deploy")
 
 
 class Strategy(StrEnum):
@@ -46,6 +48,14 @@ class Engine(StrEnum):
     LOCAL = "local"
     RAY = "ray"
     DEPLOYED = "deployed"
+
+
+class Average(StrEnum):
+    """How ``fedveil train`` averages answers."""
+
+    MEAN = "mean"
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
 
 
 class Bound(StrEnum):
@@ -177,7 +187,31 @@ def train(
             "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
         ),
     ] = None,
+    norm_limit: Annotated[
+        float | None,
+        typer.Option(help="Refuse changes longer than so many medians of the round; 0: none."),
+    ] = None,
+    average: Annotated[
+        Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
+    ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
+    superlink: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running SuperLink, for --engine deployed.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the CA that signed the SuperLink's certificate."),
+    ] = None,
+    app: Annotated[
+        str | None, typer.Option(help="Signed app for nodes that run no other: @who/what==1.0.0.")
+    ] = None,
+    send_models_unencrypted: Annotated[
+        bool | None,
+        typer.Option(
+            "--send-models-unencrypted",
+            help="Let models and updates travel to another machine in the clear.",
+        ),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
     noise_key: Annotated[
@@ -193,6 +227,8 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None}
     places = ("out", "resume", "config", "noise_key")
     settings = {k: v for k, v in given.items() if k not in places}
+    if root_certificates:
+        settings["root_certificates"] = str(root_certificates.absolute())
     if (out is None) == (resume is None):
         raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
     if out:

@@ -167,7 +167,11 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["audit", "demo", "frontier", "reproduce", "train", "transform"]),
+        (
+            [],
+            ["audit", "demo", "deploy", "frontier", "report", "reproduce", "train", "transform"],
+        ),
+        (["deploy"], ["init", "register", "sign", "status"]),
         (["demo"], ["--out"]),
         (["audit", "leakage"], ["--checkpoint", "--defense"]),
         (["reproduce", "dct"], ["--accuracy-dataset", "--keep"]),

@@ -226,7 +226,12 @@ class AuditedRun:
 
     def _train_honestly(self, model: nn.Module, images: Images) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        train_locally(model, images, ClientTask.of(self.config).training, generator=generator)
+        train_locally(
+            model,
+            images,
+            ClientTask.of(self.config, self.job.dataset).training,
+            generator=generator,
+        )
 
     def _images(self, thief: Thief, clients: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw labelled images from each client's share in turn; the others are unlabelled."""

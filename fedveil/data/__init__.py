@@ -1,7 +1,7 @@
 """Datasets and their partition over clients."""
 
 from fedveil.data.images import Dataset, Images
-from fedveil.data.load import load_dataset
+from fedveil.data.load import load_dataset, load_own_images
 from fedveil.data.partition import Dirichlet, Iid, Partition, Shards, parse_partition
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Partition",
     "Shards",
     "load_dataset",
+    "load_own_images",
     "parse_partition",
 ]

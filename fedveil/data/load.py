@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,51 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     if test is None:
         train, test = _split(train, seed)
     return Dataset(name, train, test, decoded.classes)
+
+
+def load_own_images(path: str, *, classes: Sequence[str], shape: tuple[int, int, int]) -> Images:
+    """Load every image of one party's own folder, labelled as the federation numbers the classes.
+
+    Args:
+        path: Folder of parquet files, or of image files in a sub-folder a class; where it has
+            ``train`` and ``test`` parts, both are taken.
+        classes: Names of the federation's classes, in the order of their labels. The folder need
+            not hold all of them, not even two.
+        shape: (C, H, W) every image must have; grey images stand in for colour ones.
+
+    Raises:
+        FedveilError: The folder cannot be read, has a class that the federation has not, or its
+            images have another shape.
+    """
+    decoded = _cached(_find_folder(path))
+    parts = [decoded.train] if decoded.test is None else [decoded.train, decoded.test]
+    raw = torch.cat([part.raw for part in parts])
+    labels = torch.cat([part.labels for part in parts])
+    if unknown := sorted(set(decoded.classes) - set(classes)):
+        raise FedveilError(
+            f"the folder {path!r} has images of {unknown[0]!r}, which is no class of this "
+            f"federation ({', '.join(classes)}); rename or remove that class"
+        )
+    if raw.shape[1] == 1:
+        raw = raw.expand(-1, shape[0], -1, -1)
+    if tuple(raw.shape[1:]) != shape:
+        raise FedveilError(
+            f"the images of {path!r} are {_size(tuple(raw.shape[1:]))}, those of the federation "
+            f"{_size(shape)}; convert them"
+        )
+    numbers = torch.tensor([list(classes).index(name) for name in decoded.classes])
+    return Images(raw, numbers[labels])
+
+
+def _find_folder(path: str) -> Source:
+    if not Path(path).expanduser().is_dir():
+        raise FedveilError(f"the data folder {path!r} of this node does not exist")
+    return folder(Path(path).expanduser())
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 @dataclass(frozen=True)

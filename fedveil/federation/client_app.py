@@ -11,7 +11,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data import Dataset, Images, load_dataset, load_own_images, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.protocol import Defense
@@ -55,7 +55,7 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Say which share of the data this client holds and how many images it has."""
     client = _node_setting(context, "partition-id")
-    share = len(client_index(context, _task(message)))
+    share = len(client_images(context, _task(message)))
     metrics = MetricRecord({"partition-id": client, "num-examples": share})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
@@ -116,10 +116,7 @@ def step(message: Message, context: Context) -> Message:
 def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers | None:
     """Return the server's unlabelled images, if it sent any and this client lacks a class."""
     record = message.content.array_records.get(UNLABELLED)
-    lacking = int(images.labels.bincount().count_nonzero()) < len(
-        _dataset(task.dataset, task.seed).classes
-    )
-    if record is None or not lacking:
+    if record is None or int(images.labels.bincount().count_nonzero()) == _classes(task):
         return None
     raw = record.to_torch_state_dict()["images"]
     unlabelled = Images(raw, torch.full((len(raw),), -1))
@@ -189,28 +186,37 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
 
 
 def client_images(context: Context, task: ClientTask) -> Images:
-    """Return the images of one client, after the task's transformation where that is a fixed one.
+    """Return the images of one client: every image of its own folder, or its share of a dataset.
+
+    A fixed transformation of the task has been applied to them.
 
     Args:
-        context: Its node config names ``partition-id`` and ``num-partitions``.
-        task: Names the dataset, how it is shared out and the transformation.
+        context: Its node config names ``data``, a folder, or ``partition-id`` and
+            ``num-partitions``.
+        task: Names the dataset and how it is shared out, or the classes and shape images must have,
+            and the transformation.
 
     Raises:
-        FedveilError: The dataset cannot be loaded or shared out, or the node config is incomplete.
+        FedveilError: The images cannot be loaded or do not fit the task, the dataset cannot be
+            shared out, or the node config is incomplete.
     """
-
-    def stored() -> Images:
-        return _dataset(task.dataset, task.seed).train[client_index(context, task)]
-
     transform = _defense(task.defense).transform
     if transform is None or not is_fixed(transform):
-        return stored()
-    clients = _node_setting(context, "num-partitions")
+        return _stored_images(context, task)
+    own, clients = (context.node_config.get(key) for key in ("data", "num-partitions"))
     return _kept.get(
-        (task.dataset, task.partition, clients, task.seed, task.defense),
+        (task.dataset, task.partition, task.seed, task.defense, own, clients),
         _node_setting(context, "partition-id"),
-        lambda: transformed(stored(), transform),
+        lambda: transformed(_stored_images(context, task), transform),
     )
+
+
+def _stored_images(context: Context, task: ClientTask) -> Images:
+    if own := context.node_config.get("data"):
+        if task.shape is None:
+            raise FedveilError("a node with data of its own needs a server with --engine deployed")
+        return _own_images(str(own), task.classes, task.shape)
+    return _dataset(task.dataset, task.seed).train[client_index(context, task)]
 
 
 def client_index(context: Context, task: ClientTask) -> torch.Tensor:
@@ -231,6 +237,11 @@ def _dataset(name: str, seed: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
+def _own_images(path: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Images:
+    return load_own_images(path, classes=classes, shape=shape)
+
+
+@lru_cache(maxsize=4)
 def _shares(dataset: str, scheme: str, clients: int, seed: int) -> tuple[torch.Tensor, ...]:
     labels = _dataset(dataset, seed).train.labels
     return partition(labels, clients=clients, scheme=parse_partition(scheme), seed=seed)
@@ -246,7 +257,13 @@ def _model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     return build_model(name, shape, classes, seed=0)
 
 
+def _classes(task: ClientTask) -> int:
+    return len(task.classes or _dataset(task.dataset, task.seed).classes)
+
+
 def _model_for(task: ClientTask) -> nn.Module:
+    if task.shape is not None:
+        return _model(task.model, task.shape, len(task.classes)).train()
     dataset = _dataset(task.dataset, task.seed)
     return _model(task.model, dataset.shape, len(dataset.classes)).train()
 

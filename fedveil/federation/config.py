@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,17 @@ class TrainConfig(BaseModel):
         default=None, ge=0, le=10, description="of each client's copy, in a layer's RMS; 0: none"
     )
     archive: bool = Field(default=True, description="keep what each client was sent, encrypted")
+    norm_limit: float = Field(
+        default=10.0, ge=0, le=1e9, description="of a change, in medians of the round; 0: none"
+    )
+    average: Literal["mean", "median", "trimmed-mean"] = "mean"
     engine: Literal["local", "ray", "deployed"] = "local"
+    superlink: str | None = Field(default=None, min_length=1, description="host:port")
+    root_certificates: str | None = Field(default=None, min_length=1, description="a CA's PEM file")
+    app: str | None = Field(
+        default=None, min_length=1, description="a signed app: @who/what==1.0.0"
+    )
+    send_models_unencrypted: bool = False
     workers: int | None = Field(default=None, ge=1, le=1024)
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -94,6 +105,33 @@ class TrainConfig(BaseModel):
     def _sigma_must_rise(self) -> "TrainConfig":
         if self.sigma_step == 0 and self.sigma_factor == 1:
             raise ValueError("sigma-step 0 with sigma-factor 1 never raises sigma; raise either")
+        return self
+
+    @model_validator(mode="after")
+    def _average_must_fit(self) -> "TrainConfig":
+        if self.average != "mean" and self.strategy not in ("fedavg", "noise-delta"):
+            raise ValueError(
+                f"average {self.average} is for fedavg and noise-delta; {self.strategy} is defined "
+                "by its weighted means"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _superlink_must_be_encrypted(self) -> "TrainConfig":
+        if self.superlink is None:
+            return self
+        if self.engine != "deployed":
+            raise ValueError(f"superlink is for engine deployed, not {self.engine}")
+        host, _, port = self.superlink.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"superlink {self.superlink!r} is no address; give HOST:PORT")
+        encrypted = self.root_certificates is not None
+        if not (encrypted or is_loopback(host) or self.send_models_unencrypted):
+            raise ValueError(
+                f"superlink {self.superlink} is on another machine, and without root-certificates "
+                "every model and update would travel in the clear; give --root-certificates FILE, "
+                "or force it with --send-models-unencrypted"
+            )
         return self
 
     @classmethod
@@ -127,6 +165,14 @@ class TrainConfig(BaseModel):
             raise FedveilError(f"--config {path}: {error}") from None
         named = {key.replace("-", "_"): value for key, value in settings.items()}
         return cls.check(named | overrides)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address never leaves this machine."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _explain(detail: Any) -> str:

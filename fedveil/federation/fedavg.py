@@ -1,7 +1,7 @@
 """Federated averaging with a seeded choice of clients; what the noise strategies build on."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import WARNING
 
@@ -14,8 +14,14 @@ from torch import Tensor
 
 from fedveil.defenses.fingerprint import Fingerprint
 from fedveil.errors import FedveilError
+from fedveil.federation.acceptance import (
+    Acceptance,
+    coordinate_median,
+    refuse_large,
+    trimmed_mean,
+)
 from fedveil.federation.archive import Archive, Entry
-from fedveil.federation.replies import Update, read_replies
+from fedveil.federation.replies import Refusal, Update, read_replies
 from fedveil.federation.roster import Client, query_roster, sample_clients
 
 Weights = Mapping[str, Tensor]
@@ -104,7 +110,10 @@ class SeededFedAvg(FedAvg):
     Attributes:
         archive: Where each round is written down before its models leave; ``None``: nowhere.
         fingerprint: What tells each client's copy from the others'; ``None``: nothing.
+        acceptance: Which answers are averaged, and how; may be set before the first round.
     """
+
+    acceptance = Acceptance()
 
     def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
         self.sampling = sampling or Sampling()
@@ -147,7 +156,11 @@ class SeededFedAvg(FedAvg):
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
-        return weighted_mean([(unmarked(update, sent), update.examples) for update in updates])
+        return self.average([(unmarked(update, sent), update.examples) for update in updates])
+
+    def average(self, terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
+        """Return the average that ``acceptance`` names, of (x, n) pairs."""
+        return _AVERAGES[self.acceptance.average](terms)
 
     def expected(self, sent: Distribution) -> Weights:
         """Return tensors with the names, shapes and dtypes a reply must have."""
@@ -215,6 +228,9 @@ class SeededFedAvg(FedAvg):
         updates, refusals = read_replies(
             replies, asked=asked, expected=self.expected(self.sent), round_number=round_number
         )
+        received = {client: self.sent.copies[copy] for client, copy in self.sent.assignment}
+        updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
+        refusals += [*large, *_silent(asked, updates, refusals + large)]
         self.refused = tuple(f"node {refusal.node}: {refusal.reason}" for refusal in refusals)
         for refusal in self.refused:
             log(WARNING, "round %d: left out %s", round_number, refusal)
@@ -255,6 +271,13 @@ def unmarked(update: Update, sent: Distribution) -> Weights:
     }
 
 
+def _silent(
+    asked: Mapping[int, Client], updates: Sequence[Update], refusals: Sequence[Refusal]
+) -> list[Refusal]:
+    heard = {update.client.node for update in updates} | {refusal.node for refusal in refusals}
+    return [Refusal(node, "no answer in time") for node in asked if node not in heard]
+
+
 def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
     """Return Σ nₖ·xₖ / Σ nₖ tensor by tensor, summed in float64 and returned in the terms' dtype.
 
@@ -273,6 +296,13 @@ def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
             accumulated.add_(weights[name], alpha=count / total)
         mean[name] = accumulated.to(first.dtype)
     return mean
+
+
+_AVERAGES: Mapping[str, Callable[[Sequence[tuple[Weights, float]]], dict[str, Tensor]]] = {
+    "mean": weighted_mean,
+    "median": coordinate_median,
+    "trimmed-mean": trimmed_mean,
+}
 
 
 def clone(weights: Weights) -> dict[str, Tensor]:

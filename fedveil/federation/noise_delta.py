@@ -134,7 +134,7 @@ class NoiseDelta(NoisyFedAvg):
             (difference(update.weights, received[update.client], self._parameters), update.examples)
             for update in updates
         ]
-        step = weighted_mean(deltas)
+        step = self.average(deltas)
         mean = {name: base[name] + change for name, change in step.items()}
         weights = self.keep_statistics(mean, base)
         self.state = replace(self.state, base=self.cool(weights))

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from fedveil.federation.roster import Client
 
+_HEADER = 4096  # more than numpy writes before an array's numbers
 # Of a client that did not say how many images it has.
 _MOST_EXAMPLES = 10_000_000
 
@@ -88,12 +89,23 @@ def _read(
     most = _MOST_EXAMPLES if client.examples is None else client.examples
     if not isinstance(examples, int) or not 0 < examples <= most:
         return f"num-examples is {examples!r}; allowed: 1 to {most}"
+    if isinstance(loss, list):
+        return "its loss is a list, not a number"
+    sent = next(iter(arrays.values()))
+    if large := _too_large(sent, expected):
+        return large
     try:
-        weights = next(iter(arrays.values())).to_torch_state_dict()
-    except (ValueError, TypeError, OSError, EOFError) as error:
+        weights = sent.to_torch_state_dict()
+    except Exception as error:  # whatever numpy makes of bytes that a stranger chose
         return f"its arrays cannot be read ({type(error).__name__})"
-    fault = _fault(weights, expected)
-    return fault or Update(client, weights, examples, float(loss))  # type: ignore[arg-type]
+    return _fault(weights, expected) or Update(client, weights, examples, float(loss))
+
+
+def _too_large(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> str | None:
+    """Say so where an answer holds more bytes than the model, before any of them is unpacked."""
+    size = sum(len(array.data) for array in arrays.values())
+    most = sum(value.nbytes + _HEADER for value in expected.values())
+    return f"it holds {size} bytes; the model has {most} at most" if size > most else None
 
 
 def _fault(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

@@ -8,8 +8,10 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedveil.errors import FedveilError
@@ -57,6 +59,8 @@ def query_roster(
     ]
     replies = list(grid.send_and_receive(messages, timeout=timeout))
     clients = [_client(reply) for reply in replies if not reply.has_error()]
+    if clients:
+        _name_missing(messages, replies)
     if not clients and replies and all(_has_no_query(reply) for reply in replies):
         nodes = sorted(message.metadata.dst_node_id for message in messages)
         return tuple(Client(number, node, None) for number, node in enumerate(nodes))
@@ -71,6 +75,19 @@ def query_roster(
             "two nodes claim the same partition-id; give every node its own --node-config"
         )
     return tuple(sorted(clients, key=lambda client: client.partition))
+
+
+def _name_missing(messages: Sequence[Message], replies: Sequence[Message]) -> None:
+    reasons = {
+        reply.metadata.src_node_id: str(reply.error.reason)
+        for reply in replies
+        if reply.has_error()
+    }
+    answered = {reply.metadata.src_node_id for reply in replies} - reasons.keys()
+    for message in messages:
+        node = message.metadata.dst_node_id
+        if node not in answered:
+            log(WARNING, "node %d takes no part: %s", node, reasons.get(node, "no answer in time"))
 
 
 def _has_no_query(reply: Message) -> bool:

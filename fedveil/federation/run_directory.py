@@ -228,6 +228,11 @@ class RunDirectory:
         content = save(_contiguous(tensors), metadata={"state": json.dumps(state)})
         self._write("checkpoint.safetensors", content, mode=_SECRET)
 
+    def sweep(self) -> None:
+        """Remove what a killed writer left half written; only for whoever writes from now on."""
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
     def write_model(self, weights: Mapping[str, Tensor]) -> None:
         """Write ``model.safetensors``: w alone, for the party that ordered it."""
         self._write("model.safetensors", save(_contiguous(weights)), mode=_SECRET)

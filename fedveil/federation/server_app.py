@@ -19,8 +19,10 @@ from fedveil.defenses import check_defense, parse_defense
 from fedveil.defenses.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
+from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.archive import Archive
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.eager_grid import EagerGrid
 from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import (
@@ -120,7 +122,9 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
 
 def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
-    return _STRATEGIES[job.config.strategy](job, resume, key)
+    strategy = _STRATEGIES[job.config.strategy](job, resume, key)
+    strategy.acceptance = Acceptance(job.config.norm_limit or None, job.config.average)
+    return strategy
 
 
 def _sampling(config: TrainConfig) -> Sampling:
@@ -266,6 +270,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     Raises:
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
+    directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     key = directory.noise_key()
     strategy = build_strategy(job, Resume(last.round, last.state), key)
@@ -278,7 +283,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
             ArrayRecord(dict(last.weights)),
             num_rounds=job.config.rounds - last.round,
             timeout=job.config.timeout,
-            train_config=ClientTask.of(job.config).to_record(),
+            train_config=ClientTask.of(job.config, job.dataset).to_record(),
             evaluate_fn=recorder,
         )
         last = directory.checkpoint() or last
@@ -345,4 +350,5 @@ def main(grid: Grid, context: Context) -> None:
     if not out:
         raise FedveilError("the run configuration has no 'out', the directory of the run")
     directory = RunDirectory.open(Path(str(out)))
-    run_rounds(grid, prepare_job(directory.config), directory, on_round=lambda _: None)
+    job = prepare_job(directory.config)
+    run_rounds(EagerGrid(grid), job, directory, on_round=lambda _: None)

@@ -5,6 +5,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedveil.data import Dataset
 from fedveil.data.augmentation import parse_augmentation
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.training import LocalTraining
@@ -31,6 +32,9 @@ class ClientTask(BaseModel):
         augment: How the client changes its images at random in every step.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
+        classes: Names of the classes in the order of their labels; for nodes with images of their
+            own, whose folders need not hold every class.
+        shape: (C, H, W) of an image; for the same nodes.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -49,6 +53,8 @@ class ClientTask(BaseModel):
     augment: str | None = None
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)
+    classes: tuple[str, ...] = ()
+    shape: tuple[int, int, int] | None = None
 
     @classmethod
     def from_record(cls, record: ConfigRecord) -> "ClientTask":
@@ -56,13 +62,20 @@ class ClientTask(BaseModel):
         return cls.model_validate({key.replace("-", "_"): record[key] for key in record})
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "ClientTask":
-        """Take what clients need out of a run's configuration."""
-        return cls.model_validate(config.model_dump())
+    def of(cls, config: TrainConfig, dataset: Dataset) -> "ClientTask":
+        """Take what clients need out of a run's configuration and the server's dataset."""
+        known = {"classes": dataset.classes, "shape": dataset.shape}
+        # Only a deployed node can have images of its own; to the others it is no business.
+        return cls.model_validate(
+            config.model_dump() | (known if config.engine == "deployed" else {})
+        )
 
     def to_record(self) -> ConfigRecord:
         """Return the record for a message; the strategy adds ``server-round``."""
         settings: dict[str, Any] = self.model_dump(exclude_none=True, exclude={"server_round"})
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        if not self.classes:
+            del settings["classes"]
         return ConfigRecord({key.replace("_", "-"): value for key, value in settings.items()})
 
     @property

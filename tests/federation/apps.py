@@ -1,6 +1,11 @@
 """ClientApps whose answers are known in closed form, and a grid that keeps what it carries."""
 
+import io
 import json
+import os
+import pickle
+import time
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -78,6 +83,18 @@ add = _app(_add)
 spoil = _app(_spoil)
 
 
+shy = ClientApp()
+
+
+@shy.query()
+def _shy_query(message: Message, context: Context) -> Message:
+    client = int(context.node_config["partition-id"])
+    if client == 1:
+        raise RuntimeError("the data folder '/srv/images' of this node does not exist")
+    metrics = MetricRecord({"partition-id": client, "num-examples": 5})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
 ordinary = ClientApp()
 
 
@@ -91,7 +108,9 @@ def _ordinary_train(message: Message, context: Context) -> Message:
 def _broken(make):
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
-        reply = _echo(message, context)
+        # An app that echoes shows an answer that was averaged; one that adds has a norm.
+        answer = _add if message.content["config"].get("add") else _echo
+        reply = answer(message, context)
         if client == 1:
             make(reply)
         return reply
@@ -133,6 +152,70 @@ def _stale(reply):
     reply.content["metrics"]["server-round"] = 0
 
 
+def _infinite(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(np.full(arrays[name].shape, -np.inf, dtype=np.float32))
+
+
+def _huge(reply):
+    arrays = reply.content["arrays"]
+    for name in list(arrays):
+        value = arrays[name].numpy()
+        arrays[name] = Array(np.asarray(value + 1e6 * np.sign(value + 0.5), dtype=np.float32))
+
+
+class Intruder:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ["FEDVEIL_INTRUDER"]),)
+
+
+def _pickled(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    stream = io.BytesIO()
+    np.save(stream, np.array([Intruder()], dtype=object), allow_pickle=True)
+    arrays[name] = Array("float32", arrays[name].shape, "numpy.ndarray", stream.getvalue())
+
+
+def _raw_pickle(reply):
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    data = pickle.dumps(Intruder())
+    arrays[name] = Array("float32", arrays[name].shape, "numpy.ndarray", data)
+
+
+def _bomb(reply):
+    """A header that promises far more numbers than any machine holds."""
+    arrays = reply.content["arrays"]
+    name = next(iter(arrays))
+    stream = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**13,)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    arrays[name] = Array("float32", (10**13,), "numpy.ndarray", stream.getvalue())
+
+
+def _many(reply):
+    reply.content["arrays"]["intruder"] = Array(np.zeros(10**6, dtype=np.float32))
+
+
+def _listed(reply):
+    reply.content["metrics"]["loss"] = [1.0, 2.0]
+
+
+def _two_records(reply):
+    reply.content["more"] = reply.content["arrays"]
+
+
+def _never(reply):
+    time.sleep(60)
+
+
+sends_infinity, sends_huge, sends_pickle = map(_broken, (_infinite, _huge, _pickled))
+sends_raw_pickle, sends_bomb, sends_many = map(_broken, (_raw_pickle, _bomb, _many))
+sends_listed, sends_two_records, never_answers = map(_broken, (_listed, _two_records, _never))
 sends_nan, sends_shape, sends_dtype, sends_name = map(_broken, (_nan, _shape, _dtype, _name))
 sends_negative, sends_absurd, sends_stale = map(_broken, (_negative, _absurd, _stale))
 

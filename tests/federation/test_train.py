@@ -32,9 +32,14 @@ FAST = [
 FEDVEIL = [str(Path(sys.executable).with_name("fedveil")), "train"]
 
 
-def fedveil(*options, check=True):
+def fedveil(*options, check=True, preexec_fn=None):
     done = subprocess.run(
-        [*FEDVEIL, *map(str, options)], capture_output=True, text=True, check=False, timeout=300
+        [*FEDVEIL, *map(str, options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        preexec_fn=preexec_fn,
     )
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

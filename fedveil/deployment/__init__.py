@@ -1,0 +1,1 @@
+"""A federation over several hosts: what its operator needs around Flower's own programs."""

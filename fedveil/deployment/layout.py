@@ -1,0 +1,274 @@
+"""``fedveil deploy init``: the folder a deployment is started from."""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from fedveil.deployment.keys import Authority, node_key, signing_key
+from fedveil.deployment.signed_apps import key_id, sign_app
+from fedveil.errors import FedveilError
+from fedveil.federation.config import is_loopback
+from fedveil.federation.deployed import ENVIRONMENT, write_app
+from fedveil.files import check_directory, write_atomically
+
+_SECRET = 0o600
+_SCRIPT = 0o755
+_NODE_HOME = "/etc/fedveil-node"
+_NODE_PROGRAMS = "/opt/fedveil/bin"
+CONNECTION = "fedveil"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where the parts of a deployment listen; ``deployment.json``.
+
+    Attributes:
+        host: Name or address the nodes reach the server under.
+        port: The gate's port, open to the nodes. The SuperLink's and the shelf's are the next two,
+            on loopback.
+        nodes: How many nodes there are.
+    """
+
+    host: str
+    port: int
+    nodes: int
+
+    @classmethod
+    def open(cls, path: Path) -> "Deployment":
+        """Read ``deployment.json`` of a folder ``fedveil deploy init`` made.
+
+        Raises:
+            FedveilError: It is none.
+        """
+        try:
+            return cls(**json.loads((path / "deployment.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise FedveilError(
+                f"{path} is no deployment ({error}); make one with fedveil deploy init {path} "
+                "--nodes N"
+            ) from None
+
+    @property
+    def superlink(self) -> str:
+        """The SuperLink's address, on loopback."""
+        return f"127.0.0.1:{self.port + 1}"
+
+    @property
+    def shelf_port(self) -> int:
+        """The shelf's port, on loopback."""
+        return self.port + 2
+
+    @property
+    def gate(self) -> str:
+        """The address nodes connect to."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def listen(self) -> str:
+        """The address the gate listens on."""
+        if is_loopback(self.host):
+            return "127.0.0.1"
+        try:
+            return "::" if ip_address(self.host).version == 6 else "0.0.0.0"
+        except ValueError:
+            return "0.0.0.0"
+
+    def node_names(self) -> list[str]:
+        """Return the names of the nodes, also of their folders."""
+        return [f"node-{number}" for number in range(self.nodes)]
+
+
+def create(path: Path, deployment: Deployment) -> None:
+    """Write certificates, keys, start scripts, systemd units and the README of a deployment.
+
+    Args:
+        path: New or empty folder.
+        deployment: What to write.
+
+    Raises:
+        FedveilError: The folder holds something or cannot be written.
+    """
+    check_directory(path, new=True)
+    home = path.resolve()
+    try:
+        for part in ("flwr", "systemd", "state", "runs"):
+            (home / part).mkdir(parents=True, mode=0o700)
+        home.chmod(0o700)
+        _write_server(home, deployment)
+        _write_nodes(home, deployment)
+        write_app(home / "app")
+        app = sign_app(home / "app", key=home / "signing.key", shelf=home / "signed-apps")
+        _write(home / "README.md", _readme(home, deployment, app.spec))
+        _write(home / "deployment.json", json.dumps(asdict(deployment), indent=2) + "\n")
+    except OSError as error:
+        raise FedveilError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def _write_server(home: Path, deployment: Deployment) -> None:
+    authority = Authority.generate()
+    server, signer = authority.server(deployment.host), signing_key()
+    _write(home / "ca.key", authority.pair.private, mode=_SECRET)
+    _write(home / "ca.crt", authority.pair.public)
+    _write(home / "server.key", server.private, mode=_SECRET)
+    _write(home / "server.crt", server.public)
+    _write(home / "signing.key", signer.private, mode=_SECRET)
+    _write(home / "signing.pub", signer.public)
+    _write(
+        home / "flwr" / "config.toml",
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "{deployment.superlink}"\n'
+        f"root-certificates = {json.dumps(str(home / 'ca.crt'))}\n",
+    )
+    programs = Path(sys.executable).parent
+    commands = {
+        "superlink": (
+            "exec flower-superlink --host 127.0.0.1 "
+            f"--port {deployment.superlink.rpartition(':')[2]} \\\n"
+            "    --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key \\\n"
+            "    --enable-supernode-auth --database state/superlink.db \\\n"
+            "    --disable-runtime-dependency-installation"
+        ),
+        "gate": "exec fedveil deploy gate .",
+        "shelf": "exec fedveil deploy shelf .",
+    }
+    for name, command in commands.items():
+        _write(home / f"start-{name}", _script(programs, deployment, command), mode=_SCRIPT)
+        unit = _unit(f"fedveil {name}", home, f"start-{name}")
+        _write(home / "systemd" / f"fedveil-{name}.service", unit)
+
+
+def _write_nodes(home: Path, deployment: Deployment) -> None:
+    public = (home / "signing.pub").read_bytes()
+    trusted = f"{key_id(public)}: '{public.decode().strip()}'\n"
+    for number, name in enumerate(deployment.node_names()):
+        folder = home / "nodes" / name
+        folder.mkdir(parents=True, mode=0o700)
+        key = node_key()
+        _write(folder / "node.key", key.private, mode=_SECRET)
+        _write(folder / "node.pub", key.public)
+        _write(folder / "ca.crt", (home / "ca.crt").read_bytes())
+        _write(folder / "trusted.yaml", trusted)
+        command = (
+            f"exec flower-supernode --superlink {deployment.gate} --root-certificates ca.crt \\\n"
+            "    --auth-supernode-private-key node.key --trusted-entities trusted.yaml \\\n"
+            f"    --host 127.0.0.1 --port {deployment.port + 10 + number} \\\n"
+            f'    --node-config "partition-id={number} num-partitions={deployment.nodes} '
+            "data='${FEDVEIL_NODE_IMAGES:-$PWD/images}'\""
+        )
+        script = _script(Path(_NODE_PROGRAMS), deployment, command)
+        _write(folder / "start", script, mode=_SCRIPT)
+        unit = _unit(f"fedveil {name}", Path(_NODE_HOME), "start")
+        _write(folder / "fedveil-node.service", unit)
+
+
+def _script(programs: Path, deployment: Deployment, command: str) -> str:
+    settings = {
+        **ENVIRONMENT,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Where the SuperLink asks for signed apps; a proxy must not come in between.
+        "FLWR_SUPERGRID_API_URL": f"http://127.0.0.1:{deployment.shelf_port}/v1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
+    return (
+        "#!/bin/sh\n"
+        'cd "$(dirname "$0")" || exit 1\n'
+        'export FLWR_HOME="$PWD/flwr"\n'
+        f'export PATH={shlex.quote(str(programs))}:"$PATH"\n'
+        f"{exports}{command}\n"
+    )
+
+
+def _unit(title: str, home: Path, script: str) -> str:
+    return (
+        f"[Unit]\nDescription={title}\nWants=network-online.target\nAfter=network-online.target\n\n"
+        f"[Service]\nUser=fedveil\nWorkingDirectory={home}\nExecStart={home / script}\n"
+        "Restart=on-failure\nRestartSec=5\nKillMode=control-group\nNoNewPrivileges=yes\n"
+        "PrivateTmp=yes\nProtectSystem=full\nUMask=0077\n\n"
+        "[Install]\nWantedBy=multi-user.target\n"
+    )
+
+
+def _readme(home: Path, deployment: Deployment, app: str) -> str:
+    here = shlex.quote(str(home))
+    flwr = f"FLWR_HOME={shlex.quote(str(home / 'flwr'))} flwr"
+    train = (
+        f"fedveil train --engine deployed --superlink {deployment.superlink} \\\n"
+        f"    --root-certificates {shlex.quote(str(home / 'ca.crt'))} --app {app} \\\n"
+        f"    --clients {deployment.nodes} --fraction 1 --dataset digits \\\n"
+        "    --strategy noise-delta --cap 0.6 --rounds 20 --out "
+        f"{shlex.quote(str(home / 'runs' / 'first'))}"
+    )
+    return f"""# A fedveil federation of {deployment.nodes} nodes
+
+Server: {deployment.host}, port {deployment.port}. Written by `fedveil deploy init`.
+
+## On the server
+
+Start the three parts, each in a terminal of its own or by its unit in `systemd/`:
+
+```sh
+{here}/start-shelf
+{here}/start-superlink
+{here}/start-gate
+```
+
+Make the nodes known, once:
+
+```sh
+fedveil deploy register {here}
+```
+
+Only port {deployment.port}, the gate's, may be open to other machines. {deployment.superlink} (the
+SuperLink) and 127.0.0.1:{deployment.shelf_port} (the shelf of signed apps) are on loopback. Keep
+them there: the SuperLink asks nobody who reaches it directly for a password.
+
+## On each node
+
+Copy `nodes/node-N`, and nothing else of this folder, to the node as `{_NODE_HOME}`; install fedveil
+into `{Path(_NODE_PROGRAMS).parent}`; say where its images are, a sub-folder a class:
+
+```sh
+FEDVEIL_NODE_IMAGES=/srv/images {_NODE_HOME}/start
+```
+
+Then delete `nodes/node-N/node.key` here: nobody but the node needs it.
+
+## Train
+
+On the server, with a dataset whose test images calibrate the noise:
+
+```sh
+{train}
+```
+
+or with Flower's own command, in a run directory that `fedveil train` made before:
+
+```sh
+{flwr} run {app} {CONNECTION} --run-config 'out="{home / "runs" / "first"}"'
+```
+
+What runs, and which nodes are there:
+
+```sh
+fedveil deploy status {here}
+```
+
+## Your own app
+
+```sh
+fedveil deploy sign {here} /path/to/app
+{flwr} run @publisher/name==1.0.0 {CONNECTION}
+```
+
+Nodes refuse every app that `signing.key` has not signed. Keep `signing.key` and `ca.key` on another
+machine; the server needs neither to run.
+"""
+
+
+def _write(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+    write_atomically(path, content.encode() if isinstance(content, str) else content, mode=mode)

@@ -1,0 +1,100 @@
+"""What keeps one client's answer from moving the model further than the others'."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
+from torch import Tensor
+
+from fedveil.federation.replies import Refusal, Update
+from fedveil.federation.roster import Client
+
+Weights = Mapping[str, Tensor]
+Terms = Sequence[tuple[Weights, float]]
+
+# Below this a median says nothing of who is the odd one out.
+_ENOUGH = 3
+_TRIMMED = 0.2
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Which well-formed answers of a round are averaged, and how.
+
+    Attributes:
+        norm_limit: An answer whose change is longer than this many times the median of the round's
+            is refused; ``None`` refuses none. Nothing is refused in a round of fewer than three
+            answers, or where more than half of them changed nothing.
+        average: The weighted mean, or one of Flower's two robust averages coordinate by coordinate,
+            in which every client counts the same: the median, or the mean without the lowest and
+            the highest fifth.
+
+    The limit bounds what one client can do by scale, not what it can do by direction; the robust
+    averages are from Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
+    Statistical Rates", ICML 2018, and pay in accuracy where clients' images differ.
+    """
+
+    norm_limit: float | None = None
+    average: str = "mean"
+
+
+def refuse_large(
+    updates: Sequence[Update], received: Mapping[Client, Weights], limit: float | None
+) -> tuple[list[Update], list[Refusal]]:
+    """Sort out the answers that changed far more than the median answer did.
+
+    Args:
+        updates: Well-formed answers.
+        received: The copy each client was sent.
+        limit: As ``Acceptance.norm_limit``.
+
+    Returns:
+        The answers that stay, and the refusals.
+    """
+    norms = [_length(update, received[update.client]) for update in updates]
+    if limit is None or len(updates) < _ENOUGH or not (middle := median(norms)):
+        return list(updates), []
+    stay = [u for u, norm in zip(updates, norms, strict=True) if norm <= limit * middle]
+    refusals = [
+        Refusal(
+            update.client.node,
+            f"its change has norm {norm:.3g}, {norm / middle:.3g} times the round's median; "
+            f"allowed: {limit:g} times",
+        )
+        for update, norm in zip(updates, norms, strict=True)
+        if norm > limit * middle
+    ]
+    return stay, refusals
+
+
+def _length(update: Update, sent: Weights) -> float:
+    squares = (
+        (value.double() - sent[name].double()).square().sum()
+        for name, value in update.weights.items()
+        if value.is_floating_point()
+    )
+    return float(torch.stack(list(squares)).sum().sqrt())
+
+
+def coordinate_median(terms: Terms) -> dict[str, Tensor]:
+    """Return the median of each coordinate, whatever the counts; as Flower's FedMedian does."""
+    return _coordinatewise(terms, lambda stacked: np.median(stacked, axis=0))
+
+
+def trimmed_mean(terms: Terms) -> dict[str, Tensor]:
+    """Return the mean of each coordinate without its extremes; as Flower's FedTrimmedAvg does."""
+    return _coordinatewise(terms, lambda stacked: trim_mean(stacked, _TRIMMED))
+
+
+def _coordinatewise(terms: Terms, average: Callable[[np.ndarray], np.ndarray]) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for name, first in terms[0][0].items():
+        if not first.is_floating_point():
+            result[name] = first
+            continue
+        stacked = np.stack([weights[name].numpy() for weights, _ in terms])
+        result[name] = torch.from_numpy(np.asarray(average(stacked))).to(first.dtype)
+    return result

@@ -1,0 +1,91 @@
+"""A grid that looks for replies often enough not to be what a round waits for."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+_SHORTEST = 0.1
+_LONGEST = 2.0
+# Looking costs the SuperLink a query; the longer a round has taken, the rarer a look need be.
+_SHARE_OF_THE_WAIT = 0.05
+
+
+class EagerGrid(Grid):
+    """Flower's grid with short waits between two looks for replies.
+
+    Flower 1.41's own ``send_and_receive`` sleeps three seconds between two looks, whatever the
+    clients do. Pushing and pulling are public parts of the Grid interface, and the wait between
+    them is left to the caller.
+
+    Args:
+        inner: The grid that Flower gave the ServerApp.
+    """
+
+    def __init__(self, inner: Grid) -> None:
+        self.inner = inner
+
+    def set_run(self, run: Run) -> None:
+        """Hand through."""
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run this grid belongs to."""
+        return self.inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Hand through."""
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Hand through."""
+        return self.inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Hand through."""
+        return self.inner.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand through."""
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand through."""
+        return self.inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push the messages and pull their replies, for ``timeout`` seconds at most."""
+        waiting = {number for number in self.push_messages(list(messages)) if number}
+        replies: list[Message] = []
+        for _ in _looks(timeout):
+            came = list(self.pull_messages(waiting))
+            replies += came
+            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            if not waiting:
+                break
+        return replies
+
+
+def _looks(timeout: float | None) -> Iterator[None]:
+    """Yield whenever it is time to look; the last time when ``timeout`` is over."""
+    started = time.monotonic()
+    while True:
+        yield
+        elapsed = time.monotonic() - started
+        if timeout is not None and elapsed >= timeout:
+            return
+        wait = min(max(_SHORTEST, _SHARE_OF_THE_WAIT * elapsed), _LONGEST)
+        time.sleep(wait if timeout is None else min(wait, timeout - elapsed))

@@ -1,0 +1,140 @@
+"""A whole deployment on loopback: gate, SuperLink, shelf and three SuperNodes, each a process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fedveil.data import load_dataset, parse_partition
+from fedveil.data.partition import partition
+from fedveil.deployment.control import register, status
+from fedveil.deployment.layout import Deployment, create
+
+NODES = 3
+PROGRAMS = Path(sys.executable).parent
+
+
+def write_sites(folder, *, nodes=NODES):
+    """Share the training images of digits out over folders of PNG files, one a node."""
+    data = load_dataset("digits")
+    shares = partition(data.train.labels, clients=nodes, scheme=parse_partition("iid"), seed=0)
+    for number, share in enumerate(shares):
+        for index in share.tolist():
+            name = data.classes[int(data.train.labels[index])]
+            file = folder / f"node-{number}" / name / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.train.raw[index, 0].numpy()).save(file)
+    return [len(share) for share in shares]
+
+
+def free_block():
+    """Return a port after which all those a deployment uses are free."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            base = probe.getsockname()[1]
+        if base < 60_000 and all(_free(base + i) for i in (0, 1, 2, *range(10, 10 + NODES))):
+            return base
+    raise AssertionError("no block of free ports")
+
+
+def _free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+class Federation:
+    """Runs the scripts ``fedveil deploy init`` wrote, as they are."""
+
+    def __init__(self, home):
+        self.home = home
+        self.processes = {}
+        self.logs = home.parent / "logs"
+        self.logs.mkdir()
+
+    def start(self, name, script, **settings):
+        with (self.logs / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [script],
+                env={**os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", **settings},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start_part(self, part):
+        self.start(part, self.home / f"start-{part}")
+
+    def start_node(self, number):
+        images = str(self.home.parent / "sites" / f"node-{number}")
+        script = self.home / "nodes" / f"node-{number}" / "start"
+        self.start(f"node-{number}", script, FEDVEIL_NODE_IMAGES=images)
+
+    def kill(self, name, number=signal.SIGKILL):
+        process = self.processes.pop(name)
+        for sign in (number, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sign)
+                process.wait(timeout=5)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def log(self, name):
+        return (self.logs / f"{name}.log").read_text(errors="replace")
+
+    def until(self, condition, *, seconds=600):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if condition():
+                return
+            ended = {n: p.returncode for n, p in self.processes.items() if p.poll() is not None}
+            assert not ended, {name: self.log(name)[-2000:] for name in ended}
+            time.sleep(0.3)
+        raise AssertionError({name: self.log(name)[-1000:] for name in self.processes})
+
+
+def train_command(federation, out, *options):
+    """Return a protected training run on the deployment, as its README prints it."""
+    deployment = Deployment.open(federation.home)
+    command = [
+        PROGRAMS / "fedveil",
+        "train",
+        "--engine=deployed",
+        f"--superlink={deployment.superlink}",
+        f"--root-certificates={federation.home / 'ca.crt'}",
+        f"--clients={NODES}",
+        "--fraction=1",
+        "--dataset=digits",
+        "--strategy=noise-delta",
+        "--cap=0.6",
+        f"--out={out}",
+        *options,
+    ]
+    return list(map(str, command))
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory):
+    root = tmp_path_factory.mktemp("deployment")
+    home = root / "deployment"
+    create(home, Deployment("127.0.0.1", free_block(), NODES))
+    federation = Federation(home)
+    federation.examples = write_sites(root / "sites")
+    try:
+        for part in ("shelf", "superlink", "gate"):
+            federation.start_part(part)
+        federation.until(lambda: all(status(home).parts.values()))
+        register(home)
+        for number in range(NODES):
+            federation.start_node(number)
+        federation.until(lambda: all(node.status == "online" for node in status(home).nodes))
+        yield federation
+    finally:
+        for name in list(federation.processes):
+            federation.kill(name, signal.SIGTERM)

@@ -1,0 +1,191 @@
+"""A deployment trains protected rounds over TLS with node authentication; strangers stay out.
+
+Real processes on loopback, started by the scripts that ``fedveil deploy init`` wrote.
+"""
+
+import json
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedveil.deployment.control import register, status
+from fedveil.deployment.keys import node_key
+from fedveil.deployment.layout import Deployment
+from fedveil.federation.config import TrainConfig
+from fedveil.federation.deployed import environment
+from fedveil.federation.server_app import prepare_job
+from tests.deployment.conftest import NODES, PROGRAMS, train_command
+
+APP = "@fedveil/fedveil-run==1.0.0"
+
+
+def train(federation, out, *options):
+    command = train_command(federation, out, *options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+def post(port, path, authority):
+    request = urllib.request.Request(
+        f"https://127.0.0.1:{port}{path}",
+        data=b"",
+        headers={"Content-Type": "application/protobuf"},
+        method="POST",
+    )
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=authority)),
+    )
+    try:
+        with opener.open(request, timeout=20) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_three_protected_rounds_on_the_nodes_own_images(federation, tmp_path):
+    done = train(federation, tmp_path / "run", f"--app={APP}", "--rounds=3", "--epochs=3")
+    assert done.returncode == 0, done.stderr + federation.log("superlink")[-3000:]
+    rounds = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in rounds] == [1, 2, 3]
+    # Every node took part, and none of its images was left out or counted twice.
+    assert all(line["clients"] == list(range(NODES)) and not line["refused"] for line in rounds)
+    assert sum(federation.examples) == len(prepare_job(TrainConfig()).dataset.train)
+    assert max(max(line["copies"]) for line in rounds) < 0.6
+    assert any(line["sigma"] > 0 for line in rounds)
+    job = prepare_job(TrainConfig())
+    w = load_file(tmp_path / "run/model.safetensors")
+    assert job.accuracy(w) > 0.6
+    found = status(federation.home)
+    assert [(run.app, run.status) for run in found.runs] == [(APP, "finished:completed")]
+
+
+def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
+    example = Path(__file__).parents[2] / "examples/your-flower-app"
+    signed = subprocess.run(
+        [PROGRAMS / "fedveil", "deploy", "sign", str(federation.home), str(example)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert signed.stdout == "@you/your-app==1.0.0\n", signed.stderr
+    result = tmp_path / "result.json"
+    done = subprocess.run(
+        [
+            *(PROGRAMS / "flwr", "run", "@you/your-app==1.0.0", "fedveil"),
+            *("--run-config", f'result="{result}" rounds=2'),
+        ],
+        env=environment(federation.home / "flwr"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Successfully started run" in done.stdout, done.stdout
+    federation.until(lambda: result.exists() and result.read_text().endswith("}"))
+    outcome = json.loads(result.read_text())
+    assert outcome["model"] > 0.6
+    assert len(outcome["copies"]) == 3  # w itself in the first round, two noisy ones in the second
+    assert max(outcome["copies"]) < 0.6
+
+
+def test_nodes_run_no_app_that_is_not_signed(federation, tmp_path):
+    done = train(federation, tmp_path / "run", "--rounds=1")
+    assert done.returncode == 2
+    assert "FAB" in done.stderr or "verif" in done.stderr.lower(), done.stderr
+    assert not (tmp_path / "run/rounds.jsonl").exists()
+    assert "could not be verified" in federation.log("node-0")
+
+
+def test_a_signature_that_does_not_fit_the_app_is_refused(federation, tmp_path):
+    place = federation.home / "signed-apps/fedveil/fedveil-run"
+    signature = json.loads((place / "1.0.0.json").read_text())
+    # The same signature on the same app, a second later: what a forger would have to do.
+    (place / "9.0.0.fab").write_bytes((place / "1.0.0.fab").read_bytes())
+    (place / "9.0.0.json").write_text(
+        json.dumps(signature | {"signed_at": signature["signed_at"] + 1})
+    )
+    try:
+        app = "--app=@fedveil/fedveil-run==9.0.0"
+        done = train(federation, tmp_path / "run", app, "--rounds=1")
+    finally:
+        for file in place.glob("9.0.0.*"):
+            file.unlink()
+    assert done.returncode == 2
+    assert "FAB verification failed" in federation.log("node-0")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/list-nodes",
+        "/v1/control/start-run",
+        "/v1/control/register-node",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/register-node",
+        "/v1/fleet/../control/list-nodes",
+        "/v1/fleet/%2e%2e/control/list-nodes",
+        "//v1/control/list-nodes",
+        "/docs",
+    ],
+)
+def test_strangers_reach_nothing_but_the_nodes_interface(federation, path):
+    port = Deployment.open(federation.home).port
+    assert post(port, path, federation.home / "ca.crt")[0] == 404
+
+
+def test_without_the_gate_a_stranger_could_take_the_servers_task(federation):
+    """Why the SuperLink itself must never be reachable: Flower asks this caller for nothing."""
+    port = Deployment.open(federation.home).port + 1
+    assert post(port, "/v1/runtime/acquire-task", federation.home / "ca.crt")[0] == 200
+    assert post(port, "/v1/control/list-nodes", federation.home / "ca.crt")[0] == 200
+
+
+def test_the_nodes_interface_asks_who_is_speaking(federation):
+    port = Deployment.open(federation.home).port
+    assert post(port, "/v1/fleet/pull-messages", federation.home / "ca.crt")[0] == 401
+
+
+def test_a_node_that_was_not_registered_is_turned_away(federation, tmp_path):
+    (tmp_path / "node.key").write_bytes(node_key().private)
+    deployment = Deployment.open(federation.home)
+    command = [
+        PROGRAMS / "flower-supernode",
+        *("--superlink", deployment.gate),
+        *("--root-certificates", federation.home / "ca.crt"),
+        *("--auth-supernode-private-key", tmp_path / "node.key"),
+        *("--port", deployment.port + 5),
+    ]
+    # Into a file: the process it leaves behind for a moment would keep a pipe open.
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(
+            list(map(str, command)),
+            env=environment(tmp_path),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=300,
+        )
+    assert done.returncode != 0
+    assert "Failed to initialize the connection" in (tmp_path / "log").read_text()
+    assert len(status(federation.home).nodes) == NODES
+
+
+def test_registering_twice_changes_nothing(federation):
+    assert register(federation.home) == register(federation.home)
+
+
+def test_the_status_command_says_it_all(federation):
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fedveil"), "deploy", "status", str(federation.home)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("online") == NODES
+    assert "DOWN" not in done.stdout
