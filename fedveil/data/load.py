@@ -43,7 +43,9 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
 
             Any of them with ``@k/n`` behind it is one fold of a cross-validation: every n-th
             training image from the k-th on (k in 1 … n, n at least 2) stands in for the test split,
-            which is left out. For choosing settings without a look at the test images.
+            which is left out. For choosing settings without a look at the test images. Several
+            folds are joined by ``+``, as in ``mnist@4+5/12``: where the order of the images has a
+            period, a single fold may be harder or easier than the whole.
         seed: Draws the test images (one in five, of every class) where the source sets none apart;
             otherwise without effect. At least 0.
 
@@ -60,13 +62,13 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     """
     if seed < 0:
         raise FedveilError(f"the seed is {seed}; it must be at least 0.")
-    source, fold = _parse_fold(name)
+    source, folds = _parse_folds(name)
     decoded = _cached(_find(source))
     train, test = decoded.train, decoded.test
-    if fold:
+    if folds:
         if test is None:
             train, _ = _split(train, seed)
-        train, test = fold.divide(train)
+        train, test = folds.divide(train)
     if len(_present(train.labels)) < 2:
         raise FedveilError(
             f"the dataset {name!r} has training images of one class only "
@@ -123,27 +125,31 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class _Fold:
-    number: int
+class _Folds:
+    numbers: tuple[int, ...]
     folds: int
 
     def divide(self, images: Images) -> tuple[Images, Images]:
-        """Return the other folds and this one."""
-        held_out = torch.arange(len(images)) % self.folds == self.number - 1
+        """Return the other folds and these."""
+        place = torch.arange(len(images)) % self.folds + 1
+        held_out = torch.isin(place, torch.tensor(self.numbers))
         return images[~held_out], images[held_out]
 
 
-def _parse_fold(name: str) -> tuple[str, _Fold | None]:
+def _parse_folds(name: str) -> tuple[str, _Folds | None]:
     match = _FOLD.fullmatch(name)
     if not match or _path(name).exists():
         return name, None
-    fold = _Fold(int(match["number"]), int(match["folds"]))
-    if fold.folds < 2 or not 1 <= fold.number <= fold.folds:
+    folds = _Folds(tuple(map(int, match["numbers"].split("+"))), int(match["folds"]))
+    distinct = set(folds.numbers)
+    within = 1 <= min(distinct) and max(distinct) <= folds.folds
+    sound = within and len(distinct) == len(folds.numbers) < folds.folds
+    if not sound:
         raise FedveilError(
-            f"the dataset {name!r} asks for fold {fold.number} of {fold.folds}; give NAME@k/n with "
-            "n at least 2 and k from 1 to n"
+            f"the dataset {name!r} asks for fold {match['numbers']} of {folds.folds}; give NAME@k/n "
+            "with n at least 2 and k from 1 to n, or several of them as NAME@k+k/n, but not all"
         )
-    return match["name"], fold
+    return match["name"], folds
 
 
 def _published(name: str, hub_name: str) -> Source:

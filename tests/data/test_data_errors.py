@@ -59,7 +59,9 @@ def test_negative_seed(message):
     assert "seed is -1" in message("digits", seed=-1)
 
 
-@pytest.mark.parametrize("fold", ["digits@0/5", "digits@6/5", "digits@1/1"])
+@pytest.mark.parametrize(
+    "fold", ["digits@0/5", "digits@6/5", "digits@1/1", "digits@1+1/5", "digits@1+2/2"]
+)
 def test_a_fold_that_is_none(message, fold):
     text = message(fold)
     assert fold in text

@@ -111,6 +111,14 @@ def test_folds_divide_the_training_images_and_leave_the_test_images_out(name, fo
         assert np.array_equal(part.train.raw.numpy(), rest)
 
 
+def test_folds_can_be_joined():
+    first, fourth, both = (load_dataset(f"digits@{which}/5") for which in ("1", "4", "1+4"))
+    joined = {image.numpy().tobytes() for part in (first, fourth) for image in part.test.raw}
+    assert {image.numpy().tobytes() for image in both.test.raw} == joined
+    assert len(both.test) == len(first.test) + len(fourth.test)
+    assert len(both.train) + len(both.test) == len(first.train) + len(first.test)
+
+
 @pytest.mark.parametrize(
     ("name", "image", "label"), [("mnist", "image", "label"), ("cifar100", "img", "fine_label")]
 )
