@@ -21,7 +21,7 @@ from fedveil.errors import FedveilError
 
 _TEST_SHARE = 0.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FOLD = re.compile(r"(?P<name>.+)@(?P<number>\d{1,9})/(?P<folds>\d{1,9})")
+_FOLD = re.compile(r"(?P<name>.+)@(?P<numbers>\d{1,9}(?:\+\d{1,9})*)/(?P<folds>\d{1,9})")
 
 
 def load_dataset(name: str, *, seed: int = 0) -> Dataset:
@@ -142,12 +142,13 @@ def _parse_folds(name: str) -> tuple[str, _Folds | None]:
         return name, None
     folds = _Folds(tuple(map(int, match["numbers"].split("+"))), int(match["folds"]))
     distinct = set(folds.numbers)
-    within = 1 <= min(distinct) and max(distinct) <= folds.folds
+    within = min(distinct) >= 1 and max(distinct) <= folds.folds
     sound = within and len(distinct) == len(folds.numbers) < folds.folds
     if not sound:
         raise FedveilError(
-            f"the dataset {name!r} asks for fold {match['numbers']} of {folds.folds}; give NAME@k/n "
-            "with n at least 2 and k from 1 to n, or several of them as NAME@k+k/n, but not all"
+            f"the dataset {name!r} asks for fold {match['numbers']} of {folds.folds}; give "
+            "NAME@k/n with n at least 2 and k from 1 to n, or several of them, NAME@k+k/n, but not "
+            "all"
         )
     return match["name"], folds
 
