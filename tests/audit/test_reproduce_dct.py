@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.fft import dctn, idctn
 
-from fedveil.audit import reproduce_dct
+from fedveil.audit import study as audit_study
 from fedveil.audit.reproduce_dct import DctStudy, reproduce
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
@@ -142,8 +142,8 @@ def test_what_is_finished_is_not_done_again(study, monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(reproduce_dct, "run_leakage_audit", never)
-    monkeypatch.setattr(reproduce_dct, "run_to_completion", never)
+    monkeypatch.setattr(audit_study, "run_leakage_audit", never)
+    monkeypatch.setattr(audit_study, "run_to_completion", never)
     assert reproduce(SMALL, out)["rows"] == result["rows"]
 
 
@@ -157,12 +157,12 @@ def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, mon
     (out / "accuracy").symlink_to(done / "accuracy")
     attacked = []
 
-    def interrupted(settings, *, out):
+    def interrupted(settings, *, out, checkpoint):
         attacked.append(settings.defenses)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce_dct, "run_leakage_audit", interrupted)
+        patch.setattr(audit_study, "run_leakage_audit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             reproduce(SMALL, out)
     assert attacked == [("dct:keep=3",)]
@@ -176,7 +176,7 @@ def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, mon
 
 def test_a_directory_of_another_study_is_refused(study, monkeypatch):
     out = study[0]
-    monkeypatch.setattr(reproduce_dct, "run_leakage_audit", None)
+    monkeypatch.setattr(audit_study, "run_leakage_audit", None)
     for changes in ({"images": 3}, {"rounds": 2}):
         other = DctStudy(**{**vars(SMALL), **changes})
         with pytest.raises(FedveilError, match="made with other settings; remove it"):
