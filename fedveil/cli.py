@@ -297,6 +297,10 @@ def reproduce_noise(
         str, typer.Option(help="What the settings are chosen on, with --search.")
     ] = "mnist@6/6",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's strategies; may be repeated.  [default: all]"),
+    ] = None,
     also_search: Annotated[
         bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
     ] = False,
@@ -308,7 +312,7 @@ def reproduce_noise(
     """
     from dataclasses import replace
 
-    from fedveil.audit.reproduce_noise import NOISE, SEARCH, search
+    from fedveil.audit.reproduce_noise import NOISE, SEARCH, search, select
     from fedveil.audit.reproduce_noise import reproduce as run
 
     common = {**NOISE.common, "rounds": rounds}
@@ -316,7 +320,7 @@ def reproduce_noise(
     try:
         if also_search:
             search(replace(SEARCH, common=searched), out)
-        run(replace(NOISE, common=reported, seeds=tuple(range(seeds))), out)
+        run(replace(select(NOISE, arm), common=reported, seeds=tuple(range(seeds))), out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

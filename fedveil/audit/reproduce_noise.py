@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,20 @@ SEARCH = Study(
     seeds=(0, 1),
     prefix="search ",
 )
+
+
+def select(study: Study, names: Sequence[str] | None) -> Study:
+    """Return a study of the baselines and of the arms of some names only; None for all.
+
+    Raises:
+        FedveilError: No arm has such a name.
+    """
+    known = list(dict.fromkeys(arm.name for arm in study.arms))
+    for name in names or ():
+        if name not in known:
+            raise FedveilError(f"--arm {name!r} is not in the study; allowed: {', '.join(known)}")
+    kept = {*(names or known), known[0]}
+    return replace(study, arms=tuple(arm for arm in study.arms if arm.name in kept))
 
 
 def reproduce(study: Study, out: Path) -> dict[str, Any]:

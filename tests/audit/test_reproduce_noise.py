@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fedveil.audit.reproduce_noise import NOISE, SEARCH, Arm, Study, reproduce, search
+from fedveil.audit.reproduce_noise import NOISE, SEARCH, Arm, Study, reproduce, search, select
 from fedveil.errors import FedveilError
 
 STUDY = Study(
@@ -56,3 +56,13 @@ def test_the_committed_studies_are_of_valid_settings():
     for study in (NOISE, SEARCH):
         configs = [study.config(arm, seed) for arm in study.arms for seed in study.seeds]
         assert len(set(configs)) == len(configs)
+
+
+def test_a_part_of_a_study_keeps_its_baselines():
+    part = select(NOISE, ["noise-delta"])
+    assert {(arm.name, arm.partition) for arm in part.arms} == {
+        (name, partition) for name in ("fedavg", "noise-delta") for partition in ("iid", "shards:2")
+    }
+    assert select(NOISE, None) == NOISE
+    with pytest.raises(FedveilError, match="'noise-gamma' is not in the study; allowed: fedavg"):
+        select(NOISE, ["noise-gamma"])
