@@ -292,10 +292,10 @@ def reproduce_noise(
     ] = 3,
     dataset: Annotated[
         str, typer.Option(help="What is reported on: NAME or a fold of it, NAME@k/n.")
-    ] = "mnist@1/6",
+    ] = "mnist@4+5/12",
     search_dataset: Annotated[
         str, typer.Option(help="What the settings are chosen on, with --search.")
-    ] = "mnist@6/6",
+    ] = "mnist@1+6/12",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
     arm: Annotated[
         list[str] | None,

@@ -87,7 +87,7 @@ _SHARDS_DELTA = {
 # sixth, and the test images had a part in what came before SEARCH.
 NOISE = Study(
     common={
-        "dataset": "mnist@1/6",
+        "dataset": "mnist@4+5/12",
         "model": "cnn",
         "clients": 100,
         "fraction": 0.1,
@@ -160,7 +160,7 @@ def _on_shards(learning_rate: float, smoothing: float, *, bias: bool) -> Arm:
 # How the settings of NOISE were chosen: the baseline's learning rate, where the noise goes, at
 # which temperature, how fast, how smooth.
 SEARCH = Study(
-    common={**NOISE.common, "dataset": "mnist@6/6"},
+    common={**NOISE.common, "dataset": "mnist@1+6/12"},
     arms=(
         *(
             _search_arm("fedavg", partition, strategy="fedavg", learning_rate=rate)

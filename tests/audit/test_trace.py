@@ -183,7 +183,8 @@ def fedveil(*options, check=True):
 
 def federation(out, *options):
     fedveil(
-        *("train", "--dataset", "digits", "--clients", 8, "--fraction", 0.5, "--rounds", 5),
+        *("train", "--dataset", "digits", "--strategy", "noise-delta", "--clients", 8),
+        *("--fraction", 0.5, "--rounds", 5),
         *("--learning-rate", 0.1, "--clip", 5, "--workers", 2, "--out", out, *options),
     )
     return out

@@ -24,6 +24,7 @@ TOLD = {
     "clip",
     "decay",
     "augment",
+    "defense",
     "seed",
     "server-round",
 }
