@@ -90,28 +90,18 @@ def _arms(iid_rate: float, shards_rate: float, augment: str) -> tuple[Arm, ...]:
     iid = {"learning_rate": iid_rate, "clip": 20.0}
     shards = {"learning_rate": shards_rate, "clip": 20.0}
     long, protected = ({**settings, "augment": augment} for settings in (_LONG, _PROTECTED))
+    bias = {"noise": "output.bias", "temperature": 1.0, "smoothing": 0.8, "sigma_limit": 1e6}
     return (
         Arm("fedavg", "iid", {**iid, "strategy": "fedavg"}),
         Arm("fedavg, 10 epochs", "iid", {**long, "strategy": "fedavg"}),
-        Arm("noise-pair", "iid", _PAIR),
-        Arm("noise-delta", "iid", {**iid, "strategy": "noise-delta"}),
         Arm("protected", "iid", protected),
+        Arm("noise-delta", "iid", {**iid, "strategy": "noise-delta"}),
         Arm("fedavg", "shards:2", {**shards, "strategy": "fedavg"}),
         Arm("fedavg, 5 epochs", "shards:2", {**long, "epochs": 5, "strategy": "fedavg"}),
-        Arm("noise-pair", "shards:2", _PAIR),
-        Arm(
-            "noise-delta",
-            "shards:2",
-            {
-                **shards,
-                "strategy": "noise-delta",
-                "noise": "output.bias",
-                "temperature": 1.0,
-                "smoothing": 0.8,
-                "sigma_limit": 1e6,
-            },
-        ),
         Arm("protected", "shards:2", {**protected, "epochs": 5, "share_unlabelled": True}),
+        Arm("noise-delta", "shards:2", {**shards, **bias, "strategy": "noise-delta"}),
+        Arm("noise-pair", "iid", _PAIR),
+        Arm("noise-pair", "shards:2", _PAIR),
     )
 
 
