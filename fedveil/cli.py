@@ -418,6 +418,10 @@ def reproduce_theft(
         list[str] | None,
         typer.Option(help="One of the study's; may be repeated.  [default: all]"),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's protections; may be repeated.  [default: all]"),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
     ] = None,
@@ -435,7 +439,7 @@ def reproduce_theft(
         from fedveil.audit.reproduce_theft import THEFT, select
         from fedveil.audit.reproduce_theft import reproduce as run
 
-        study = select(THEFT, datasets=dataset, rounds=rounds, seeds=tuple(range(seeds)))
+        study = select(THEFT, datasets=dataset, arms=arm, rounds=rounds, seeds=tuple(range(seeds)))
         run(replace(study, thieves=thieves), out, workers=workers, on_piece=_show_piece)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)

@@ -17,6 +17,7 @@ from fedveil.audit.reproduce_noise import (
     final_accuracy,
     train_arm,
 )
+from fedveil.audit.reproduce_noise import select as select_arms
 from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points
 from fedveil.audit.theft_run import run_theft_audit
 from fedveil.errors import FedveilError
@@ -128,6 +129,7 @@ def select(
     study: TheftStudy,
     *,
     datasets: Sequence[str] | None,
+    arms: Sequence[str] | None,
     rounds: int | None,
     seeds: tuple[int, ...],
 ) -> TheftStudy:
@@ -136,11 +138,12 @@ def select(
     Args:
         study: The whole.
         datasets: Names of the datasets to keep; None for all.
+        arms: Names of the protections to keep beside ``fedavg``; None for all.
         rounds: Rounds of each run; None for the study's own.
         seeds: Runs of each arm.
 
     Raises:
-        FedveilError: The study has no such dataset.
+        FedveilError: The study has no such dataset or protection.
     """
     known = [training.common["dataset"] for training in study.trainings]
     for name in datasets or ():
@@ -153,7 +156,7 @@ def select(
     return replace(
         study,
         trainings=tuple(
-            replace(training, common={**training.common, **changed}, seeds=seeds)
+            replace(select_arms(training, arms), common={**training.common, **changed}, seeds=seeds)
             for training in kept
         ),
     )
