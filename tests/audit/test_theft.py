@@ -285,8 +285,8 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
 def test_the_committed_study_is_of_valid_settings():
     configs = [training.config(arm, seed) for training, arm, seed in THEFT.pieces]
     assert len(set(configs)) == len(configs)
-    part = select(THEFT, datasets=["cifar10"], rounds=3, seeds=(0,))
+    part = select(THEFT, datasets=["cifar10"], arms=None, rounds=3, seeds=(0,))
     chosen = [training.config(arm, seed) for training, arm, seed in part.pieces]
     assert {(config.dataset, config.rounds) for config in chosen} == {("cifar10", 3)}
     with pytest.raises(FedveilError, match="not in the study"):
-        select(THEFT, datasets=["imagenet"], rounds=None, seeds=(0,))
+        select(THEFT, datasets=["imagenet"], arms=None, rounds=None, seeds=(0,))
