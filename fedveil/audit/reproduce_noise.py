@@ -354,7 +354,7 @@ def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.grid(alpha=0.2)
         line[0].set_ylabel("accuracy on report images")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * columns))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
