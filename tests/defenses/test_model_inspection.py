@@ -92,7 +92,7 @@ def _run(name):
         seed=0,
     )  # fmt: skip
     strategy = WatchingFedSGD(
-        victim=0,
+        victims=[0],
         parameters=[name for name, _ in model.named_parameters()],
         sampling=Sampling(min_clients=2),
     )
