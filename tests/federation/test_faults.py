@@ -276,7 +276,7 @@ def _no_room():
 
 
 def test_a_full_disk_is_told_in_a_sentence_and_costs_nothing(tmp_path):
-    options = [*FAST, "--rounds", 6, "--learning-rate", 0.1]
+    options = [*FAST, "--rounds", 6, "--learning-rate", 0.1, "--no-archive"]
     killed = start("--out", tmp_path / "run", *options)
     wait_for_round(tmp_path / "run/rounds.jsonl", 2)
     os.killpg(killed.pid, signal.SIGKILL)
