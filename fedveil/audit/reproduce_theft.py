@@ -321,7 +321,8 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.grid(alpha=0.2)
     grid[0].set_ylabel("final accuracy of w")
     handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
+    columns = 3 if len(panels) > 1 else 1
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

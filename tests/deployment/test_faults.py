@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedveil.deployment.control import status
 from tests.deployment.conftest import NODES, train_command
 
@@ -26,6 +28,7 @@ def rounds(out):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_without_a_node_that_was_killed_while_it_trained(federation, tmp_path):
     out = tmp_path / "run"
     before = len(federation.log("node-2"))
@@ -49,6 +52,7 @@ def test_a_round_goes_on_without_a_node_that_was_killed_while_it_trained(federat
     federation.until(lambda: {node.status for node in status(federation.home).nodes} == {"online"})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_the_superlink_was_killed(federation, tmp_path):
     out = tmp_path / "run"
     run = start(federation, out, "--rounds=3")
