@@ -140,7 +140,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path):
 
 
 def test_the_same_seed_and_key_give_the_same_bits_and_another_key_does_not(tmp_path):
-    options = [*FAST, "--rounds", 3, "--learning-rate", 0.1]
+    options = [*FAST, "--strategy", "noise-delta", "--rounds", 3, "--learning-rate", 0.1]
     fedveil("--out", tmp_path / "a", *options)
     fedveil("--out", tmp_path / "b", *options, "--noise-key", tmp_path / "a/noise.key")
     fedveil("--out", tmp_path / "c", *options)
