@@ -18,6 +18,7 @@ from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
 
 _TRAINING = TrainConfig(
+    strategy="noise-delta",
     dataset="digits",
     clients=10,
     fraction=0.5,
