@@ -187,7 +187,7 @@ def test_a_wrong_setting_names_itself_and_nothing_is_written(tmp_path, monkeypat
         (["--dataset", "digits", "--model", "lenett"], "lenet"),
         (["--dataset", "digits", "--partition", "shard:2"], "shards"),
         (["--dataset", "digits", "--clients", "100000"], "100000"),
-        (["--dataset", "digits", "--noise", "conv9*"], "conv9*"),
+        (["--strategy", "noise-delta", "--dataset", "digits", "--noise", "conv9*"], "conv9*"),
     ],
 )
 def test_a_setting_that_does_not_fit_the_data_is_explained(tmp_path, options, word):
