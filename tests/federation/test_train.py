@@ -226,7 +226,7 @@ def test_calibration_and_report_images_are_disjoint_and_together_the_test_split(
 
 
 def test_local_and_ray_agree(tmp_path):
-    options = [*FAST, "--rounds", 3, "--learning-rate", 0.1]
+    options = [*FAST, "--strategy", "noise-delta", "--rounds", 3, "--learning-rate", 0.1]
     fedveil("--out", tmp_path / "local", *options)
     key = tmp_path / "local/noise.key"
     fedveil("--out", tmp_path / "ray", *options, "--engine", "ray", "--noise-key", key)
