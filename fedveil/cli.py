@@ -134,7 +134,10 @@ def train(
     clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
     augment: Annotated[
         str | None,
-        typer.Option(help="Random changes of training images: crop:PIXELS, flip or both."),
+        typer.Option(
+            help="Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, "
+            "or some of them."
+        ),
     ] = None,
     strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
     cap: Annotated[

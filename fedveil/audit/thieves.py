@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -185,12 +185,14 @@ class AuditedRun:
             unlabelled=torch.cat([train[unlabelled].pixels, *self._shared])[:_UNLABELLED],
             noised=self.noised,
             honest=self._train_honestly,
-            augmentation=Augmentation(
-                crop=channels_height_width[2] // _SHIFT,
-                flip=parse_augmentation(self.config.augment).flip,
-            ),
+            augmentation=self._augmentation(channels_height_width[2] // _SHIFT),
             seed=own_seed,
         )
+
+    def _augmentation(self, shift: int) -> Augmentation:
+        """Return what the training program does to images, which each client has, and shifts."""
+        program = parse_augmentation(self.config.augment)
+        return replace(program, crop=max(program.crop, shift))
 
     def delivered(self) -> Weights:
         """Return w as of the last whole round, which no thief ever sees.

@@ -49,7 +49,7 @@ class TrainConfig(BaseModel):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0, description="largest norm of a step's gradient")
     augment: str | None = Field(
-        default=None, description="of training images: crop:PIXELS, flip, or crop:PIXELS,flip"
+        default=None, description="of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip"
     )
     strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected"] = "protected"
     shared_rounds: int = Field(
