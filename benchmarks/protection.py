@@ -34,7 +34,7 @@ _LONG = {
     "decay": True,
     "momentum": 0.9,
     "clip": 1.0,
-    "augment": "crop:2",
+    "augment": "crop:2,rotate:15,zoom:0.15,shear:0.15",
 }
 # Each with the baseline it is measured against: the one that trains its clients alike.
 _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,7 +48,10 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         "fedavg, 10 epochs",
         {**_LONG, "strategy": "fedavg", "archive": False},
     ),
-    "protected, 10 epochs": ("fedavg, 10 epochs", {**_LONG, "strategy": "protected"}),
+    "protected, 10 epochs": (
+        "fedavg, 10 epochs",
+        {**_LONG, "strategy": "protected", "distillation_steps": 120},
+    ),
 }
 
 
