@@ -44,7 +44,7 @@ class TheftStudy:
 
     trainings: tuple[Study, ...]
     labels: tuple[int, ...] = (10, 50, 100, 600)
-    colluders: tuple[int, ...] = (1, 2)
+    colluders: tuple[int, ...] = (1, 2, 5)
     thieves: int = 1
 
     @property
@@ -97,6 +97,7 @@ def _arms(iid_rate: float, shards_rate: float, epochs: int, augment: str) -> tup
         Arm("fedavg", "iid", {**iid, "strategy": "fedavg"}),
         Arm("fedavg, trained alike", "iid", {**long, "strategy": "fedavg"}),
         Arm("protected", "iid", {**long, **_PROTECTED}),
+        Arm("protected, 3 shared rounds", "iid", {**long, **_PROTECTED, "shared_rounds": 3}),
         Arm("noise-delta", "iid", {**iid, "strategy": "noise-delta"}),
         Arm("fedavg", "shards:2", {**shards, "strategy": "fedavg"}),
         Arm("fedavg, trained alike", "shards:2", {**short, "strategy": "fedavg"}),
