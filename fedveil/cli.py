@@ -425,6 +425,10 @@ def reproduce_theft(
         list[str] | None,
         typer.Option(help="One of the study's protections; may be repeated.  [default: all]"),
     ] = None,
+    partition: Annotated[
+        list[str] | None,
+        typer.Option(help="iid or shards:2; may be repeated.  [default: both]"),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
     ] = None,
@@ -437,13 +441,19 @@ def reproduce_theft(
     stopped.
     """
     try:
-        from dataclasses import replace
-
         from fedveil.audit.reproduce_theft import THEFT, select
         from fedveil.audit.reproduce_theft import reproduce as run
 
-        study = select(THEFT, datasets=dataset, arms=arm, rounds=rounds, seeds=tuple(range(seeds)))
-        run(replace(study, thieves=thieves), out, workers=workers, on_piece=_show_piece)
+        study = select(
+            THEFT,
+            datasets=dataset,
+            partitions=partition,
+            arms=arm,
+            rounds=rounds,
+            seeds=tuple(range(seeds)),
+            thieves=thieves,
+        )
+        run(study, out, workers=workers, on_piece=_show_piece)
     except KeyboardInterrupt:
         typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

@@ -61,6 +61,10 @@ class Study:
         """The partitions, in the order of the arms."""
         return tuple(dict.fromkeys(arm.partition for arm in self.arms))
 
+    def on(self, partitions: Sequence[str]) -> "Study":
+        """Return the study of these partitions only."""
+        return replace(self, arms=tuple(arm for arm in self.arms if arm.partition in partitions))
+
 
 _IID = {"learning_rate": 0.2, "clip": 20.0}
 _SHARDS = {"learning_rate": 0.05, "clip": 20.0}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -40,12 +41,14 @@ class TheftStudy:
         labels: As of ``TheftSettings``.
         colluders: As of ``TheftSettings``.
         thieves: Thieves of each run; seeds and thieves together are the samples of an interval.
+        command: The command that runs this study.
     """
 
     trainings: tuple[Study, ...]
     labels: tuple[int, ...] = (10, 50, 100, 600)
     colluders: tuple[int, ...] = (1, 2, 5)
     thieves: int = 1
+    command: str = "fedveil reproduce theft --out DIR"
 
     @property
     def pieces(self) -> tuple[tuple[Study, Arm, int], ...]:
@@ -131,37 +134,66 @@ def select(
     study: TheftStudy,
     *,
     datasets: Sequence[str] | None,
+    partitions: Sequence[str] | None,
     arms: Sequence[str] | None,
     rounds: int | None,
     seeds: tuple[int, ...],
+    thieves: int,
 ) -> TheftStudy:
-    """Return a part of a study, or with other rounds or seeds.
+    """Return a part of a study, or with other rounds, seeds or thieves.
 
     Args:
         study: The whole.
         datasets: Names of the datasets to keep; None for all.
+        partitions: Ways to share them out to keep; None for all.
         arms: Names of the protections to keep beside ``fedavg``; None for all.
         rounds: Rounds of each run; None for the study's own.
         seeds: Runs of each arm.
+        thieves: Thieves of each run.
 
     Raises:
-        FedveilError: The study has no such dataset or protection.
+        FedveilError: The study has no such dataset, partition or protection.
     """
     known = [training.common["dataset"] for training in study.trainings]
-    for name in datasets or ():
-        if name not in known:
-            raise FedveilError(
-                f"--dataset {name!r} is not in the study; allowed: {', '.join(known)}"
-            )
-    kept = [t for t in study.trainings if datasets is None or t.common["dataset"] in datasets]
+    shares = list(dict.fromkeys(arm.partition for t in study.trainings for arm in t.arms))
+    _check_known("--dataset", datasets, known)
+    _check_known("--partition", partitions, shares)
     changed = {} if rounds is None else {"rounds": rounds}
+    kept = (t for t in study.trainings if datasets is None or t.common["dataset"] in datasets)
     return replace(
         study,
         trainings=tuple(
-            replace(select_arms(training, arms), common={**training.common, **changed}, seeds=seeds)
+            replace(
+                select_arms(training, arms).on(partitions or shares),
+                common={**training.common, **changed},
+                seeds=seeds,
+            )
             for training in kept
         ),
+        thieves=thieves,
+        command=_command(
+            study.command,
+            ("dataset", datasets or ()),
+            ("partition", partitions or ()),
+            ("arm", arms or ()),
+            ("rounds", () if rounds is None else (rounds,)),
+            ("seeds", (len(seeds),)),
+            ("thieves", (thieves,)),
+        ),
     )
+
+
+def _check_known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise FedveilError(
+                f"{option} {name!r} is not in the study; allowed: {', '.join(known)}"
+            )
+
+
+def _command(start: str, *options: tuple[str, Sequence[object]]) -> str:
+    words = (f"--{name} {shlex.quote(str(value))}" for name, values in options for value in values)
+    return " ".join((start, *words))
 
 
 def reproduce(
@@ -210,7 +242,7 @@ def reproduce(
         for arm in training.arms
     ]
     result = {
-        "command": "fedveil reproduce theft",
+        "command": study.command,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "settings": {

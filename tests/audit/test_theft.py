@@ -282,11 +282,38 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def part(**chosen):
+    whole = {
+        "datasets": None,
+        "partitions": None,
+        "arms": None,
+        "rounds": None,
+        "seeds": (0,),
+        "thieves": 1,
+    }
+    return select(THEFT, **{**whole, **chosen})
+
+
 def test_the_committed_study_is_of_valid_settings():
     configs = [training.config(arm, seed) for training, arm, seed in THEFT.pieces]
     assert len(set(configs)) == len(configs)
-    part = select(THEFT, datasets=["cifar10"], arms=None, rounds=3, seeds=(0,))
-    chosen = [training.config(arm, seed) for training, arm, seed in part.pieces]
-    assert {(config.dataset, config.rounds) for config in chosen} == {("cifar10", 3)}
+    study = part(datasets=["cifar10"], partitions=["shards:2"], rounds=3)
+    chosen = [training.config(arm, seed) for training, arm, seed in study.pieces]
+    settings = {(config.dataset, config.partition, config.rounds) for config in chosen}
+    assert settings == {("cifar10", "shards:2", 3)}
+
+
+def test_a_part_of_the_study_says_by_which_command_it_is_made():
+    study = part(partitions=["iid"], arms=["fedavg, trained alike"], seeds=(0, 1))
+    assert study.command == (
+        "fedveil reproduce theft --out DIR --partition iid --arm 'fedavg, trained alike' "
+        "--seeds 2 --thieves 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"datasets": ["imagenet"]}, {"partitions": ["shards:7"]}, {"arms": ["prayer"]}]
+)
+def test_a_part_that_is_not_there(chosen):
     with pytest.raises(FedveilError, match="not in the study"):
-        select(THEFT, datasets=["imagenet"], arms=None, rounds=None, seeds=(0,))
+        part(**chosen)
