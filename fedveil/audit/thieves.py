@@ -77,11 +77,6 @@ class AuditedRun:
         self.directory = RunDirectory.open(path)
         self.config = self.directory.config
         self.seed = seed
-        if not (path / "noise.key").exists():
-            raise FedveilError(
-                f"{path} holds no noise.key, without which its archive stays closed; name the "
-                "--out of an earlier fedveil train"
-            )
         self.archive = Archive.open(path, self.directory.noise_key())
 
     @cached_property
