@@ -60,6 +60,13 @@ class Average(StrEnum):
     TRIMMED_MEAN = "trimmed-mean"
 
 
+class Log(StrEnum):
+    """Where ``fedveil train`` also writes its rounds."""
+
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+
+
 class Bound(StrEnum):
     """What ``noise-delta`` checks its copies with."""
 
@@ -216,6 +223,9 @@ def train(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
+    log: Annotated[
+        Log | None, typer.Option(help="Also write rounds for TensorBoard or MLflow, in --out.")
+    ] = None,
     noise_key: Annotated[
         Path | None,
         typer.Option(help="noise.key, or noise.key.enc, of an earlier run: its noise again."),
@@ -248,6 +258,7 @@ def _new_run(
     out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
 ) -> "RunDirectory":
     from fedveil.federation.config import TrainConfig
+    from fedveil.federation.round_logs import check_log
     from fedveil.federation.run_directory import RunDirectory
     from fedveil.federation.run_secrets import read_noise_key
     from fedveil.federation.server_app import prepare_job
@@ -256,6 +267,7 @@ def _new_run(
     checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
     key = read_noise_key(noise_key) if noise_key else None
     OperatorKey.from_environment()
+    check_log(checked.log)
     prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
     return RunDirectory.create(out, checked, noise_key=key)
 

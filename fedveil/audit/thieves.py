@@ -112,7 +112,7 @@ class AuditedRun:
         """What changes whenever the result of an audit may."""
         last = self.archive.folder / f"{self.archive.rounds[-1]:06d}.enc"
         return {
-            "configuration": self.config.model_dump(exclude={"workers", "engine"}),
+            "configuration": self.config.model_dump(exclude={"workers", "engine", "log"}),
             "archive": sha256(last.read_bytes()).hexdigest()[:16],
             "seed": self.seed,
         }
