@@ -19,6 +19,7 @@ from fedveil.cli import app
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive
+from fedveil.federation.deployed import environment
 from fedveil.federation.run_directory import RunDirectory
 from fedveil.sealing import (
     KEY_FILE,
@@ -259,6 +260,14 @@ def test_an_empty_variable_is_not_taken_for_none(monkeypatch):
     monkeypatch.setenv(KEY_FILE, "")
     with pytest.raises(FedveilError, match="is set and empty; give it the path of a key file"):
         OperatorKey.from_environment()
+
+
+def test_flowers_processes_find_a_key_that_was_named_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(KEY_FILE, "key")
+    assert environment(tmp_path)[KEY_FILE] == str(tmp_path / "key")
+    monkeypatch.delenv(KEY_FILE)
+    assert KEY_FILE not in environment(tmp_path)
 
 
 def copy_of(run, place):
