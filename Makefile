@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow docs package
+.PHONY: demo test test-slow docs package sbom audit
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo --out demo
@@ -30,9 +30,15 @@ docs: $(STAMP)
 package:
 	PYTHON="$(PYTHON)" .ci/package
 
+sbom: $(STAMP)
+	PYTHON="$(PYTHON)" .ci/sbom $(BIN)/python
+
+audit: $(STAMP)
+	PYTHON="$(PYTHON)" .ci/audit $(BIN)/python
+
 # torch comes first and alone: the plain index offers a CUDA build to whoever asks for a range.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
 	touch $(STAMP)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedveil import __version__
 from fedveil.cli_deploy import deploy
+from fedveil.cli_key import deliver, key
 from fedveil.cli_report import report
 from fedveil.cli_transform import transform
 from fedveil.errors import FedveilError
@@ -31,6 +32,7 @@ audit = typer.Typer(help="Attack what a federation gives away, and measure.", no
 app.add_typer(reproduce, name="reproduce")
 app.add_typer(audit, name="audit")
 app.add_typer(deploy, name="deploy")
+app.add_typer(key, name="key")
 
 
 class Strategy(StrEnum):
@@ -56,6 +58,13 @@ class Average(StrEnum):
     MEAN = "mean"
     MEDIAN = "median"
     TRIMMED_MEAN = "trimmed-mean"
+
+
+class Log(StrEnum):
+    """Where ``fedveil train`` also writes its rounds."""
+
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
 
 
 class Bound(StrEnum):
@@ -217,15 +226,20 @@ def train(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
+    log: Annotated[
+        Log | None, typer.Option(help="Also write rounds for TensorBoard or MLflow, in --out.")
+    ] = None,
     noise_key: Annotated[
-        Path | None, typer.Option(help="noise.key of an earlier run, to have its noise again.")
+        Path | None,
+        typer.Option(help="noise.key, or noise.key.enc, of an earlier run: its noise again."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seeds data, model, sampling, training.")] = None,
 ) -> None:
     """Train a model whose copies stay below an accuracy cap.
 
     The directory then holds model.safetensors (w, the clean model), rounds.jsonl, summary.json and
-    curves.png, and all along what --resume needs.
+    curves.png, and all along what --resume needs. With FEDVEIL_KEY_FILE, the path of a key made by
+    fedveil key make, models and keys in it are encrypted.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     places = ("out", "resume", "config", "noise_key")
@@ -246,13 +260,17 @@ def train(
 def _new_run(
     out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
 ) -> "RunDirectory":
-    from fedveil.defenses.noise import NoiseKey
     from fedveil.federation.config import TrainConfig
+    from fedveil.federation.round_logs import check_log
     from fedveil.federation.run_directory import RunDirectory
+    from fedveil.federation.run_secrets import read_noise_key
     from fedveil.federation.server_app import prepare_job
+    from fedveil.sealing import OperatorKey
 
     checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
-    key = NoiseKey.load(noise_key) if noise_key else None
+    key = read_noise_key(noise_key) if noise_key else None
+    OperatorKey.from_environment()
+    check_log(checked.log)
     prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
     return RunDirectory.create(out, checked, noise_key=key)
 
@@ -698,3 +716,4 @@ def demo(
 
 app.command("transform")(transform)
 app.command("report")(report)
+app.command("deliver")(deliver)

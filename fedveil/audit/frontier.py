@@ -33,6 +33,7 @@ from fedveil.defenses import check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.run_directory import versions
+from fedveil.federation.run_secrets import MODEL, RunSecrets
 from fedveil.federation.server_app import prepare_job
 from fedveil.files import check_directory, write_atomically
 
@@ -253,7 +254,7 @@ def _attack(
     path = out / "leakage" / f"{scenario}-{_slug(attack)}-{_slug(defense)}"
     if (path / _REFUSED).exists():
         return []
-    weights = out / "runs" / f"{_slug(defense)}-0" / "model.safetensors"
+    weights = RunSecrets(out / "runs" / f"{_slug(defense)}-0").path(MODEL)
     try:
         return audited(
             study.audit(scenario, defense, attack),

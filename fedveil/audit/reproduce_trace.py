@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
@@ -212,7 +211,7 @@ def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, A
     archive = _archive(runs["leaked"])
     thief = Thief(prepare_job(runs["leaked"].config))
     among = tuple(lineups(archive))
-    delivered = load_file(runs["leaked"].path / "model.safetensors")
+    delivered = runs["leaked"].model()
     bench = Bench(study, thief, tuple(archive), among, _innocents(study, thief, runs, delivered))
     pieces = _done(bench, (*_models(study), *_leaks(study, thief)), out, on_piece)
     rows = [piece for task, piece in pieces if isinstance(task, Leak)]

@@ -9,18 +9,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedveil.errors import FedveilError
+from fedveil.federation.run_directory import RunDirectory
+from fedveil.federation.run_secrets import MODEL
 
 
 def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
     """Read a model's state; safetensors, or a PyTorch file of nothing but tensors.
 
     Args:
-        path: The file.
+        path: The file; the encrypted model of a run is decrypted.
         option: What the user knows it by, for messages.
 
     Raises:
         FedveilError: It cannot be read, or holds something else.
     """
+    if path.name == f"{MODEL}.enc":
+        return RunDirectory.open(path.parent).model()
     try:
         state = _load(path)
     except OSError as error:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fedveil.audit.leakage import LeakageSettings
@@ -96,7 +95,7 @@ def trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
         "configuration": config.model_dump(),
         "report_images": summary["report_images"],
         "plain": summary["accuracy"],
-        "transformed": _accuracy_transformed(config, path / "model.safetensors"),
+        "transformed": _accuracy_transformed(directory),
         "privacy": summary.get("privacy"),
         "rounds": [record.accuracy for record in directory.rounds()],
     }
@@ -104,10 +103,11 @@ def trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _accuracy_transformed(config: TrainConfig, weights: Path) -> float:
+def _accuracy_transformed(run: RunDirectory) -> float:
     """Return the accuracy on the report images as the clients would have transformed them."""
+    config = run.config
     job = prepare_job(config)
-    job.model.load_state_dict(load_file(weights))
+    job.model.load_state_dict(run.model())
     transform = parse_defense(config.defense).transform or nn.Identity()
     report, correct = job.evaluation.report, 0
     for start in range(0, len(report), _EVALUATION_BLOCK):

@@ -77,11 +77,6 @@ class AuditedRun:
         self.directory = RunDirectory.open(path)
         self.config = self.directory.config
         self.seed = seed
-        if not (path / "noise.key").exists():
-            raise FedveilError(
-                f"{path} holds no noise.key, without which its archive stays closed; name the "
-                "--out of an earlier fedveil train"
-            )
         self.archive = Archive.open(path, self.directory.noise_key())
 
     @cached_property
@@ -117,7 +112,7 @@ class AuditedRun:
         """What changes whenever the result of an audit may."""
         last = self.archive.folder / f"{self.archive.rounds[-1]:06d}.enc"
         return {
-            "configuration": self.config.model_dump(exclude={"workers", "engine"}),
+            "configuration": self.config.model_dump(exclude={"workers", "engine", "log"}),
             "archive": sha256(last.read_bytes()).hexdigest()[:16],
             "seed": self.seed,
         }

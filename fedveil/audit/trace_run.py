@@ -18,6 +18,7 @@ from fedveil.audit.trace import Lineup, Suspect, Trace, Weights, lineups, trace
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive
 from fedveil.federation.run_directory import RunDirectory, versions
+from fedveil.federation.run_secrets import MODEL
 from fedveil.files import write_atomically
 
 _UNNAMED_SHOWN = 3
@@ -42,7 +43,7 @@ def run_trace(leaked: Path, run: Path, *, alpha: float, out: Path | None) -> str
     directory = RunDirectory.open(run)
     archive = Archive.open(directory.path, directory.noise_key())
     found = trace(state, _watched(archive), alpha=alpha)
-    is_w = _is_delivered(state, directory.path / "model.safetensors")
+    is_w = _is_delivered(state, directory)
     if out:
         described = {"leaked": str(leaked), "run": str(run), **as_json(found), "is_w": is_w}
         try:
@@ -139,10 +140,10 @@ def _watched(archive: Archive) -> Iterator[Lineup]:
             yield lineup
 
 
-def _is_delivered(state: Weights, path: Path) -> bool:
-    if not path.is_file():
+def _is_delivered(state: Weights, run: RunDirectory) -> bool:
+    if not run.secrets.path(MODEL).is_file():
         return False
-    delivered = read_state(path, option="--run")
+    delivered = run.model()
     common = [
         (state[name].float(), value)
         for name, value in delivered.items()

@@ -10,17 +10,14 @@ from pathlib import Path
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.models import first_layer, output_layer
+from fedveil.sealing import KEY_BYTES, derive_key
 
 Tensors = Mapping[str, Tensor]
-
-_KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,16 @@ class NoiseKey:
     secret: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.secret) != _KEY_BYTES:
+        if len(self.secret) != KEY_BYTES:
             raise FedveilError(
-                f"a noise key has {_KEY_BYTES} bytes, this one {len(self.secret)}; "
+                f"a noise key has {KEY_BYTES} bytes, this one {len(self.secret)}; "
                 "leave the key file out to have a fresh one drawn"
             )
 
     @classmethod
     def generate(cls) -> "NoiseKey":
         """Return a key from the operating system's secure generator."""
-        return cls(secrets.token_bytes(_KEY_BYTES))
+        return cls(secrets.token_bytes(KEY_BYTES))
 
     @classmethod
     def load(cls, path: Path) -> "NoiseKey":
@@ -60,7 +57,7 @@ class NoiseKey:
         except (OSError, ValueError) as error:
             raise FedveilError(
                 f"noise key {path}: cannot be read ({type(error).__name__}); "
-                f"the file must hold {2 * _KEY_BYTES} hexadecimal digits"
+                f"the file must hold {2 * KEY_BYTES} hexadecimal digits"
             ) from None
 
     def save(self, path: Path) -> None:
@@ -69,8 +66,7 @@ class NoiseKey:
 
     def derive(self, purpose: str) -> bytes:
         """Return the 32 bytes of a key for one purpose, by HKDF-SHA256 (RFC 5869)."""
-        info = f"fedveil {purpose}".encode()
-        return HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=None, info=info).derive(self.secret)
+        return derive_key(self.secret, purpose)
 
     def stream(self, purpose: str, count: int) -> bytearray:
         """Return ``count`` bytes of the ChaCha20 key stream (RFC 8439) for one purpose."""

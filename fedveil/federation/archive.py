@@ -3,22 +3,19 @@
 Of copies that differ by their clients' fingerprints alone only the model they share is stored; the
 fingerprints follow from the key.
 
-A file a round, ``archive/000012.enc``: 8 bytes that name the format, 8 that name the key, a nonce
-of 12, and the round's tensors in the safetensors format under AES-256-GCM. The round and the
-header are authenticated too, so that no file can stand in for another.
+A file a round, ``archive/000012.enc``: the round's tensors in the safetensors format, sealed under
+a key derived from the run's noise key and bound to the round, so that no file can stand in for
+another.
 """
 
 import json
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -27,12 +24,11 @@ from fedveil.defenses.fingerprint import Fingerprint
 from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
+from fedveil.sealing import DamagedError, OtherKeyError, Seal, UnknownFormatError
 
 Weights = Mapping[str, Tensor]
 
 _FORMAT = b"FVARCH1\n"
-_KEY_NAME_BYTES = 8
-_NONCE_BYTES = 12
 _NAME = re.compile(r"(\d{6,})\.enc")
 
 
@@ -86,8 +82,7 @@ class Archive:
     def __init__(self, folder: Path, key: NoiseKey) -> None:
         self.folder = folder
         self._key = key
-        self._cipher = AESGCM(key.derive("archive v1"))
-        self._key_name = key.derive("archive key name v1")[:_KEY_NAME_BYTES]
+        self._seal = Seal(key.secret, form=_FORMAT, purpose="archive")
 
     @classmethod
     def create(cls, directory: Path, key: NoiseKey) -> "Archive":
@@ -150,11 +145,10 @@ class Archive:
         Raises:
             FedveilError: It could not be written; an earlier file is left whole.
         """
-        path, head = self._path(entry.round), _FORMAT + self._key_name
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = self._cipher.encrypt(nonce, _packed(entry), self._bound(head, entry.round))
+        path = self._path(entry.round)
+        sealed = self._seal.close(_packed(entry), place=_place(entry.round))
         try:
-            write_atomically(path, head + nonce + sealed, mode=0o600)
+            write_atomically(path, sealed, mode=0o600)
         except OSError as error:
             raise FedveilError(
                 f"{path} could not be written: {error.strerror}; make room or mend the "
@@ -172,18 +166,17 @@ class Archive:
             content = path.read_bytes()
         except OSError as error:
             raise FedveilError(f"{path} cannot be read: {error.strerror}") from None
-        start = len(_FORMAT) + _KEY_NAME_BYTES
-        head, nonce, sealed = content[:start], content[start:][:_NONCE_BYTES], content[start + 12 :]
-        if not head.startswith(_FORMAT):
-            raise FedveilError(f"{path} is no file of an archive, or its beginning is damaged")
-        if head != _FORMAT + self._key_name:
+        try:
+            return _unpacked(self._seal.open(content, place=_place(number)), self._key)
+        except UnknownFormatError:
+            raise FedveilError(
+                f"{path} is no file of an archive, or its beginning is damaged"
+            ) from None
+        except OtherKeyError:
             raise FedveilError(
                 f"{path} was written with another key; the run's own noise.key opens it"
-            )
-        try:
-            content = self._cipher.decrypt(nonce, sealed, self._bound(head, number))
-            return _unpacked(content, self._key)
-        except (InvalidTag, ValueError, KeyError, TypeError, SafetensorError):
+            ) from None
+        except (DamagedError, ValueError, KeyError, TypeError, SafetensorError):
             raise FedveilError(
                 f"{path} is damaged, or belongs to another round; restore it from a copy"
             ) from None
@@ -191,9 +184,9 @@ class Archive:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.enc"
 
-    @staticmethod
-    def _bound(head: bytes, number: int) -> bytes:
-        return head + number.to_bytes(8, "big")
+
+def _place(number: int) -> bytes:
+    return number.to_bytes(8, "big")
 
 
 def _packed(entry: Entry) -> bytes:

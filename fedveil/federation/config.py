@@ -93,6 +93,9 @@ class TrainConfig(BaseModel):
     )
     send_models_unencrypted: bool = False
     workers: int | None = Field(default=None, ge=1, le=1024)
+    log: Literal["tensorboard", "mlflow"] | None = Field(
+        default=None, description="rounds in files of the run's directory"
+    )
     timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
     seed: int = Field(default=0, ge=0, lt=2**31)
 

@@ -20,6 +20,7 @@ from typing import Any
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.run_directory import RoundRecord, RunDirectory
+from fedveil.sealing import KEY_FILE
 
 ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -89,8 +90,11 @@ def environment(home: Path) -> dict[str, str]:
     """
     # Flower's processes start each other by name.
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Processes of Flower's may work in another directory than the one this path is relative to.
+    key_file = os.environ.get(KEY_FILE)
     return {
         **os.environ,
+        **({KEY_FILE: str(Path(key_file).absolute())} if key_file else {}),
         **ENVIRONMENT,
         "OMP_NUM_THREADS": "1",
         "FLWR_HOME": str(home),

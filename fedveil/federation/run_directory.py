@@ -7,6 +7,8 @@
 ``archive/``            what each client was sent in each round, encrypted under that key
 ``model.safetensors``   w, once the run is complete (0600)
 ``summary.json``, ``curves.png``
+
+With ``FEDVEIL_KEY_FILE`` the three of mode 0600 are encrypted, and end in ``.enc``.
 """
 
 import json
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedveil import __version__
@@ -27,7 +29,9 @@ from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.fedavg import StrategyState
+from fedveil.federation.run_secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.files import write_atomically
+from fedveil.sealing import OperatorKey
 
 _SECRET = 0o600
 _VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
@@ -92,6 +96,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.secrets = RunSecrets(path)
 
     @classmethod
     def create(
@@ -105,8 +110,10 @@ class RunDirectory:
             noise_key: A key to use again; a fresh one is drawn where there is none.
 
         Raises:
-            FedveilError: The directory holds something, or cannot be made.
+            FedveilError: The directory holds something, or cannot be made, or the key that
+                ``FEDVEIL_KEY_FILE`` names cannot be read.
         """
+        operator = OperatorKey.from_environment()
         try:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
@@ -119,8 +126,10 @@ class RunDirectory:
             )
         run = cls(path)
         described = {"configuration": config.model_dump(), "versions": versions()}
-        if noise_key:
-            noise_key.save(path / "noise.key")
+        try:
+            run.secrets.keep(noise_key or NoiseKey.generate(), operator)
+        except OSError as error:
+            raise FedveilError(f"--out {path}: {error.strerror}") from None
         run._write("config.json", _json(described))
         return run
 
@@ -157,11 +166,12 @@ class RunDirectory:
         return (self.path / "summary.json").is_file()
 
     def noise_key(self) -> NoiseKey:
-        """Return the run's noise key, drawn and kept at the first call."""
-        path = self.path / "noise.key"
-        if not path.exists():
-            NoiseKey.generate().save(path)
-        return NoiseKey.load(path)
+        """Return the run's noise key.
+
+        Raises:
+            FedveilError: There is none, or it is encrypted under a key that is not at hand.
+        """
+        return self.secrets.noise_key()
 
     def rounds(self) -> list[RoundRecord]:
         """Read ``rounds.jsonl``.
@@ -187,15 +197,13 @@ class RunDirectory:
         """Read the last checkpoint; ``None`` before the first.
 
         Raises:
-            FedveilError: The file is damaged.
+            FedveilError: The file is damaged, or encrypted under a key that is not at hand.
         """
-        path = self.path / "checkpoint.safetensors"
-        if not path.exists():
+        content = self.secrets.read(CHECKPOINT)
+        if content is None:
             return None
         try:
-            with safe_open(path, framework="pt") as stored:
-                metadata = stored.metadata()
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors, metadata = load(content), _metadata(content)
             state = json.loads(metadata["state"])
             base, memory = (_with_prefix(tensors, f"{kind}/") for kind in ("base", "memory"))
             return Checkpoint(
@@ -210,7 +218,8 @@ class RunDirectory:
             SafetensorError,
         ) as error:
             raise FedveilError(
-                f"{path} is damaged ({error}); restore it, or train anew in another directory"
+                f"{self.secrets.path(CHECKPOINT)} is damaged ({error}); restore it, or train anew "
+                "in another directory"
             ) from None
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -226,7 +235,7 @@ class RunDirectory:
             "noisy": checkpoint.state.noisy,
         }
         content = save(_contiguous(tensors), metadata={"state": json.dumps(state)})
-        self._write("checkpoint.safetensors", content, mode=_SECRET)
+        self._write_secret(CHECKPOINT, content)
 
     def sweep(self) -> None:
         """Remove what a killed writer left half written; only for whoever writes from now on."""
@@ -235,11 +244,31 @@ class RunDirectory:
 
     def write_model(self, weights: Mapping[str, Tensor]) -> None:
         """Write ``model.safetensors``: w alone, for the party that ordered it."""
-        self._write("model.safetensors", save(_contiguous(weights)), mode=_SECRET)
+        self._write_secret(MODEL, save(_contiguous(weights)))
+
+    def model(self) -> dict[str, Tensor]:
+        """Return w of the complete run.
+
+        Raises:
+            FedveilError: It is not there yet, damaged, or encrypted under a key not at hand.
+        """
+        path, content = self.secrets.path(MODEL), self.secrets.read(MODEL)
+        if content is None:
+            raise FedveilError(
+                f"{path} is not there: the run is not complete; fedveil train --resume {self.path}"
+            )
+        try:
+            return load(content)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise FedveilError(f"{path} is damaged ({error}); restore it from a copy") from None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``; its presence says that the run is complete."""
         self._write("summary.json", _json(summary))
+
+    def _write_secret(self, name: str, content: bytes) -> None:
+        self.secrets.check_writable()
+        self._write(self.secrets.path(name).name, self.secrets.closed(name, content), mode=_SECRET)
 
     def _write(self, name: str, content: bytes, *, mode: int = 0o644) -> None:
         try:
@@ -259,6 +288,13 @@ def versions() -> dict[str, str]:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata in the header of a file in the safetensors format."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def _round(content: Any) -> RoundRecord:

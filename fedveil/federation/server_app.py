@@ -270,6 +270,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     Raises:
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
+    directory.secrets.check_writable()
     directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     key = directory.noise_key()

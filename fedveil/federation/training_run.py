@@ -1,12 +1,14 @@
 """One training run from its directory to its summary and picture."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fedveil.federation.curves import draw_curves
 from fedveil.federation.engines import train
 from fedveil.federation.progress import RoundProgress
-from fedveil.federation.run_directory import RunDirectory
+from fedveil.federation.round_logs import round_log
+from fedveil.federation.run_directory import RoundRecord, RunDirectory
 
 
 def run_to_completion(directory: RunDirectory) -> dict[str, Any]:
@@ -24,8 +26,16 @@ def run_to_completion(directory: RunDirectory) -> dict[str, Any]:
     cap = None if config.strategy == "fedavg" else config.cap
     completed = len(directory.rounds())
     if not directory.complete:
-        with RoundProgress(rounds=config.rounds, completed=completed, cap=cap) as progress:
-            train(directory, on_round=progress)
+        with (
+            RoundProgress(rounds=config.rounds, completed=completed, cap=cap) as progress,
+            round_log(directory) as log,
+        ):
+            train(directory, on_round=lambda record: _tell(record, progress, log))
     draw_curves(directory.rounds(), directory.path / "curves.png", cap=cap)
     summary: dict[str, Any] = json.loads((directory.path / "summary.json").read_text())
     return summary
+
+
+def _tell(record: RoundRecord, *listeners: Callable[[RoundRecord], None]) -> None:
+    for listener in listeners:
+        listener(record)

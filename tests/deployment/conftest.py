@@ -15,6 +15,7 @@ from fedveil.data import load_dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.deployment.control import register, status
 from fedveil.deployment.layout import Deployment, create
+from fedveil.sealing import KEY_FILE, OperatorKey
 
 NODES = 3
 PROGRAMS = Path(sys.executable).parent
@@ -57,6 +58,7 @@ class Federation:
         self.processes = {}
         self.logs = home.parent / "logs"
         self.logs.mkdir()
+        self.key = OperatorKey.make(home.parent / "key").path
 
     def start(self, name, script, **settings):
         with (self.logs / f"{name}.log").open("ab") as log:
@@ -69,7 +71,9 @@ class Federation:
             )
 
     def start_part(self, part):
-        self.start(part, self.home / f"start-{part}")
+        # The ServerApp's process, which writes the runs, is the SuperLink's.
+        secrets = {KEY_FILE: str(self.key)} if part == "superlink" else {}
+        self.start(part, self.home / f"start-{part}", **secrets)
 
     def start_node(self, number):
         images = str(self.home.parent / "sites" / f"node-{number}")
@@ -103,6 +107,8 @@ def train_command(federation, out, *options):
     """Return a protected training run on the deployment, as its README prints it."""
     deployment = Deployment.open(federation.home)
     command = [
+        "env",
+        f"{KEY_FILE}={federation.key}",
         PROGRAMS / "fedveil",
         "train",
         "--engine=deployed",

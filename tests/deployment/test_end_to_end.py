@@ -4,6 +4,7 @@ Real processes on loopback, started by the scripts that ``fedveil deploy init`` 
 """
 
 import json
+import os
 import ssl
 import subprocess
 import sys
@@ -12,14 +13,17 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedveil.deployment.control import register, status
 from fedveil.deployment.keys import node_key
 from fedveil.deployment.layout import Deployment
+from fedveil.federation.archive import Archive
 from fedveil.federation.config import TrainConfig
 from fedveil.federation.deployed import environment
+from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import prepare_job
+from fedveil.sealing import KEY_FILE
 from tests.deployment.conftest import NODES, PROGRAMS, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
@@ -48,21 +52,69 @@ def post(port, path, authority):
         return error.code, error.read()
 
 
-def test_three_protected_rounds_on_the_nodes_own_images(federation, tmp_path):
-    done = train(federation, tmp_path / "run", f"--app={APP}", "--rounds=3", "--epochs=3")
+def fedveil(federation, *options):
+    done = subprocess.run(
+        [PROGRAMS / "fedveil", *map(str, options)],
+        env={**os.environ, KEY_FILE: str(federation.key)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(federation, tmp_path_factory):
+    """Three protected rounds, whose secrets are encrypted."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    done = train(federation, out, f"--app={APP}", "--rounds=3", "--epochs=3")
     assert done.returncode == 0, done.stderr + federation.log("superlink")[-3000:]
-    rounds = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    return out
+
+
+def test_three_protected_rounds_on_the_nodes_own_images(federation, trained, tmp_path):
+    rounds = [json.loads(line) for line in (trained / "rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in rounds] == [1, 2, 3]
     # Every node took part, and none of its images was left out or counted twice.
     assert all(line["clients"] == list(range(NODES)) and not line["refused"] for line in rounds)
     assert sum(federation.examples) == len(prepare_job(TrainConfig()).dataset.train)
     assert max(max(line["copies"]) for line in rounds) < 0.6
     assert any(line["sigma"] > 0 for line in rounds)
-    job = prepare_job(TrainConfig())
-    w = load_file(tmp_path / "run/model.safetensors")
-    assert job.accuracy(w) > 0.6
+    assert not {path.name for path in trained.iterdir()} & {"noise.key", "model.safetensors"}
+    fedveil(federation, "deliver", trained, "--out", tmp_path / "w.safetensors")
+    assert prepare_job(TrainConfig()).accuracy(load_file(tmp_path / "w.safetensors")) > 0.6
     found = status(federation.home)
     assert [(run.app, run.status) for run in found.runs] == [(APP, "finished:completed")]
+
+
+def test_what_the_nodes_were_sent_is_audited(federation, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY_FILE, str(federation.key))
+    archive = Archive.open(trained, RunDirectory.open(trained).noise_key())
+    save_file(dict(archive.read(3).received(1).weights), tmp_path / "leaked.safetensors")
+    trace = ("audit", "trace", tmp_path / "leaked.safetensors", "--run", trained)
+    assert "1 of 3 clients named" in fedveil(federation, *trace, "--out", tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text())["named"] == [1]
+
+    theft = ("audit", "theft", "--run", trained, "--out", tmp_path / "theft")
+    fedveil(federation, *theft, "--labels=10", "--colluders=1", "--thieves=1")
+    rows = json.loads((tmp_path / "theft/theft.json").read_text())["rows"]
+    assert {"direct", "retrain-noised"} <= {row["attack"] for row in rows}
+
+    fedveil(
+        federation,
+        *("audit", "leakage", "--dataset=digits", "--model=cnn", "--images=1"),
+        *("--checkpoint", trained / "model.safetensors.enc", "--attack=ig:steps=20,restarts=1"),
+        *("--out", tmp_path / "leakage"),
+    )
+    (row,) = json.loads((tmp_path / "leakage/leakage.json").read_text())["rows"]
+    assert (row["attack"], row["images"]) == ("ig:steps=20,restarts=1", 1)
+
+    page = tmp_path / "report.html"
+    results = (trained, tmp_path / "theft", tmp_path / "leakage")
+    fedveil(federation, "report", *results, "--out", page)
+    assert page.read_text().count("<section") > 3
 
 
 def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
