@@ -92,7 +92,7 @@ class TrainConfig(BaseModel):
         default=0.6, gt=0.5, le=1, description="part of the key shares that undoes a mask"
     )
     key_shares: int | None = Field(
-        default=None, ge=3, le=65_535, description="of a key, odd; one a client of the round"
+        default=None, ge=5, le=65_535, description="of a key, odd; one a client of the round"
     )
     largest_change: float = Field(
         default=16.0, gt=0, le=1e6, description="of a weight in a round, to be summed"

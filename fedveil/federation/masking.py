@@ -47,6 +47,9 @@ Floats = NDArray[np.float64]
 Words = NDArray[np.uint32]
 Tensors = Mapping[str, NDArray[Any]]
 
+FEWEST = 3
+"""Clients of a sum: one of two would be no secret between the two."""
+
 _MODULUS = 2**32
 _LARGEST_LOSS = 1024.0
 
@@ -62,7 +65,7 @@ class FixedPoint:
 
     Attributes:
         limit: Largest |x|.
-        clients: K, at most 2¹⁶.
+        clients: K.
     """
 
     limit: float
@@ -144,13 +147,20 @@ def secure_aggregation_mod(
         return _collect(message, context, record, call_next)
     if stage == Stage.SETUP:
         _check_setup(record)
+        # Of a round this client did not see the end of.
+        _forget(context)
     if stage == Stage.UNMASK:
         _check_unmask(record)
     reply = secaggplus_mod(message, context, call_next)
     if stage == Stage.UNMASK:
         # Whoever takes this node over later finds no key of a round that is over.
-        del context.state[RECORD_KEY_STATE]
+        _forget(context)
     return reply
+
+
+def _forget(context: Context) -> None:
+    if RECORD_KEY_STATE in context.state:
+        del context.state[RECORD_KEY_STATE]
 
 
 def _check_permitted(message: Message, context: Context) -> None:
@@ -164,8 +174,10 @@ def _check_permitted(message: Message, context: Context) -> None:
 
 def _check_setup(record: ConfigRecord) -> None:
     shares, threshold = record.get(Key.SHARE_NUMBER), record.get(Key.THRESHOLD)
-    if not (isinstance(shares, int) and isinstance(threshold, int) and shares >= 3):
-        raise FedveilError(f"{shares!r} key shares are too few to hide an update; at least 3 do")
+    if not (isinstance(shares, int) and isinstance(threshold, int) and threshold >= FEWEST):
+        raise FedveilError(
+            f"{threshold!r} clients would do for a sum; hiding an update takes at least {FEWEST}"
+        )
     # With less, a server could tell one half that a client is gone, and the other that it is not.
     if 2 * threshold <= shares:
         raise FedveilError(
@@ -198,7 +210,7 @@ def _collect(
     reply = call_next(message, context)
     if reply.has_error():
         return reply
-    metrics = next(iter(reply.content.metric_records.values()))
+    metrics = _metrics(reply)
     vector = _weighted(state, sent, _arrays(reply), metrics)
     masked = _masked(state, partners, FixedPoint(state.clipping_range, state.sample_num), vector)
     context.state.config_records[RECORD_KEY_STATE] = ConfigRecord(state.to_dict())
@@ -238,6 +250,13 @@ def _arrays(message: Message) -> dict[str, NDArray[Any]]:
     if len(records) != 1:
         raise FedveilError(f"{len(records)} records of arrays; secure aggregation sums exactly one")
     return {name: array.numpy() for name, array in records[0].items()}
+
+
+def _metrics(reply: Message) -> MetricRecord:
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        raise FedveilError(f"{len(records)} records of metrics; secure aggregation takes one")
+    return records[0]
 
 
 def _weighted(

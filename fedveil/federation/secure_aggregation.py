@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedveil.errors import FedveilError
 from fedveil.federation.masking import (
+    FEWEST,
     MASKED,
     FixedPoint,
     Floats,
@@ -36,8 +37,6 @@ Weights = Mapping[str, Tensor]
 Keys = tuple[bytes, bytes]
 Read = TypeVar("Read")
 
-# A sum of two is no secret between the two.
-FEWEST = 3
 _MODULUS = 2**32
 
 
@@ -55,9 +54,10 @@ class SecureAggregation:
     Overhead", CCS 2020, section 3.
 
     Attributes:
-        threshold: Part of a neighbourhood, above a half, whose shares undo a mask. As many must
-            stay to the end, and fewer can read nothing even together with the server.
-        shares: Clients in a neighbourhood, odd, each with itself; ``None``: all of the round.
+        threshold: Part of a neighbourhood, above a half, whose shares undo a mask; at least three
+            clients. As many must stay to the end, and fewer can undo none even together with the
+            server.
+        shares: Clients in a neighbourhood, odd, each with itself; ``None``: all of the round's.
         largest_change: Limit on what a round may change of a weight; a client whose training went
             further takes no part in the sum.
         timeout: Seconds to wait for the answers of a stage.
@@ -85,7 +85,7 @@ class SecureAggregation:
         _check_clients(clients)
         count = min(self.shares or len(clients), len(clients))
         neighbours = neighbourhoods([client.node for client in clients], count)
-        needed = max(math.ceil(self.threshold * count - 1e-9), 2)
+        needed = max(math.ceil(self.threshold * count - 1e-9), FEWEST)
         stages = Stages(grid, round_number, needed, neighbours, self.timeout)
         images = sum(client.examples or 0 for client in clients)
         setup = self._setup(len(clients), count, needed, images)
@@ -356,7 +356,7 @@ class Layout:
 def neighbourhoods(nodes: Sequence[int], shares: int) -> dict[int, frozenset[int]]:
     """Return whose key shares each node holds: a ring in random order, and everybody near on it.
 
-    Source: Bell et al. 2020, section 3.1 (a Harary graph over a random order of the clients).
+    Source: Bell et al. 2020, section 3 (a Harary graph over a random order of the clients).
 
     Args:
         nodes: The round's nodes.
