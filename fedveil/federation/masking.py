@@ -8,6 +8,7 @@ vector can search; here a mask is the key stream of a cipher under the whole see
 
 import math
 from base64 import urlsafe_b64decode
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -186,14 +187,12 @@ def _check_setup(record: ConfigRecord) -> None:
 
 
 def _check_unmask(record: ConfigRecord) -> None:
-    present, gone = (
-        set(cast("list[int]", record[key]))
-        for key in (Key.ACTIVE_NODE_ID_LIST, Key.DEAD_NODE_ID_LIST)
-    )
-    if both := present & gone:
+    keys = (Key.ACTIVE_NODE_ID_LIST, Key.DEAD_NODE_ID_LIST)
+    named = Counter(node for key in keys for node in cast("list[int]", record[key]))
+    if twice := sorted(node for node, times in named.items() if times > 1):
         raise FedveilError(
-            f"the server calls nodes {sorted(both)} both present and gone; answering would undo "
-            "both of their masks"
+            f"the server names nodes {twice} twice among those present and gone; an answer could "
+            "undo both masks of a client, or leave one alone in the sum"
         )
 
 
@@ -228,10 +227,8 @@ def _take_shares(state: SecAggPlusState, record: ConfigRecord) -> list[int]:
     """Keep the shares of the neighbours' keys that came; return the neighbours they are from."""
     sources = cast("list[int]", record[Key.SOURCE_LIST])
     letters = cast("list[bytes]", record[Key.CIPHERTEXT_LIST])
-    if len(sources) + 1 < state.threshold:
-        raise FedveilError(
-            f"{len(sources) + 1} clients are left to share masks; at least {state.threshold} must"
-        )
+    if (left := len({*sources, state.nid})) < state.threshold:
+        raise FedveilError(f"{left} clients are left to share masks; {state.threshold} must")
     for source, letter in zip(sources, letters, strict=True):
         plain = share_keys_plaintext_separate(decrypt(state.ss2_dict[source], letter))
         author, addressee, seed_share, key_share = plain

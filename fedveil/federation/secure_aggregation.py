@@ -175,15 +175,10 @@ class Stages:
         Raises:
             FedveilError: Says how many are left, how many it takes, and why the others are not.
         """
-        remaining = {node: len(self.neighbours[node] & left) for node in holders}
-        worst = min(remaining, key=remaining.__getitem__, default=None)
-        if worst is not None and remaining[worst] >= self.needed:
+        there = min((len(self.neighbours[node] & left) for node in holders), default=0)
+        if there >= self.needed:
             return
-        there, asked = (
-            (0, len(self.neighbours))
-            if worst is None
-            else (remaining[worst], len(self.neighbours[worst]))
-        )
+        asked = max(map(len, self.neighbours.values()))
         reasons = "; ".join(f"node {refusal.node}: {refusal.reason}" for refusal in refused)
         raise FedveilError(
             f"round {self.round_number}: only {there} of {asked} clients that hold each other's "
@@ -361,7 +356,12 @@ def neighbourhoods(nodes: Sequence[int], shares: int) -> dict[int, frozenset[int
     Args:
         nodes: The round's nodes.
         shares: Size of a neighbourhood, the node itself with it; odd, or all of the nodes.
+
+    Raises:
+        ValueError: ``shares`` is even, and less than all.
     """
+    if shares % 2 == 0 and shares < len(nodes):
+        raise ValueError(f"shares = {shares}: a neighbourhood has as many nodes on either side")
     ring = list(nodes)
     # Who could foretell it could put its own clients around another's.
     SystemRandom().shuffle(ring)
@@ -441,6 +441,8 @@ def _pairs(record: ConfigRecord, nodes: str, contents: str) -> dict[int, bytes]:
     left, right = record.get(nodes), record.get(contents)
     if not (isinstance(left, list) and isinstance(right, list) and len(left) == len(right)):
         raise FedveilError(f"its answer has no lists {nodes!r} and {contents!r} of one length")
+    if not all(isinstance(content, bytes) for content in right):
+        raise FedveilError(f"its answer's {contents!r} are not all bytes")
     return dict(zip(cast("list[int]", left), cast("list[bytes]", right), strict=True))
 
 

@@ -315,13 +315,15 @@ def stage(grid, node, name, **values):
     return reply
 
 
-def test_a_client_never_helps_to_undo_both_masks_of_another():
+@pytest.mark.parametrize("twice", ["present and gone", "present"])
+def test_a_client_never_helps_to_undo_both_masks_of_another(twice):
     with LocalGrid("tests.federation.apps:secure_add", nodes=3, workers=1) as grid:
-        clients = [Client(i, node, 10) for i, node in enumerate(grid.get_node_ids())]
-        SecureAggregation().agree(grid, clients, 1)
-        nodes = [client.node for client in clients]
-        reply = stage(grid, nodes[0], "unmask", active_nids=nodes, dead_nids=nodes[:1])
-    assert "both present and gone" in reply.error.reason
+        nodes = grid.get_node_ids()
+        SecureAggregation().agree(grid, [Client(i, n, 10) for i, n in enumerate(nodes)], 1)
+        lists = {"present and gone": (nodes, nodes[:1]), "present": (nodes[:1] * 3, nodes[1:])}
+        present, gone = lists[twice]
+        reply = stage(grid, nodes[0], "unmask", active_nids=present, dead_nids=gone)
+    assert f"names nodes [{nodes[0]}] twice" in reply.error.reason
 
 
 @pytest.mark.parametrize(
