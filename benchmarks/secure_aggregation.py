@@ -49,8 +49,9 @@ echo = ClientApp(mods=[secure_aggregation_mod])
 
 @echo.query()
 def who(message: Message, context: Context) -> Message:
-    metrics = {"partition-id": context.node_config["partition-id"], "num-examples": IMAGES}
-    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+    client = int(context.node_config["partition-id"])
+    metrics = MetricRecord({"partition-id": client, "num-examples": IMAGES})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 @echo.train()
@@ -135,8 +136,9 @@ def accuracies(dataset: str, seeds: int, rounds: int) -> Iterator[dict[str, Any]
     for strategy in ("fedavg", "noise-pair", "noise-delta"):
         for seed in range(seeds):
             arms = {arm: accuracy(dataset, strategy, seed, rounds, arm) for arm in (False, True)}
-            plain, secure = arms.values()
-            yield {"strategy": strategy, "seed": seed, "plain": plain, "secure": secure}
+            row = {"strategy": strategy, "seed": seed, "plain": arms[False], "secure": arms[True]}
+            print(json.dumps(row), flush=True)
+            yield row
 
 
 def accuracy(dataset: str, strategy: str, seed: int, rounds: int, secure: bool) -> dict[str, Any]:

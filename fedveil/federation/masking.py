@@ -62,7 +62,7 @@ class FixedPoint:
     Client k sends wₖ·xₖ rounded to a multiple of ``step``, where its weight wₖ is its part of the
     round's images. Since the weights add up to 1 at most, no sum leaves the range, and the mean of
     K clients whose weights add up to W is off by K·step/(2·W) at most: for 10 clients and a limit
-    of 16, 3.8e-8. Rounding is to nearest, without a draw: the same clients give the same bits.
+    of 16, 3.7e-8. Rounding is to nearest, without a draw: the same clients give the same bits.
 
     Attributes:
         limit: Largest |x|.
