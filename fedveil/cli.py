@@ -206,6 +206,24 @@ def train(
     average: Annotated[
         Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
     ] = None,
+    secure_aggregation: Annotated[
+        bool | None,
+        typer.Option(
+            "--secure-aggregation",
+            help="Let the server learn the sum of the clients' changes only, by SecAgg+.",
+        ),
+    ] = None,
+    reconstruction_threshold: Annotated[
+        float | None,
+        typer.Option(help="Part of a round's clients that must stay to the end for the sum."),
+    ] = None,
+    key_shares: Annotated[
+        int | None,
+        typer.Option(help="Clients that each shares keys with, odd; all of the round by default."),
+    ] = None,
+    largest_change: Annotated[
+        float | None, typer.Option(help="Largest change of a weight that can be summed.")
+    ] = None,
     engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
     superlink: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running SuperLink, for --engine deployed.")

@@ -17,6 +17,7 @@ from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.masking import secure_aggregation_mod
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally, train_privately
@@ -48,7 +49,7 @@ def _transforms_once(defense: Defense) -> bool:
     return defense.transform is not None and is_fixed(defense.transform)
 
 
-app = ClientApp()
+app = ClientApp(mods=[secure_aggregation_mod])
 
 
 @app.query()

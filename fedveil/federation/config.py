@@ -85,6 +85,18 @@ class TrainConfig(BaseModel):
         default=10.0, ge=0, le=1e9, description="of a change, in medians of the round; 0: none"
     )
     average: Literal["mean", "median", "trimmed-mean"] = "mean"
+    secure_aggregation: bool = Field(
+        default=False, description="the server learns the sum of the changes only, by SecAgg+"
+    )
+    reconstruction_threshold: float = Field(
+        default=0.6, gt=0.5, le=1, description="part of the key shares that undoes a mask"
+    )
+    key_shares: int | None = Field(
+        default=None, ge=5, le=65_535, description="of a key, odd; one a client of the round"
+    )
+    largest_change: float = Field(
+        default=16.0, gt=0, le=1e6, description="of a weight in a round, to be summed"
+    )
     engine: Literal["local", "ray", "deployed"] = "local"
     superlink: str | None = Field(default=None, min_length=1, description="host:port")
     root_certificates: str | None = Field(default=None, min_length=1, description="a CA's PEM file")
@@ -116,6 +128,39 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"average {self.average} is for fedavg and noise-delta; {self.strategy} is defined "
                 "by its weighted means"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_norm_of_a_sum(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("secure_aggregation") is True:
+            return {"norm_limit": 0.0, **settings}
+        return settings
+
+    @model_validator(mode="after")
+    def _sum_must_be_enough(self) -> "TrainConfig":
+        if not self.secure_aggregation:
+            return self
+        alone = [
+            (self.strategy == "protected", "strategy protected", "distils what each client knows"),
+            (self.average != "mean", f"average {self.average}", "compares the clients' changes"),
+            (
+                self.norm_limit > 0,
+                f"norm-limit {self.norm_limit:g}",
+                "measures every change",
+            ),
+        ]
+        for chosen, setting, does in alone:
+            if chosen:
+                raise ValueError(
+                    f"{setting} {does}, and secure-aggregation shows the server their sum only; "
+                    "leave out either (it works with --strategy fedavg, noise-pair and noise-delta)"
+                )
+        if self.key_shares is not None and self.key_shares % 2 == 0:
+            raise ValueError(
+                f"key-shares {self.key_shares} is even; a neighbourhood has as many clients on "
+                "either side, so give an odd number, or leave it out for all clients of a round"
             )
         return self
 

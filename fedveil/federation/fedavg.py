@@ -8,6 +8,7 @@ from logging import WARNING
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
@@ -23,6 +24,7 @@ from fedveil.federation.acceptance import (
 from fedveil.federation.archive import Archive, Entry
 from fedveil.federation.replies import Refusal, Update, read_replies
 from fedveil.federation.roster import Client, query_roster, sample_clients
+from fedveil.federation.secure_aggregation import Agreement, SecureAggregation
 
 Weights = Mapping[str, Tensor]
 
@@ -111,6 +113,8 @@ class SeededFedAvg(FedAvg):
         archive: Where each round is written down before its models leave; ``None``: nowhere.
         fingerprint: What tells each client's copy from the others'; ``None``: nothing.
         acceptance: Which answers are averaged, and how; may be set before the first round.
+        secure: How the server learns the sum of the clients' changes and none of them; ``None``:
+            it sees each. Acceptance, which needs to see each, is left out then.
     """
 
     acceptance = Acceptance()
@@ -125,6 +129,8 @@ class SeededFedAvg(FedAvg):
         self.state = resume.state
         self.archive: Archive | None = None
         self.fingerprint: Fingerprint | None = None
+        self.secure: SecureAggregation | None = None
+        self._agreement: Agreement | None = None
         self.clients: tuple[Client, ...] = ()
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()
@@ -156,7 +162,8 @@ class SeededFedAvg(FedAvg):
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
-        return self.average([(unmarked(update, sent), update.examples) for update in updates])
+        mean = self.average([(unmarked(update, sent), update.examples) for update in updates])
+        return {name: value.to(sent.copies[0][name].dtype) for name, value in mean.items()}
 
     def average(self, terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
         """Return the average that ``acceptance`` names, of (x, n) pairs."""
@@ -184,6 +191,10 @@ class SeededFedAvg(FedAvg):
             seed=self.sampling.seed,
             round_number=round_number,
         )
+        if self.secure:
+            # Before any model is made, so that who drops out here was never sent one.
+            self._agreement = self.secure.agree(grid, chosen, round_number)
+            chosen = list(self._agreement.clients)
         started = time.perf_counter()
         sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
         sent = self.marked(round_number, sent)
@@ -203,9 +214,19 @@ class SeededFedAvg(FedAvg):
             for copy in self.sent.copies
         ]
         return [
-            Message(content=contents[copy], message_type=MessageType.TRAIN, dst_node_id=client.node)
+            Message(
+                content=self._addressed(contents[copy], client),
+                message_type=MessageType.TRAIN,
+                dst_node_id=client.node,
+            )
             for client, copy in self.sent.assignment
         ]
+
+    def _addressed(self, content: RecordDict, client: Client) -> RecordDict:
+        """Return a message's content with what only this client may read."""
+        if self._agreement is None:
+            return content
+        return RecordDict({**content, RECORD_KEY_CONFIGS: self._agreement.letters[client.node]})
 
     def _entry(self, round_number: int, sent: Distribution) -> Entry:
         shared = sent.shared or sent
@@ -225,12 +246,8 @@ class SeededFedAvg(FedAvg):
             raise RuntimeError("aggregate_train was called before configure_train")
         round_number = self.completed_rounds + server_round
         asked = {client.node: client for client, _ in self.sent.assignment}
-        updates, refusals = read_replies(
-            replies, asked=asked, expected=self.expected(self.sent), round_number=round_number
-        )
-        received = {client: self.sent.copies[copy] for client, copy in self.sent.assignment}
-        updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
-        refusals += [*large, *_silent(asked, updates, refusals + large)]
+        updates, refusals = self._usable(replies, self.sent, round_number)
+        refusals += _silent(asked, updates, refusals)
         self.refused = tuple(f"node {refusal.node}: {refusal.reason}" for refusal in refusals)
         for refusal in self.refused:
             log(WARNING, "round %d: left out %s", round_number, refusal)
@@ -244,6 +261,21 @@ class SeededFedAvg(FedAvg):
         self.loss = sum(update.loss * update.examples for update in updates) / examples
         self.averaged = tuple(update.client.partition for update in updates)
         return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
+
+    def _usable(
+        self, replies: Iterable[Message], sent: Distribution, round_number: int
+    ) -> tuple[list[Update], list[Refusal]]:
+        received = {client: sent.copies[copy] for client, copy in sent.assignment}
+        if self._agreement:
+            return self._agreement.mean(replies, received)
+        updates, refusals = read_replies(
+            replies,
+            asked={client.node: client for client in received},
+            expected=self.expected(sent),
+            round_number=round_number,
+        )
+        updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
+        return updates, refusals + large
 
 
 def unmarked(update: Update, sent: Distribution) -> Weights:

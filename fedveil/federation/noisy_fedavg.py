@@ -236,7 +236,10 @@ class NoisyFedAvg(SeededFedAvg):
 
         Clients' buffers were measured under noise, so w's are measured anew on the server.
         """
-        state = {name: mean[name] if name in self._parameters else base[name] for name in base}
+        state = {
+            name: mean[name].to(value.dtype) if name in self._parameters else value
+            for name, value in base.items()
+        }
         return self.with_statistics(state)
 
 

@@ -123,4 +123,9 @@ def sample_clients(
     Source: McMahan et al. 2017, Algorithm 1.
     """
     generator = random.Random(f"fedveil sampling {seed} {round_number}")
-    return generator.sample(list(clients), max(int(fraction * len(clients) + 1e-9), 1))
+    return generator.sample(list(clients), round_size(len(clients), fraction))
+
+
+def round_size(clients: int, fraction: float) -> int:
+    """Return how many of ``clients`` clients take part in a round: max(⌊C·K⌋, 1)."""
+    return max(int(fraction * clients + 1e-9), 1)

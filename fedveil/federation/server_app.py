@@ -36,7 +36,9 @@ from fedveil.federation.fedavg import (
 from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.noisy_fedavg import Cap
+from fedveil.federation.roster import round_size
 from fedveil.federation.run_directory import Checkpoint, RoundRecord, RunDirectory, versions
+from fedveil.federation.secure_aggregation import SecureAggregation, check_round_size
 from fedveil.federation.task import ClientTask
 from fedveil.models import build_model
 
@@ -124,7 +126,20 @@ def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
     strategy = _STRATEGIES[job.config.strategy](job, resume, key)
     strategy.acceptance = Acceptance(job.config.norm_limit or None, job.config.average)
+    strategy.secure = _secure(job.config)
     return strategy
+
+
+def _secure(config: TrainConfig) -> SecureAggregation | None:
+    if not config.secure_aggregation:
+        return None
+    check_round_size(round_size(config.clients, config.fraction))
+    return SecureAggregation(
+        threshold=config.reconstruction_threshold,
+        shares=config.key_shares,
+        largest_change=config.largest_change,
+        timeout=config.timeout,
+    )
 
 
 def _sampling(config: TrainConfig) -> Sampling:

@@ -12,6 +12,9 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedveil.federation.client_app import app as own_app
+from fedveil.federation.masking import secure_aggregation_mod
+
 
 def examples(client):
     return 10 + 7 * client
@@ -33,8 +36,8 @@ def _reply(message, client, arrays):
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def _app(train):
-    app = ClientApp()
+def _app(train, mods=()):
+    app = ClientApp(mods=list(mods))
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
@@ -105,7 +108,7 @@ def _ordinary_train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def _broken(make):
+def _broken(make, mods=()):
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
         # An app that echoes shows an answer that was averaged; one that adds has a norm.
@@ -115,7 +118,7 @@ def _broken(make):
             make(reply)
         return reply
 
-    return _app(train)
+    return _app(train, mods)
 
 
 def _nan(reply):
@@ -218,6 +221,38 @@ sends_raw_pickle, sends_bomb, sends_many = map(_broken, (_raw_pickle, _bomb, _ma
 sends_listed, sends_two_records, never_answers = map(_broken, (_listed, _two_records, _never))
 sends_nan, sends_shape, sends_dtype, sends_name = map(_broken, (_nan, _shape, _dtype, _name))
 sends_negative, sends_absurd, sends_stale = map(_broken, (_negative, _absurd, _stale))
+
+
+SECURE = (secure_aggregation_mod,)
+
+
+def leaves_at(stage):
+    """Return a mod under which client 1 answers nothing from a stage of SecAgg+ on."""
+
+    def mod(message, context, call_next):
+        record = message.content.config_records.get("secaggplus_configs", {})
+        if record.get("stage") == stage and context.node_config["partition-id"] == 1:
+            raise RuntimeError(f"client 1 left before {stage}")
+        return call_next(message, context)
+
+    return mod
+
+
+secure_echo, secure_add = _app(_echo, SECURE), _app(_add, SECURE)
+leaves_setup, leaves_share_keys, leaves_unmask = (
+    _app(_add, (leaves_at(stage), *SECURE)) for stage in ("setup", "share_keys", "unmask")
+)
+secure_sends_nan, secure_sends_huge, secure_sends_infinity, secure_sends_name = (
+    _broken(make, SECURE) for make in (_nan, _huge, _infinite, _name)
+)
+
+
+def own_app_until_round_3(message, context):
+    """Fedveil's own client app, of which half the clients fail in the third round."""
+    number = message.content.config_records.get("config", {}).get("server-round", 0)
+    if number == 3 and context.node_config["partition-id"] >= 3:
+        raise RuntimeError("the disk of this node is full")
+    return own_app(message, context)
 
 
 class RecordingGrid(Grid):
