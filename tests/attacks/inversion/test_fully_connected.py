@@ -65,7 +65,7 @@ def test_an_imprinted_model_sees_nearly_the_image(photos):
 
 
 def test_one_image_of_a_pruned_update_is_divided_out_of_what_was_sent(photos):
-    """The naive attacker takes a pruned entry for a zero, and mixes it with those that were sent."""
+    """The naive attacker takes a pruned entry for a zero and mixes it with those that were sent."""
     seen = sanitised(observe(_mlp(32), photos[:4], LABELS[:4]), Pruning(share=0.7))
     naive = _found(dataclasses.replace(seen, sanitizer=None), photos[:4])
     aware = _found(seen, photos[:4])
