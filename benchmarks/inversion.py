@@ -3,8 +3,8 @@
 LeNet with fresh weights; a federation of 3 clients that share out CIFAR-100's *test* images, on
 none of which any constant of an attack was chosen (``--split train``: its training images); one
 image a round; the gradients that the server received from one client. Restarts, steps and stopping
-are the attacks' own; no attack sees an image. The slow attacks get fewer images (``--slow-images``),
-the first ones of those that the fast attacks get.
+are the attacks' own; no attack sees an image. The slow attacks get fewer images
+(``--slow-images``), the first ones of those that the fast attacks get.
 
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
 

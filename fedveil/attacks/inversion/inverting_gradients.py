@@ -464,7 +464,8 @@ def angle_and_slopes(
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner products, [A], by matrix products, which store no products of entries."""
     products = [
-        torch.bmm(a[name].flatten(1)[:, None], b[name].flatten(1)[:, :, None]) for name in a
+        torch.bmm(a[name].reshape(len(a[name]), 1, -1), b[name].reshape(len(b[name]), -1, 1))
+        for name in a
     ]
     return torch.stack(products).sum(dim=0).flatten()
 
