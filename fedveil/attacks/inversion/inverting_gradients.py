@@ -207,7 +207,7 @@ class _Objective:
         shown = self.transformed(images)
         dummy = self._updates(shown, target, orders)
         # The angle's derivative by the update is known, so autograd only carries it to the images.
-        angle, slopes = angle_and_slopes(dummy, target.left)
+        angle, slopes = angle_and_slopes(dummy, target.left, target.energy)
         prior = self.tv * _variation(images)
         if self.batch_norm:
             prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
@@ -228,7 +228,7 @@ class _Objective:
     ) -> "_Target":
         observed = {name: gradient[victims] for name, gradient in problems.observed.items()}
         left = vmap(lambda own: dict(surviving(own, own, self.sanitizer)[1]))(observed)
-        return _Target(active, labels, observed, left)
+        return _Target(active, labels, observed, left, energy(left))
 
     def estimates(
         self, images: Tensor, labels: Tensor, problems: "_Problems"
@@ -290,12 +290,14 @@ class _Target:
         labels: Int64 [A, N].
         observed: Parameter name to [A, *shape].
         left: The same without what a known sanitiser destroyed.
+        energy: [A], the squared length of that.
     """
 
     active: Tensor
     labels: Tensor
     observed: dict[str, Tensor]
     left: dict[str, Tensor]
+    energy: Tensor
 
 
 @dataclass
@@ -434,7 +436,7 @@ def _orders(
 
 
 def angle_and_slopes(
-    dummy: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+    dummy: Mapping[str, Tensor], observed: Mapping[str, Tensor], energy: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return ``1 − cos`` of the angle between updates, and its derivative by the first.
 
@@ -444,14 +446,14 @@ def angle_and_slopes(
     Args:
         dummy: Parameter name to [A, *shape].
         observed: The same names and shapes.
+        energy: [A], the squared lengths of what was observed.
 
     Returns:
         [A], and the names to [A, *shape]; no gradient flows through either.
     """
     with torch.no_grad():
-        inner = _inner(dummy, observed)
-        size, reference = (_inner(a, a).clamp_min(_TINY**2) for a in (dummy, observed))
-        share = 1 / (size * reference).sqrt()
+        inner, size = _inner(dummy, observed), _inner(dummy, dummy).clamp_min(_TINY**2)
+        share = 1 / (size * energy.clamp_min(_TINY**2)).sqrt()
         cosine = inner * share
         slopes = {}
         for name, value in dummy.items():
@@ -459,6 +461,11 @@ def angle_and_slopes(
             slope = value * (cosine / size).reshape(wide)
             slopes[name] = slope.addcmul_(observed[name], share.reshape(wide), value=-1)
     return 1 - cosine, slopes
+
+
+def energy(updates: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared lengths, [A], of updates: parameter name to [A, *shape]."""
+    return _inner(updates, updates)
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from fedveil.attacks.inversion import (
     build_attack,
     infer_labels,
 )
-from fedveil.attacks.inversion.inverting_gradients import angle_and_slopes
+from fedveil.attacks.inversion.inverting_gradients import angle_and_slopes, energy
 from fedveil.defenses import BlockDCT, GaussianBlur, RandomBlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models import CNN, batch_norm_resnet, group_norm_resnet
@@ -105,7 +105,7 @@ def test_the_angles_derivative_is_autograds():
         {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
         for _ in range(2)
     )
-    angle, slopes = angle_and_slopes(dummy, seen)
+    angle, slopes = angle_and_slopes(dummy, seen, energy(seen))
     leaves = {name: value.requires_grad_() for name, value in dummy.items()}
     flat = [torch.cat([u[k].reshape(3, -1) for k in u], dim=1) for u in (leaves, seen)]
     expected = 1 - F.cosine_similarity(*flat)
