@@ -96,6 +96,18 @@ def test_levenberg_marquardt_without_a_closed_form(photos):
     assert (psnr(result.images[:, 0], images) > 40).all()
 
 
+def test_a_start_that_stalls_is_given_up_long_before_its_steps_are_spent(photos):
+    """Behind ReLUs a linear model of the gradient is good for next to no distance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, CLASSES)
+    )
+    seen = observe(model, photos[:2, :, ::2, ::2].contiguous(), LABELS[:2], batch=2)
+    result = LevenbergMarquardt(steps=50, restarts=2)(seen)
+    assert result.loss[0] > 1e-6
+    assert result.iterations[0] < 50
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_levenberg_marquardt_in_either_precision(dtype, photos):
     torch.manual_seed(0)
