@@ -1,10 +1,10 @@
 """Levenberg–Marquardt with its closed-form start beside the published attacks, in one run.
 
 LeNet with fresh weights; a federation of 3 clients that share out CIFAR-100's *test* images, on
-none of which any constant of an attack was chosen; one image a round; the gradients that the server
-received from one client. Restarts, steps and stopping are the attacks' own; no attack sees an
-image. The slow attacks get fewer images (``--slow-images``), the first ones of those that the fast
-attacks get.
+none of which any constant of an attack was chosen (``--split train``: its training images); one
+image a round; the gradients that the server received from one client. Restarts, steps and stopping
+are the attacks' own; no attack sees an image. The slow attacks get fewer images
+(``--slow-images``), the first ones of those that the fast attacks get.
 
     FEDVEIL_DATA=... python benchmarks/inversion.py --images 100 --slow-images 8 --out docs/results
 
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--slow-images", type=int, default=8)
     parser.add_argument("--attack", action="append", default=None, help="or none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--keep", type=int, default=None)
     parser.add_argument("--throughput", type=int, default=0)
@@ -162,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(os.environ["FEDVEIL_DATA"]) / "cifar100"
-        for number, file in enumerate(sorted(source.glob("test-*.parquet"))):
+        for number, file in enumerate(sorted(source.glob(f"{args.split}-*.parquet"))):
             (Path(folder) / f"train-{number}.parquet").symlink_to(file.resolve())
         data = load_dataset(folder, seed=args.seed)
         model = build_model("lenet", data.shape, len(data.classes), seed=args.seed)
@@ -197,7 +198,7 @@ def main() -> None:
         "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": threads,
-        "dataset": "cifar100 test",
+        "dataset": f"cifar100 {args.split}",
         "model": "lenet",
         "rows": rows,
         "throughput": rates,

@@ -107,7 +107,9 @@ def attackers(
     steps_through = defense.transform is not None and name in _FORWARD
     knows_update = informed.sanitizer is not None and name in _MASKING
     if searches_range or knows_update or steps_through:
-        aware = informed if searches_range or steps_through else replace(informed, knows=None)
+        knows = informed.knows if searches_range or steps_through else None
+        sanitizer = informed.sanitizer if knows_update else None
+        aware = replace(informed, knows=knows, sanitizer=sanitizer)
         found.append(Attacker(aware, adaptive=True))
     if inverse and adaptive.inverse:
         found.append(replace(found[-1], adaptive=True, inverse=True))
@@ -117,8 +119,8 @@ def attackers(
 _FORWARD = frozenset({"ig", "ig-bn"})
 """Attacks that take any differentiable transformation into their forward pass."""
 
-_MASKING = frozenset({"ig", "ig-bn", "lm"})
-"""Attacks that compare only what a sanitiser left."""
+_MASKING = frozenset({"dlg", "fc", "idlg", "ig", "ig-bn", "lm"})
+"""Attacks that compare only what a sanitiser left; ``rgap`` needs all of an update."""
 
 
 def adaptive_for(defense: Defense) -> Adaptive:

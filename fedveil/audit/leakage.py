@@ -326,7 +326,7 @@ def _inverse(
 def _undone(result: Inversion, undo: Callable[[Tensor], Tensor]) -> Inversion:
     victims, batch = result.images.shape[:2]
     images = undo(result.images.flatten(0, 1)).double()
-    return replace(result, images=images.reshape(victims, batch, *images.shape[1:]))
+    return replace(result, images=images.reshape(victims, batch, *images.shape[1:]), originals=None)
 
 
 def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
@@ -342,14 +342,15 @@ def _score(
     # Everybody knows the range of pixels; transformed ones may lie a little outside it.
     originals = victims.pixels
     images = _in_order(result.images.float(), originals)
-    clipped = images.clamp(0, 1)
+    before = result.images if result.originals is None else result.originals
+    clipped = _in_order(before.float(), originals).clamp(0, 1)
     own = torch.arange(len(victims))
-    as_trained = clipped if torch.equal(trained, originals) else images
+    as_trained = images.clamp(0, 1) if torch.equal(trained, originals) else images
     batch = result.images.shape[1]
     right = label_accuracy(result.labels, victims.labels.reshape(-1, batch))
     return images, {
         "exact": exact(as_trained, trained).double(),
-        "identified": identified(images, candidates, own).double(),
+        "identified": identified(clipped, candidates, own).double(),
         "label_accuracy": right.repeat_interleave(batch),
         "psnr_original": psnr(clipped, originals),
         "psnr_trained": psnr(as_trained, trained),

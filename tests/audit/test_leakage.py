@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord
 from PIL import Image
 from torch import nn
 
-from fedveil.attacks.inversion import LevenbergMarquardt, LocalSteps
+from fedveil.attacks.inversion import RGAP, LevenbergMarquardt, LocalSteps
+from fedveil.audit import leakage as leakage_module
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
@@ -136,6 +137,22 @@ def test_batches_are_put_in_order_before_they_are_scored(dataset, model):
     assert summary["exact"] == summary["identified"] == summary["label_accuracy"] == 1
     federation = settings.federation
     assert len(set(federation.ground_truth(dataset).tolist())) == 6
+
+
+def test_the_original_and_what_was_trained_on_are_scored_by_their_own_answers(
+    dataset, model, monkeypatch
+):
+    def two_answers(observation, *, progress=None):
+        found = RGAP()(observation)
+        return dataclasses.replace(
+            found, images=torch.zeros_like(found.images), originals=found.images
+        )
+
+    monkeypatch.setattr(leakage_module, "build_attack", lambda _name: two_answers)
+    scores = audit_leakage(dataset, model, _settings()).rows[0].scores
+    assert (scores["psnr_original"] > 40).all()
+    assert (scores["identified"] == 1).all()
+    assert (scores["psnr_trained"] < 20).all()
 
 
 def test_the_servers_notes_of_local_training(dataset, model):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
+from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, surviving
 from fedveil.attacks.inversion.lbfgs import Problems
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
 from fedveil.attacks.inversion.subspace import Subspace, range_of
@@ -29,7 +29,8 @@ class DLG:
     labels are probabilities by softmax. A search stops early only where going on changes nothing:
     when a step leaves the loss as it was, or when it is no longer finite (the last finite images
     are returned). Searches of several victims and starts are computed together; each keeps its own
-    curvature pairs and stops on its own loss, as if it were alone.
+    curvature pairs and stops on its own loss, as if it were alone. What a known sanitiser of the
+    update destroyed is no part of the distance.
 
     Source: Zhu, Liu & Han, "Deep Leakage from Gradients", NeurIPS 2019, algorithm 1 and section 4.
 
@@ -180,13 +181,19 @@ def _descend(
         name: observation.gradients[name].to(device, torch.float32)[starts.victims]
         for name in measure.parameters
     }
-    lengths = [g.square().flatten(1).sum(dim=1) for g in observed.values()]
-    size = torch.stack(lengths).sum(dim=0).clamp_min(1e-30)
+    sanitizer = observation.sanitizer
+
+    def length(own: dict[str, Tensor]) -> Tensor:
+        _, left = surviving(own, own, sanitizer)
+        return sum((value.square().sum() for value in left.values()), starts.flat.new_zeros(()))
+
+    size = vmap(length)(observed).clamp_min(1e-30)
 
     def distance(flat: Tensor, labels: Tensor | None, own: dict[str, Tensor]) -> Tensor:
         images, logits = starts.read(flat)
         gradient = measure(images, logits.softmax(dim=-1) if labels is None else labels)
-        missed = ((gradient[name] - target).square().sum() for name, target in own.items())
+        dummy, left = surviving(gradient, own, sanitizer)
+        missed = ((dummy[name] - target).square().sum() for name, target in left.items())
         return sum(missed, flat.new_zeros(()))
 
     slope = _for_each(grad_and_value(distance))

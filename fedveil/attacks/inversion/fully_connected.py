@@ -6,8 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, infer_labels
+from fedveil.attacks.inversion.gradients import (
+    GradientMap,
+    check_attackable,
+    infer_labels,
+    survived,
+)
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.attacks.inversion.subspace import range_of
 from fedveil.errors import FedveilError
 from fedveil.models import first_layer
 
@@ -16,6 +22,8 @@ _PARALLEL = 0.3  # cosine to the mean row; rows of honest layers have about 0
 _SAME = 1e-3  # root mean squared difference of pixels below which two readings are of one image
 _INSIDE = 0.05  # how far rounding may put a pixel out of [0, 1]; further outside is no image
 _READINGS = 1024
+_COMMON = 8  # pixels that two readings must both have, to be said to agree
+_GREY = 0.5  # for a pixel of which nothing came through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,10 @@ class FullyConnected:
     Where the rows of the layer have one direction in common and its biases are in order, as an
     active server arranges it (``fedveil.models.Imprint``), neighbouring rows are subtracted first:
     the difference is of the images between two thresholds alone.
+
+    Entries that a known sanitiser destroyed are in no quotient and no comparison; a pixel that a
+    reading has lost comes from the readings that agree with it, and is grey where none has it.
+    Images are the nearest ones in the range of a known transformation.
 
     The labels of a batch are inferred as counts, and which image bears which is not: the loss,
     which pairs them as they come, says little there.
@@ -60,16 +72,15 @@ class FullyConnected:
         device = next(observation.model.parameters()).device
         measure = GradientMap.of(observation, dtype=torch.float32, device=device)
         labels = infer_labels(observation).cpu()
+        like = torch.zeros((), dtype=torch.float64, device=device)
+        subspace = range_of(observation.knows, observation.shape).to(like)
         images, losses = [], []
         for victim in range(observation.victims):
-            weight = observation.gradients[f"{name}.weight"][victim].detach().double()
-            bias = observation.gradients[f"{name}.bias"][victim].detach().double()
-            if binned:
-                weight, bias = _between(weight[order]), _between(bias[order])
-            # Weights' gradients in units of pixels, so that readings are images.
-            weight = (weight - bias[:, None] * offset) / scale
-            pixels = _chosen(weight, bias, observation.images)
+            rows = _Rows.of(observation, victim, name)
+            rows = rows.between(order) if binned else rows
+            pixels = _chosen(rows.in_pixels(scale, offset), observation.images)
             found = pixels.reshape(1, observation.images, *observation.shape)
+            found = subspace.images(subspace.coordinates(found))
             images.append(found.cpu())
             part = observation.select(torch.tensor([victim]))
             losses.append(measure.distance(found.float(), labels[victim : victim + 1], part))
@@ -138,25 +149,73 @@ def _is_binned(layer: nn.Linear) -> bool:
     return len(rows) > 1 and float((rows @ common).median()) > _PARALLEL
 
 
-def _between(rows: Tensor) -> Tensor:
-    """Return each row minus the next, and the last as it is."""
+@dataclass(frozen=True)
+class _Rows:
+    """What a layer's gradient says, a row a neuron.
+
+    Attributes:
+        weight: Float64 [R, C·H·W], zero where it was destroyed.
+        bias: Float64 [R], zero where it was destroyed.
+        sent: Bool [R, C·H·W], where both came through.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    sent: Tensor
+
+    @classmethod
+    def of(cls, observation: Observation, victim: int, layer: str) -> "_Rows":
+        update = {
+            name: gradient[victim].detach().double()
+            for name, gradient in observation.gradients.items()
+        }
+        kept = survived(update, observation.sanitizer)
+        sent = kept[f"{layer}.weight"] & kept[f"{layer}.bias"][:, None]
+        bias = torch.where(kept[f"{layer}.bias"], update[f"{layer}.bias"], 0.0)
+        return cls(torch.where(sent, update[f"{layer}.weight"], 0.0), bias, sent)
+
+    def between(self, order: Tensor) -> "_Rows":
+        """Return each row minus the next in ``order``, and the last as it is."""
+        weight, bias, sent = self.weight[order], self.bias[order], self.sent[order]
+        # Of a neuron that fired for nobody nothing is sent either, and then there is nothing lost.
+        silent = ~sent.any(dim=1, keepdim=True)
+        both = sent & torch.cat([(sent | silent)[1:], torch.ones_like(sent[:1])])
+        return _Rows(torch.where(both, _differences(weight), 0.0), _differences(bias), both)
+
+    def in_pixels(self, scale: Tensor, offset: Tensor) -> "_Rows":
+        """Return the rows in units of pixels, so that quotients are images."""
+        pixels = (self.weight - self.bias[:, None] * offset) / scale
+        return _Rows(torch.where(self.sent, pixels, 0.0), self.bias, self.sent)
+
+    def select(self, which: Tensor) -> "_Rows":
+        return _Rows(self.weight[which], self.bias[which], self.sent[which])
+
+    def image(self) -> Tensor:
+        """Return the image that suits all rows best, [C·H·W]."""
+        energy = self.bias.square() @ self.sent.double()
+        found = self.bias @ self.weight / energy.clamp_min(1e-60)
+        return torch.where(energy > 0, found, _GREY)
+
+
+def _differences(rows: Tensor) -> Tensor:
     return torch.cat([rows[:-1] - rows[1:], rows[-1:]])
 
 
-def _chosen(weight: Tensor, bias: Tensor, images: int) -> Tensor:
+def _chosen(rows: _Rows, images: int) -> Tensor:
     """Return the images that most readings agree on, [images, C·H·W]."""
     if images == 1:
-        energy = bias.square().sum().clamp_min(1e-60)
-        return (bias @ weight / energy)[None]
-    strongest = bias.abs().argsort(descending=True)[:_READINGS]
-    strongest = strongest[bias[strongest].abs() > _SILENT * bias.abs().max()]
+        return rows.image()[None]
+    strongest = rows.bias.abs().argsort(descending=True)[:_READINGS]
+    loud = rows.bias[strongest].abs() > _SILENT * rows.bias.abs().max()
+    strongest = strongest[loud & rows.sent[strongest].any(dim=1)]
     if not len(strongest):
-        return weight.new_zeros(images, weight.shape[1])
-    readings = weight[strongest] / bias[strongest][:, None]
+        return rows.weight.new_zeros(images, rows.weight.shape[1])
+    rows = rows.select(strongest)
+    readings = rows.weight / rows.bias[:, None]
     inside = ((readings > -_INSIDE) & (readings < 1 + _INSIDE)).all(dim=1)
-    readings = readings[inside] if bool(inside.any()) else readings
-    apart = torch.cdist(readings, readings) / readings.shape[1] ** 0.5
-    alike = apart < _SAME
+    if bool(inside.any()):
+        rows, readings = rows.select(inside), readings[inside]
+    alike = _alike(readings, rows.sent)
     taken: list[int] = []
     free = torch.ones(len(readings), dtype=torch.bool)
     while len(taken) < images and bool(free.any()):
@@ -165,5 +224,18 @@ def _chosen(weight: Tensor, bias: Tensor, images: int) -> Tensor:
         taken.append(best)
         free &= ~alike[best]
     # A bin may hold several images; which, nothing tells, so the strongest are given again.
-    repeated = [taken[i % len(taken)] for i in range(images)]
-    return readings[torch.tensor(repeated)]
+    found = [
+        torch.where(rows.sent[best], readings[best], rows.select(alike[best]).image())
+        for best in taken
+    ]
+    return torch.stack([found[i % len(found)] for i in range(images)])
+
+
+def _alike(readings: Tensor, sent: Tensor) -> Tensor:
+    """Return which readings are of one image, bool [R, R], by the pixels that both have."""
+    have = sent.double()
+    common = have @ have.T
+    square = readings.square() @ have.T
+    apart = (square + square.T - 2 * readings @ readings.T).clamp_min(0)
+    same = (apart < _SAME**2 * common) & (common >= min(_COMMON, readings.shape[1]))
+    return same | torch.eye(len(readings), dtype=torch.bool)

@@ -136,6 +136,25 @@ def surviving(
     return {name: missed[name] + value for name, value in kept.items()}, kept
 
 
+def survived(observed: Gradient, sanitizer: UpdateKnowledge | None) -> dict[str, Tensor]:
+    """Return where an update still tells something after a known sanitiser.
+
+    Args:
+        observed: Parameter name to a float tensor of the parameter's shape.
+        sanitizer: What is known of it; None destroyed nothing.
+
+    Returns:
+        The same names; bool tensors of the same shapes.
+    """
+    whole = {name: torch.ones_like(value) for name, value in observed.items()}
+    # What is left of an update of ones: no sanitiser that is repeated turns a one into a zero.
+    left, _ = surviving(whole, observed, sanitizer)
+    return {
+        name: left[name] != 0 if name in left else torch.zeros_like(value, dtype=torch.bool)
+        for name, value in observed.items()
+    }
+
+
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
     """Compute attention by plain matrix products, whose gradient has a gradient of its own."""

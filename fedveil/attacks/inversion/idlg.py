@@ -11,7 +11,8 @@ from fedveil.attacks.inversion.observation import Inversion, Observation, Progre
 class IDLG:
     """Infer the label, then minimise the squared distance of the gradients over the image.
 
-    The search is that of ``DLG``; the label is exact for a single image, whatever the search finds.
+    The search is that of ``DLG``, which also leaves out what a known sanitiser destroyed; the label
+    is exact for a single image, whatever the search finds.
 
     Source: Zhao, Mopuri & Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.
 

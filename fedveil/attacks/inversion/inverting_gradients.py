@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ _TINY = 1e-12
 _PATIENCE = 1 / 16  # of all steps; a stage that gained nothing for so long is over
 _GAIN = 0.99
 _GREY, _NOISE = 0.5, 0.25
+_REDRAWN = 1e-4  # of the pixels' range; rounding is below, another draw of a mask above
 _REPORT = 20
 
 
@@ -45,6 +46,13 @@ class InvertingGradients:
 
     The published code takes 4,800 steps of 0.1 in units of normalised pixels, about a fifth of
     ours, and weighs the variation of those with 0.1.
+
+    Under a known transformation T the search is for x̂, and there are two questions. What was
+    trained on is best answered by T(x̂), since T removes what the gradient says nothing of. The
+    original is answered by x̂, in which the prior has filled in what T removes, or by T(x̂) where
+    that has the smaller objective (a codec's backward pass leaves noise behind that its forward
+    pass removes). Where T draws at random both are x̂: a draw of T would remove other things than
+    the client's did.
 
     A victim is done when its angle is below ``solved``, and a stage of the step size when for 1/16
     of all steps it has brought less than a hundredth; both are seen by the attacker.
@@ -109,7 +117,8 @@ class InvertingGradients:
         inferred = infer_labels(observation).cpu()
         victims = observation.victims
         at_once = max(1, self.together // self.restarts)
-        images, labels, losses, seconds, iterations = [], [], [], [], []
+        images, originals, labels = [], [], []
+        losses, seconds, iterations = [], [], []
         for index in torch.split(torch.arange(victims), at_once):
             begin = time.perf_counter()
             part = observation.select(index)
@@ -121,8 +130,9 @@ class InvertingGradients:
             if progress:
                 progress(int(index[-1]) + 1, victims, float(problems.best.max()))
             found, label, spent = problems.answers(self.restarts)
-            found = objective.transformed(found).detach()
+            found, before = objective.estimates(found, label, problems)
             images.append(found.double().cpu())
+            originals.append(before.double().cpu())
             labels.append(label.cpu())
             losses.append(objective.map.distance(found, label, part).double().cpu())
             iterations.append(spent.cpu())
@@ -130,6 +140,7 @@ class InvertingGradients:
             seconds.append(torch.full((len(index),), each))
         return Inversion(
             images=torch.cat(images),
+            originals=None if observation.knows is None else torch.cat(originals),
             labels=torch.cat(labels),
             loss=torch.cat(losses),
             seconds=torch.cat(seconds),
@@ -183,29 +194,70 @@ class _Objective:
         return moved.reshape(images.shape)
 
     def __call__(
-        self, images: Tensor, problems: "_Problems", active: Tensor, orders: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return objective and angle (1 − cos) of the active problems, each [A]."""
+        self, images: Tensor, target: "_Target", orders: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return objective and angle (1 − cos), each [A], and the objective's derivative.
 
-        def angle(images: Tensor, labels: Tensor, observed: dict[str, Tensor]) -> Tensor:
-            gradient = self.map(images, labels, orders)
-            dummy, left = surviving(gradient, observed, self.sanitizer)
-            inner, size, reference = (
-                sum((a[k] * b[k]).sum() for k in left)
-                for a, b in ((dummy, left), (dummy, dummy), (left, left))
-            )
-            lengths = torch.as_tensor(size).clamp_min(_TINY**2).sqrt()
-            lengths = lengths * torch.as_tensor(reference).clamp_min(_TINY**2).sqrt()
-            return 1 - inner / lengths
-
-        victims = problems.victims[active]
-        observed = {name: gradient[victims] for name, gradient in problems.observed.items()}
+        Args:
+            images: [A, N, C, H, W] of the target's problems; the derivative has their shape.
+            target: What they are to match.
+            orders: As ``GradientMap`` takes them.
+        """
+        images = images.detach().requires_grad_()
         shown = self.transformed(images)
-        angles = vmap(angle)(shown, problems.labels[active], observed)
-        total = angles + self.tv * _variation(images)
+        dummy = self._updates(shown, target, orders)
+        # The angle's derivative by the update is known, so autograd only carries it to the images.
+        angle, slopes = angle_and_slopes(dummy, target.left, target.energy)
+        prior = self.tv * _variation(images)
         if self.batch_norm:
-            total = total + self.batch_norm * vmap(self._statistics_prior)(shown)
-        return total, angles
+            prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
+        followed = [name for name, value in dummy.items() if value.requires_grad]
+        slope = torch.autograd.grad(
+            [*(dummy[name] for name in followed), prior],
+            images,
+            [*(slopes[name] for name in followed), torch.ones_like(prior)],
+        )[0]
+        return angle + prior.detach(), angle, slope
+
+    def target(self, problems: "_Problems", active: Tensor) -> "_Target":
+        """Return what the problems ``active``, int64 [A], are to match."""
+        return self._matching(active, problems.labels[active], problems.victims[active], problems)
+
+    def _matching(
+        self, active: Tensor, labels: Tensor, victims: Tensor, problems: "_Problems"
+    ) -> "_Target":
+        observed = {name: gradient[victims] for name, gradient in problems.observed.items()}
+        left = vmap(lambda own: dict(surviving(own, own, self.sanitizer)[1]))(observed)
+        return _Target(active, labels, observed, left, energy(left))
+
+    def estimates(
+        self, images: Tensor, labels: Tensor, problems: "_Problems"
+    ) -> tuple[Tensor, Tensor]:
+        """Return what was trained on and what it was before, each victim's, [V, N, C, H, W].
+
+        Args:
+            images: [V, N, C, H, W], as the search found them.
+            labels: Int64 [V, N], of that search.
+            problems: The search.
+        """
+        with torch.no_grad():
+            shown, again = self.transformed(images), self.transformed(images)
+        if self.transform is None or not torch.allclose(shown, again, atol=_REDRAWN):
+            return images, images
+        every = torch.arange(len(images), device=images.device)
+        target = self._matching(every, labels, every, problems)
+        with differentiable_attention():
+            kept, moved = (self(candidate, target, [])[0] for candidate in (images, shown))
+        smaller = (moved < kept).reshape(-1, 1, 1, 1, 1)
+        return shown, torch.where(smaller, shown, images)
+
+    def _updates(
+        self, images: Tensor, target: "_Target", orders: list[Tensor]
+    ) -> dict[str, Tensor]:
+        def left(images: Tensor, labels: Tensor, observed: dict[str, Tensor]) -> dict[str, Tensor]:
+            return dict(surviving(self.map(images, labels, orders), observed, self.sanitizer)[0])
+
+        return vmap(left)(images, target.labels, target.observed)
 
     def _statistics_prior(self, images: Tensor) -> Tensor:
         distances: list[Tensor] = []
@@ -227,6 +279,25 @@ class _Objective:
             for hook in hooks:
                 hook.remove()
         return torch.stack(distances).sum()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What A active problems are to match.
+
+    Attributes:
+        active: Int64 [A], which problems these are.
+        labels: Int64 [A, N].
+        observed: Parameter name to [A, *shape].
+        left: The same without what a known sanitiser destroyed.
+        energy: [A], the squared length of that.
+    """
+
+    active: Tensor
+    labels: Tensor
+    observed: dict[str, Tensor]
+    left: dict[str, Tensor]
+    energy: Tensor
 
 
 @dataclass
@@ -295,6 +366,11 @@ class _Problems:
         self.best[where] = total[better]
         self.angle[where] = angle[better]
 
+    def move(self, active: Tensor, images: Tensor) -> None:
+        """Place the active problems at ``images``."""
+        self.images[active] = images
+        self.spent[active] += 1
+
     def unsolved(self, solved: float) -> Tensor:
         """Return which problems go on: those of victims that no restart has solved; int64 [A]."""
         done = torch.zeros(int(self.victims.max()) + 1, device=self.angle.device)
@@ -320,6 +396,7 @@ def _descend(
     device = problems.images.device
     patience = max(10, round(attack.steps * _PATIENCE))
     taken = 0
+    target: _Target | None = None
     for stage, share in enumerate(_STAGES):
         rate = attack.learning_rate * _DECAY**stage
         reference, since = torch.inf, 0
@@ -327,19 +404,20 @@ def _descend(
             active = problems.unsolved(attack.solved)
             if not len(active) or since >= patience:
                 break
-            images = problems.images[active].requires_grad_()
+            if target is None or len(active) < len(target.active):
+                target = objective.target(problems, active)
+            images = problems.images[active]
             with differentiable_attention():
                 orders = _orders(objective.map, problems, generator, device)
-                total, angle = objective(images, problems, active, orders)
-                slope = torch.autograd.grad(total.sum(), images)[0].sign().nan_to_num()
-            problems.note(active, total.detach(), angle.detach())
+                total, angle, slope = objective(images, target, orders)
+            slope = slope.sign().nan_to_num()
+            problems.note(active, total, angle)
             taken += 1
             first[active] = _BETAS[0] * first[active] + (1 - _BETAS[0]) * slope
             second[active] = _BETAS[1] * second[active] + (1 - _BETAS[1]) * slope.square()
             move = first[active] / (1 - _BETAS[0] ** taken)
             scale = (second[active] / (1 - _BETAS[1] ** taken)).sqrt() + 1e-8
-            problems.images[active] = (images.detach() - rate * move / scale).clamp(0, 1)
-            problems.spent[active] += 1
+            problems.move(active, (images - rate * move / scale).clamp(0, 1))
             mean = float(problems.best[active].mean())
             reference, since = (mean, 0) if mean < _GAIN * reference else (reference, since + 1)
             yield taken
@@ -355,6 +433,48 @@ def _orders(
         torch.randperm(batch, generator=generator).to(device)
         for _ in range(gradients.local.epochs - 1)
     ]
+
+
+def angle_and_slopes(
+    dummy: Mapping[str, Tensor], observed: Mapping[str, Tensor], energy: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return ``1 − cos`` of the angle between updates, and its derivative by the first.
+
+    In closed form: three passes over the updates where autograd makes a dozen, and updates of many
+    victims fit in no cache.
+
+    Args:
+        dummy: Parameter name to [A, *shape].
+        observed: The same names and shapes.
+        energy: [A], the squared lengths of what was observed.
+
+    Returns:
+        [A], and the names to [A, *shape]; no gradient flows through either.
+    """
+    with torch.no_grad():
+        inner, size = _inner(dummy, observed), _inner(dummy, dummy).clamp_min(_TINY**2)
+        share = 1 / (size * energy.clamp_min(_TINY**2)).sqrt()
+        cosine = inner * share
+        slopes = {}
+        for name, value in dummy.items():
+            wide = (-1, *[1] * (value.ndim - 1))
+            slope = value * (cosine / size).reshape(wide)
+            slopes[name] = slope.addcmul_(observed[name], share.reshape(wide), value=-1)
+    return 1 - cosine, slopes
+
+
+def energy(updates: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared lengths, [A], of updates: parameter name to [A, *shape]."""
+    return _inner(updates, updates)
+
+
+def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Return the inner products, [A], by matrix products, which store no products of entries."""
+    products = [
+        torch.bmm(a[name].reshape(len(a[name]), 1, -1), b[name].reshape(len(b[name]), -1, 1))
+        for name in a
+    ]
+    return torch.stack(products).sum(dim=0).flatten()
 
 
 def _variation(images: Tensor) -> Tensor:

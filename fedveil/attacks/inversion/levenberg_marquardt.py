@@ -86,7 +86,9 @@ class LevenbergMarquardt:
 
     The label is read off the last layer. The Jacobian of the gradient with respect to the unknowns
     comes from batched forward-mode derivatives in blocks of columns and is sketched at once, so
-    memory holds two rows an unknown whatever the model's size.
+    memory holds two rows an unknown whatever the model's size. A start is given up at the first
+    step that does not take a tenth off the attacker's own loss: those that find the solution take
+    more, and the next start is the better use of the time.
 
     Sources: the residual is that of Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019; the
     damping is Marquardt's, "An Algorithm for Least-Squares Estimation of Nonlinear Parameters",

@@ -159,12 +159,14 @@ class Inversion:
     """What an attack reconstructed.
 
     Attributes:
-        images: Float [V, N, C, H, W], clipped to no range.
+        images: Float [V, N, C, H, W], clipped to no range: what was trained on.
         labels: Int64 [V, N], inferred.
         loss: Float [V]: squared distance between the gradient of the reconstruction and the
             observed one, as a share of the observed one's squared length. Seen by the attacker.
         seconds: Float [V]: wall-clock seconds a victim took, shared work divided equally.
         iterations: Int64 [V]: steps spent on each victim; 0 for a closed form.
+        originals: Float [V, N, C, H, W], what the images were before a known transformation, where
+            the attack has a better answer to that than ``images``; None where it has not.
     """
 
     images: Tensor
@@ -172,6 +174,7 @@ class Inversion:
     loss: Tensor
     seconds: Tensor
     iterations: Tensor
+    originals: Tensor | None = None
 
 
 class Attack(Protocol):

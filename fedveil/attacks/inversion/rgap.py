@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedveil.attacks.inversion.chain import Layer, trace_chain
 from fedveil.attacks.inversion.closed_form import Convolution
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
+from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, survived
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Shape
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
@@ -24,6 +24,10 @@ class RGAP:
     for its own input; and so on to the pixels. What depends on the model only is factored once for
     all victims.
 
+    Every step needs the whole gradient of its layer, since one matrix serves all its channels. An
+    observation of which a known sanitiser destroyed entries is therefore refused; one that was only
+    clipped is not, as a common factor cancels in every step.
+
     Source: Zhu & Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021, algorithm 1.
 
     Args:
@@ -33,9 +37,9 @@ class RGAP:
         Images of ``Inversion``, float64, with 0 iterations.
 
     Raises:
-        FedveilError: A batch of more than one image, or a model that is no chain of convolutions
-            and linear layers with biases and invertible activations; the sentence names the layer
-            that stops it.
+        FedveilError: A batch of more than one image, an update of which a known sanitiser destroyed
+            entries, or a model that is no chain of convolutions and linear layers with biases and
+            invertible activations; the sentence names the layer that stops it.
 
     Example:
         >>> RGAP()(observation).images  # doctest: +SKIP
@@ -47,6 +51,7 @@ class RGAP:
         """Reconstruct every victim's image."""
         begin = time.perf_counter()
         check_attackable(observation, attack="rgap", most=1)
+        _check_whole(observation)
         layers = trace_chain(observation.model)
         subspace = range_of(observation.knows, observation.shape)
         device = next(observation.model.parameters()).device
@@ -71,6 +76,18 @@ class RGAP:
             seconds=torch.full((len(victims),), (time.perf_counter() - begin) / len(victims)),
             iterations=torch.zeros(len(victims), dtype=torch.int64),
         )
+
+
+def _check_whole(observation: Observation) -> None:
+    for victim in range(observation.victims):
+        own = {name: gradient[victim] for name, gradient in observation.gradients.items()}
+        for name, kept in survived(own, observation.sanitizer).items():
+            if lost := int((~kept).sum()):
+                raise FedveilError(
+                    f"the closed-form attack rgap needs every entry of an update, and the known "
+                    f"sanitiser destroyed {lost} of {kept.numel()} in {name}; use --attack lm, "
+                    "which leaves them out"
+                )
 
 
 def _solvers(layers: list[Layer], shape: Shape, subspace: Subspace) -> list[Convolution | None]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
@@ -36,6 +38,17 @@ def observe(model, images, labels, *, knows=None, batch=1):
         name: torch.stack([update[i] for update in updates]) for i, name in enumerate(names)
     }
     return Observation(model, gradients, tuple(images.shape[1:]), CLASSES, batch, knows)
+
+
+def sanitised(seen, sanitizer):
+    """What the server has instead where each client sanitises its update, and it knows of it."""
+    generator = torch.Generator().manual_seed(0)
+    updates = [
+        sanitizer({name: gradient[victim] for name, gradient in seen.gradients.items()}, generator)
+        for victim in range(seen.victims)
+    ]
+    gradients = {name: torch.stack([update[name] for update in updates]) for name in seen.gradients}
+    return dataclasses.replace(seen, gradients=gradients, sanitizer=sanitizer)
 
 
 def psnr(images, reference):

@@ -14,7 +14,8 @@ from fedveil.attacks.inversion import (
     build_attack,
     infer_labels,
 )
-from fedveil.defenses import BlockDCT
+from fedveil.attacks.inversion.inverting_gradients import angle_and_slopes, energy
+from fedveil.defenses import BlockDCT, GaussianBlur, RandomBlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models import CNN, batch_norm_resnet, group_norm_resnet
 from tests.attacks.inversion.conftest import CLASSES, observe, psnr
@@ -95,6 +96,59 @@ def test_who_knows_the_transformation_reports_its_images(cnn, photos):
     naive = SHORT(dataclasses.replace(seen, knows=None))
     adaptive = psnr(result.images[:, 0], trained)
     assert (adaptive > psnr(naive.images[:, 0], trained)).all()
+
+
+def test_the_angles_derivative_is_autograds():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"weight": (3, 5, 4), "bias": (3, 5), "one": (3,)}
+    dummy, seen = (
+        {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+        for _ in range(2)
+    )
+    angle, slopes = angle_and_slopes(dummy, seen, energy(seen))
+    leaves = {name: value.requires_grad_() for name, value in dummy.items()}
+    flat = [torch.cat([u[k].reshape(3, -1) for k in u], dim=1) for u in (leaves, seen)]
+    expected = 1 - F.cosine_similarity(*flat)
+    torch.testing.assert_close(angle, expected.detach())
+    wanted = torch.autograd.grad(expected.sum(), list(leaves.values()))
+    torch.testing.assert_close(list(slopes.values()), list(wanted))
+
+
+def test_what_was_trained_on_and_what_it_was_before_are_two_answers(cnn, photos):
+    """The prior fills in what a blur removed; the blurred image is without it."""
+    transform = GaussianBlur(sigma=1.0)
+    trained = transform(photos[:4])
+    result = SHORT(observe(cnn, trained, LABELS[:4], knows=transform))
+    images, originals = result.images[:, 0].float(), result.originals[:, 0].float()
+    assert torch.allclose(transform(originals), images, atol=1e-5)
+    assert psnr(images, trained).mean() > psnr(originals, trained).mean() + 1
+    assert psnr(originals, photos[:4]).mean() > psnr(images, photos[:4]).mean()
+
+
+def test_the_original_is_the_candidate_of_the_smaller_objective(cnn, photos):
+    """After one step the search is noise, and a smooth image has the smaller variation."""
+
+    class Flat(nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(-2, -1), keepdim=True).expand_as(images)
+
+    flat = Flat()
+    seen = observe(cnn, flat(photos[:2]), LABELS[:2], knows=flat)
+    result = InvertingGradients(steps=8, tv=10.0)(seen)
+    assert torch.equal(result.originals, result.images)
+
+
+def test_no_draw_of_a_random_transformation_is_reported(cnn, photos):
+    defence = RandomBlockDCT(drop=0.5)
+    trained = torch.stack([defence(image[None])[0] for image in photos[:4]])
+    seen = observe(cnn, trained, LABELS[:4], knows=defence.surrogate)
+    torch.manual_seed(0)
+    result = SHORT(seen)
+    assert torch.equal(result.images, result.originals)
+    found = result.images[:, 0].float()
+    drawn = psnr(defence.surrogate(found), trained).mean()
+    assert psnr(found, trained).mean() > drawn
+    assert InvertingGradients(steps=8)(dataclasses.replace(seen, knows=None)).originals is None
 
 
 def test_batch_statistics_are_simulated(photos):

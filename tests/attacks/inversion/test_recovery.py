@@ -10,13 +10,15 @@ from fedveil.attacks.inversion import (
     DLG,
     IDLG,
     RGAP,
+    GradientMap,
     LevenbergMarquardt,
     Observation,
     range_of,
 )
-from fedveil.defenses import BlockDCT
+from fedveil.defenses import BlockDCT, Clipping, GaussianNoise, Pruning, Soteria
+from fedveil.errors import FedveilError
 from fedveil.models import LeNet
-from tests.attacks.inversion.conftest import CLASSES, observe, psnr
+from tests.attacks.inversion.conftest import CLASSES, observe, psnr, sanitised
 
 LABELS = torch.tensor([3, 0, 9, 3, 1, 2, 7, 5])
 COLD = LevenbergMarquardt(closed_form=False, restarts=2, steps=15)
@@ -94,6 +96,18 @@ def test_levenberg_marquardt_without_a_closed_form(photos):
     assert (psnr(result.images[:, 0], images) > 40).all()
 
 
+def test_a_start_that_stalls_is_given_up_long_before_its_steps_are_spent(photos):
+    """Behind ReLUs a linear model of the gradient is good for next to no distance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, CLASSES)
+    )
+    seen = observe(model, photos[:2, :, ::2, ::2].contiguous(), LABELS[:2], batch=2)
+    result = LevenbergMarquardt(steps=50, restarts=2)(seen)
+    assert result.loss[0] > 1e-6
+    assert result.iterations[0] < 50
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_levenberg_marquardt_in_either_precision(dtype, photos):
     torch.manual_seed(0)
@@ -167,6 +181,48 @@ def test_idlg_reads_every_label(photos):
     images = photos[:, :, ::2, ::2].contiguous()
     result = IDLG(steps=1)(observe(model, images, LABELS))
     assert torch.equal(result.labels[:, 0], LABELS)
+
+
+@pytest.mark.parametrize("attack", [DLG(restarts=3), IDLG(restarts=3)])
+def test_searches_leave_out_what_a_sanitiser_destroyed(attack, photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:1, :, ::2, ::2].contiguous()
+    aware = sanitised(observe(model, images, LABELS[:1]), Pruning(share=0.5))
+    informed = attack(aware)
+    naive = attack(dataclasses.replace(aware, sanitizer=None))
+    assert psnr(informed.images[:, 0], images) > psnr(naive.images[:, 0], images) + 5
+    assert informed.loss[0] < naive.loss[0]
+
+
+@pytest.mark.parametrize("attack", [DLG(steps=2), IDLG(steps=2)])
+def test_the_loss_of_a_search_is_of_what_is_left_of_the_update(attack, photos):
+    torch.manual_seed(0)
+    model = LeNet((3, 8, 8), CLASSES)
+    images = photos[:2, :, ::2, ::2].contiguous()
+    seen = sanitised(observe(model, images, LABELS[:2]), Clipping(norm=0.1))
+    result = attack(seen)
+    measure = GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu"))
+    if isinstance(attack, IDLG):
+        expected = measure.distance(result.images.float(), result.labels, seen)
+        torch.testing.assert_close(result.loss, expected.double(), rtol=1e-3, atol=1e-9)
+    assert (result.loss != attack(dataclasses.replace(seen, sanitizer=None)).loss).all()
+
+
+@pytest.mark.parametrize("sanitizer", [Pruning(share=0.1), Soteria(share=0.1, layer="fc")])
+def test_the_closed_form_refuses_what_a_sanitiser_destroyed(sanitizer, lenet, photos):
+    seen = observe(lenet, photos[:1], LABELS[:1])
+    if isinstance(sanitizer, Pruning):
+        seen = sanitised(seen, sanitizer)
+    with pytest.raises(FedveilError, match=r"needs every entry .* destroyed \d+ of .*--attack lm"):
+        RGAP()(dataclasses.replace(seen, sanitizer=sanitizer))
+
+
+@pytest.mark.parametrize("sanitizer", [Clipping(norm=0.01), GaussianNoise(ratio=1e-9)])
+def test_the_closed_form_takes_what_a_sanitiser_left_whole(sanitizer, lenet, photos):
+    result = RGAP()(sanitised(observe(lenet, photos[:2], LABELS[:2]), sanitizer))
+    assert (psnr(result.images[:, 0], photos[:2]) > 40).all()
+    assert (result.loss < 1e-7).all()
 
 
 def test_range_of_any_linear_module():
