@@ -27,6 +27,7 @@ from fedveil.federation.run_directory import versions
 from fedveil.federation.server_app import prepare_job
 from fedveil.files import check_directory, write_atomically
 
+_NEAR = 0.05  # of a figure's height, which a name takes
 OnPiece = Callable[[str, int, int], None]
 _Key = tuple[str, str, int]
 
@@ -340,17 +341,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.axvline(0, color=GREY, linewidth=0.8)
         for case in _CASES:
             _draw_case(axes, here, case)
-        for row in here:
-            axes.annotate(
-                row["arm"],
-                (1, row["final_mean"]),
-                xycoords=("axes fraction", "data"),
-                xytext=(-3, 3),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
-            axes.axhline(row["final_mean"], color=GREY, linewidth=0.5, linestyle=":")
+        _name_rows(axes, here)
         axes.set(title=f"{dataset}, {partition}", xlabel="theft advantage, the owner's view")
         axes.grid(alpha=0.2)
     grid[0].set_ylabel("final accuracy of w")
@@ -360,6 +351,27 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _name_rows(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Mark each arm's accuracy by a line and its name, which goes below where another is near."""
+    bottom, top = axes.get_ylim()
+    last = float("inf")
+    for row in sorted(rows, key=lambda row: row["final_mean"], reverse=True):
+        accuracy = row["final_mean"]
+        is_near = last - accuracy < (top - bottom) * _NEAR
+        axes.annotate(
+            row["arm"],
+            (1, accuracy),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, -3 if is_near else 3),
+            textcoords="offset points",
+            ha="right",
+            va="top" if is_near else "bottom",
+            fontsize=8,
+        )
+        axes.axhline(accuracy, color=GREY, linewidth=0.5, linestyle=":")
+        last = accuracy
 
 
 def _draw_case(axes: Any, rows: Sequence[Mapping[str, Any]], case: _Case) -> None:
