@@ -1,9 +1,9 @@
 """What a protected round costs beside a round of plain federated averaging.
 
 Runs of ``fedveil train`` on MNIST take turns, there and back (A B C, C B A, ...), with the same
-local training; the first rounds, before noise is needed and σ is found, are left out. Time is that
-of a round without the report's own evaluations: clients, messages, noise, calibration,
-distillation, the archive. Quote the ratios.
+local training, that of the theft study. The first rounds are left out: in them no noise is needed
+yet. Time is that of a round without the report's own evaluations: clients, messages, noise,
+calibration, distillation, the archive. Quote the ratios.
 
     FEDVEIL_DATA=... python benchmarks/protection.py --turns 4 --rounds 12 --out docs/results
 """
@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _COMMON = {"dataset": "mnist", "model": "cnn", "clients": 100, "fraction": 0.1, "workers": 2}
 _SHORT = {"epochs": 1, "learning_rate": 0.2, "clip": 20.0}
 _LONG = {
-    "epochs": 10,
+    "epochs": 30,
     "batch_size": 20,
     "learning_rate": 0.1,
     "decay": True,
@@ -44,12 +44,12 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         "fedavg",
         {**_SHORT, "strategy": "noise-delta", "fingerprint": 0.0, "archive": False},
     ),
-    "fedavg, 10 epochs": (
-        "fedavg, 10 epochs",
+    "fedavg, trained alike": (
+        "fedavg, trained alike",
         {**_LONG, "strategy": "fedavg", "archive": False},
     ),
-    "protected, 10 epochs": (
-        "fedavg, 10 epochs",
+    "protected": (
+        "fedavg, trained alike",
         {**_LONG, "strategy": "protected", "distillation_steps": 120},
     ),
 }
