@@ -469,6 +469,10 @@ def reproduce_theft(
         int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
     ] = None,
     thieves: Annotated[int, typer.Option(min=1, help="Thieves of each run.")] = 1,
+    colluders: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="How many collude; may be repeated.  [default: 1, 2, 5]"),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes of the audits.")] = None,
 ) -> None:
     """Final accuracy against theft advantage, for every protection, on MNIST and CIFAR-10.
@@ -488,6 +492,7 @@ def reproduce_theft(
             rounds=rounds,
             seeds=tuple(range(seeds)),
             thieves=thieves,
+            colluders=tuple(colluders) if colluders else None,
         )
         run(study, out, workers=workers, on_piece=_show_piece)
     except KeyboardInterrupt:

@@ -140,6 +140,7 @@ def select(
     rounds: int | None,
     seeds: tuple[int, ...],
     thieves: int,
+    colluders: tuple[int, ...] | None,
 ) -> TheftStudy:
     """Return a part of a study, or with other rounds, seeds or thieves.
 
@@ -151,6 +152,7 @@ def select(
         rounds: Rounds of each run; None for the study's own.
         seeds: Runs of each arm.
         thieves: Thieves of each run.
+        colluders: How many collude, each at least 1; None for the study's own.
 
     Raises:
         FedveilError: The study has no such dataset, partition or protection.
@@ -172,6 +174,7 @@ def select(
             for training in kept
         ),
         thieves=thieves,
+        colluders=colluders or study.colluders,
         command=_command(
             study.command,
             ("dataset", datasets or ()),
@@ -180,6 +183,7 @@ def select(
             ("rounds", () if rounds is None else (rounds,)),
             ("seeds", (len(seeds),)),
             ("thieves", (thieves,)),
+            ("colluders", colluders or ()),
         ),
     )
 

@@ -290,6 +290,7 @@ def part(**chosen):
         "rounds": None,
         "seeds": (0,),
         "thieves": 1,
+        "colluders": None,
     }
     return select(THEFT, **{**whole, **chosen})
 
@@ -304,10 +305,11 @@ def test_the_committed_study_is_of_valid_settings():
 
 
 def test_a_part_of_the_study_says_by_which_command_it_is_made():
-    study = part(partitions=["iid"], arms=["fedavg, trained alike"], seeds=(0, 1))
+    study = part(partitions=["iid"], arms=["fedavg, trained alike"], seeds=(0, 1), colluders=(1, 2))
+    assert study.colluders == (1, 2)
     assert study.command == (
         "fedveil reproduce theft --out DIR --partition iid --arm 'fedavg, trained alike' "
-        "--seeds 2 --thieves 1"
+        "--seeds 2 --thieves 1 --colluders 1 --colluders 2"
     )
 
 
