@@ -228,9 +228,10 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         known = ", ".join(field.replace("_", "-") for field in TrainConfig.model_fields)
         return f"unknown setting {name!r}; known: {known}"
+    why = str(detail["msg"]).removeprefix("Value error, ")
     if not name:
-        return str(detail["msg"])
-    return f"setting {name} = {detail['input']!r} is not allowed: {detail['msg']}{_range(name)}"
+        return why
+    return f"setting {name} = {detail['input']!r} is not allowed: {why}{_range(name)}"
 
 
 def _range(name: str) -> str:

@@ -2,11 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -15,6 +13,7 @@ from fedveil.federation.deployed import ENVIRONMENT, run_deployed
 from fedveil.federation.local import LocalGrid
 from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import OnRound, prepare_job, run_rounds
+from fedveil.federation.threads import torch_threads
 from fedveil.federation.worker import usable_cores
 
 _CLIENT_APP = "fedveil.federation.client_app:app"
@@ -60,7 +59,7 @@ def train_local(directory: RunDirectory, machine: Machine, on_round: OnRound) ->
     # The server works while the workers wait, so it may use their cores.
     with (
         LocalGrid(_CLIENT_APP, nodes=job.config.clients, workers=workers) as grid,
-        _torch_threads(workers),
+        torch_threads(workers),
     ):
         run_rounds(grid, job, directory, on_round=on_round)
 
@@ -76,7 +75,7 @@ def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> N
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            with _torch_threads(machine.workers):
+            with torch_threads(machine.workers):
                 run_rounds(grid, job, directory, on_round=on_round)
         except BaseException as error:
             # Flower would log it and go on; the caller is to see it.
@@ -105,13 +104,3 @@ _ENGINES: Mapping[str, Callable[[RunDirectory, Machine, OnRound], None]] = {
     "ray": train_ray,
     "deployed": train_deployed,
 }
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

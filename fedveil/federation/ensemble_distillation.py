@@ -23,6 +23,7 @@ from fedveil.federation.fedavg import (
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
 from fedveil.federation.task import UNLABELLED
+from fedveil.federation.threads import torch_threads
 
 _TEACHER_BATCH = 250
 _ANSWERS, _EXAMPLES = "answers", "examples"
@@ -130,7 +131,9 @@ class EnsembleDistillation(SeededFedAvg):
         memory = self._remember(updates)
         self.state = replace(self.state, memory=memory)
         generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
-        return self._teach(start, memory[_ANSWERS], generator)
+        # Steps of a few images are faster on one thread, and w then depends on no number of them.
+        with torch_threads(1):
+            return self._teach(start, memory[_ANSWERS], generator)
 
     def _remember(self, updates: Sequence[Update]) -> Weights:
         """Return the mean of the class probabilities that every answer so far gives an image."""
