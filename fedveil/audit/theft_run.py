@@ -137,7 +137,7 @@ def _stored(run: AuditedRun, thief: Thief, out: Path) -> Theft | None:
         audited, theft = content["audited"], Theft.from_json(content["theft"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FedveilError(f"{path} is damaged ({error}); remove it to measure anew") from None
-    if audited != run.identity:
+    if not run.is_same(audited):
         raise FedveilError(
             f"{path} is of another run or seed; remove it, or name another directory with --out"
         )

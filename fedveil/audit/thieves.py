@@ -16,6 +16,7 @@ from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.archive import Archive, Entry
+from fedveil.federation.config import TrainConfig
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.fedavg import Weights
 from fedveil.federation.run_directory import RunDirectory
@@ -26,6 +27,7 @@ from fedveil.models import build_model
 
 _LATE = 5  # thieves come from the last fifth of the rounds: they hold the best copies
 _UNLABELLED = 2_000
+_WITHOUT_EFFECT = {"workers", "engine", "log"}  # on what clients were sent
 _SHIFT = 14  # by two pixels of 28 or 32, none of 8
 
 
@@ -112,10 +114,23 @@ class AuditedRun:
         """What changes whenever the result of an audit may."""
         last = self.archive.folder / f"{self.archive.rounds[-1]:06d}.enc"
         return {
-            "configuration": self.config.model_dump(exclude={"workers", "engine", "log"}),
+            "configuration": self.config.model_dump(exclude=_WITHOUT_EFFECT),
             "archive": sha256(last.read_bytes()).hexdigest()[:16],
             "seed": self.seed,
         }
+
+    def is_same(self, identity: Mapping[str, object]) -> bool:
+        """Return whether ``identity`` is this run's and this seed's.
+
+        One that an earlier release wrote lacks options that have come since; the run had their
+        defaults.
+        """
+        try:
+            config = TrainConfig.check(identity["configuration"])
+        except (FedveilError, KeyError, TypeError, ValueError):
+            return False
+        then = {**identity, "configuration": config.model_dump(exclude=_WITHOUT_EFFECT)}
+        return then == self.identity
 
     def clients(self, thief: Thief) -> tuple[int, ...]:
         """Draw the clients that steal: worst cases for the owner, met in one late round.

@@ -143,6 +143,25 @@ def test_an_audit_goes_on_where_it_stopped(audited):
     assert again.rows() == report.rows()
 
 
+def test_results_from_before_an_option_came_are_kept(audited):
+    out, settings, report = audited
+    paths = sorted((out / "thieves").iterdir())
+    stored = [json.loads(path.read_text()) for path in paths]
+    for path, content in zip(paths, stored, strict=True):
+        del content["audited"]["configuration"]["secure_aggregation"]
+        path.write_text(json.dumps(content))
+    older = [path.read_bytes() for path in paths]
+    assert run_theft_audit(settings, out=out, workers=1).rows() == report.rows()
+    assert [path.read_bytes() for path in paths] == older
+    for wrong in ({"learning_rate": 0.5}, {"unheard_of": 1}):
+        content = json.loads(older[0])
+        content["audited"]["configuration"].update(wrong)
+        paths[0].write_text(json.dumps(content))
+        with pytest.raises(FedveilError, match="another run or seed"):
+            run_theft_audit(settings, out=out, workers=1)
+    paths[0].write_bytes(older[0])
+
+
 def test_results_of_another_audit_are_refused(audited):
     out, settings, _ = audited
     with pytest.raises(FedveilError, match="another run or seed"):
