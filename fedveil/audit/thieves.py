@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class AuditedRun:
             "seed": self.seed,
         }
 
-    def is_same(self, identity: Mapping[str, object]) -> bool:
+    def is_same(self, identity: Mapping[str, Any]) -> bool:
         """Return whether ``identity`` is this run's and this seed's.
 
         One that an earlier release wrote lacks options that have come since; the run had their
