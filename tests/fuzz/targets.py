@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -91,6 +94,62 @@ def _run_checkpoint_seeds() -> list[bytes]:
 
     states = ('{"round": 2, "sigma": 0.5, "noisy": true}', '{"round": 0, "sigma": 0, "noisy": 0}')
     return [save(_tensors(), metadata={"state": state}) for state in states]
+
+
+_OPERATOR = "c3" * 32 + "\n"
+
+
+def _sealed_run(folder: Path) -> None:
+    """Write the secrets and the archive of an encrypted run, the same bytes each time."""
+    import torch
+
+    from fedveil.defenses.noise import NoiseKey
+    from fedveil.federation.archive import Archive, Entry
+    from fedveil.federation.run_secrets import RunSecrets
+    from fedveil.sealing import OperatorKey
+
+    key = NoiseKey(b"\x07" * 32)
+    run = RunSecrets(folder)
+    with patch("fedveil.sealing.secrets.token_bytes", lambda count: b"\x09" * count):
+        run.keep(key, OperatorKey(folder / "operator.key", bytes.fromhex(_OPERATOR)))
+        for name, content in zip(_SEALED, (_run_checkpoint_seeds()[0], b"weights"), strict=True):
+            run.path(name).write_bytes(run.closed(name, content))
+        Archive.create(folder, key).write(Entry(1, ({"a": torch.zeros(2)},), {0: 0, 3: 0}))
+
+
+_SEALED = ("checkpoint.safetensors", "model.safetensors")
+_SEALED_FILES = ("noise.key.enc", *(f"{name}.enc" for name in _SEALED), "archive/000001.enc")
+
+
+def _sealed_seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as scratch, _operator(Path(scratch)):
+        _sealed_run(Path(scratch))
+        return [
+            f"{name}\n".encode() + (Path(scratch) / name).read_bytes() for name in _SEALED_FILES
+        ]
+
+
+def _reply_seeds() -> list[bytes]:
+    from flwr.app import ArrayRecord
+
+    arrays = [
+        {
+            "name": name,
+            "dtype": array.dtype,
+            "shape": array.shape,
+            "stype": array.stype,
+            "data": array.data.decode("latin-1"),
+        }
+        for name, array in ArrayRecord(_expected()).items()
+    ]
+    metrics = {"num-examples": 7, "loss": 0.5, "server-round": 1}
+    return [json.dumps({"arrays": arrays, "metrics": metrics}).encode()]
+
+
+def _expected() -> dict[str, Any]:
+    import torch
+
+    return {"a": torch.zeros(3, 2), "b": torch.zeros((), dtype=torch.int64)}
 
 
 def _net() -> Any:
@@ -277,6 +336,78 @@ def _noise_key(content: bytes, folder: Path) -> object:
     return NoiseKey.load(_put(folder / "noise.key", content))
 
 
+@contextmanager
+def _operator(folder: Path) -> Iterator[None]:
+    """Give the operator's key, as a user does."""
+    from fedveil.sealing import KEY_FILE
+
+    path = folder / "operator.key"
+    path.touch(mode=0o600)
+    path.write_text(_OPERATOR)
+    with patch.dict(os.environ, {KEY_FILE: str(path)}):
+        yield
+
+
+def _sealed(content: bytes, folder: Path) -> object:
+    from fedveil.federation.archive import Archive
+    from fedveil.federation.run_directory import RunDirectory
+
+    name, _, damaged = content.partition(b"\n")
+    with _operator(folder):
+        _sealed_run(folder)
+        if name.decode("latin-1") in _SEALED_FILES:
+            _put(folder / name.decode(), damaged)
+        run = RunDirectory(folder)
+        entry = Archive.open(folder, run.noise_key()).read(1)
+        return entry, run.checkpoint(), run.secrets.read(_SEALED[1])
+
+
+def _operator_key(content: bytes, folder: Path) -> object:
+    from fedveil.sealing import OperatorKey
+
+    path = folder / "operator.key"
+    path.touch(mode=0o600)
+    return OperatorKey.read(_put(path, content), option="--key")
+
+
+def _reply(content: bytes, folder: Path) -> object:
+    from fedveil.errors import FedveilError
+    from fedveil.federation.replies import read_replies
+    from fedveil.federation.roster import Client
+
+    try:
+        reply = _message(content)
+    except Exception as error:  # what Flower itself does not let a client say
+        raise FedveilError(f"no message: {type(error).__name__}") from None
+    updates, refusals = read_replies(
+        [reply], asked={5: Client(0, 5, 9)}, expected=_expected(), round_number=1
+    )
+    for update in updates:
+        assert 0 < update.examples <= 9
+        for name, value in _expected().items():
+            assert update.weights[name].shape == value.shape
+            assert update.weights[name].isfinite().all()
+    if refusals:
+        raise FedveilError(refusals[0].reason)
+    return updates
+
+
+def _message(content: bytes) -> Any:
+    from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 0
+    said = json.loads(content)
+    arrays = ArrayRecord()
+    for array in said["arrays"]:
+        data = array["data"].encode("latin-1")
+        arrays[array["name"]] = Array(array["dtype"], tuple(array["shape"]), array["stype"], data)
+    records = RecordDict({"arrays": arrays, "metrics": MetricRecord(said["metrics"])})
+    reply = Message(records, dst_node_id=5, message_type="train")
+    reply.metadata.__dict__["_src_node_id"] = 5
+    return reply
+
+
 def _weights(suffix: str) -> Parse:
     def parse(content: bytes, folder: Path) -> object:
         from fedveil.audit.leakage_run import load_checkpoint
@@ -359,7 +490,7 @@ def _put(path: Path, content: bytes) -> Path:
 
 
 def targets() -> dict[str, Target]:
-    """Return every target by name; 125,040 inputs in all."""
+    """Return every target by name; 145,040 inputs in all."""
     kinds = [f"{suffix}\n".encode() + content for suffix, content in _pictures().items()]
     report = [
         Target(
@@ -384,6 +515,9 @@ def targets() -> dict[str, Target]:
         Target("rounds", 10_000, _round_seeds, regrow, _rounds),
         Target("run-checkpoint", 8_000, _run_checkpoint_seeds, flip, _run_checkpoint),
         Target("noise-key", 2_000, lambda: [b"ab" * 32 + b"\n"], retext, _noise_key),
+        Target("operator-key", 2_000, lambda: [_OPERATOR.encode()], retext, _operator_key),
+        Target("sealed", 6_000, _sealed_seeds, flip, _sealed),
+        Target("reply", 12_000, _reply_seeds, regrow, _reply),
         Target("safetensors", 8_000, _safetensors_seeds, flip, _weights(".safetensors")),
         Target("pt", 6_000, _pt_seeds, flip, _weights(".pt")),
         Target("pt-members", 2_000, lambda: _pt_seeds()[::2], rezip, _weights(".pt")),
