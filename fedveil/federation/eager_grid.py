@@ -67,13 +67,25 @@ class EagerGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push the messages and pull their replies, for ``timeout`` seconds at most."""
-        waiting = {number for number in self.push_messages(list(messages)) if number}
+        """Push the messages and pull their replies, for ``timeout`` seconds at most.
+
+        A reply by which the SuperLink says that a node is gone has the node's number, as its own
+        replies have.
+        """
+        pushed = list(messages)
+        waiting = {
+            number: message.metadata.dst_node_id
+            for number, message in zip(self.push_messages(pushed), pushed, strict=True)
+            if number
+        }
         replies: list[Message] = []
         for _ in _looks(timeout):
-            came = list(self.pull_messages(waiting))
-            replies += came
-            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            for reply in list(self.pull_messages(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if reply.has_error() and node is not None:
+                    # Flower signs it as the SuperLink's own, and offers no setter.
+                    reply.metadata.__dict__["_src_node_id"] = node
+                replies.append(reply)
             if not waiting:
                 break
         return replies
