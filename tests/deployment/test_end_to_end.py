@@ -23,7 +23,7 @@ from fedveil.federation.config import TrainConfig
 from fedveil.federation.deployed import environment
 from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import prepare_job
-from fedveil.sealing import KEY_FILE
+from fedveil.sealing import KEY_FILE, OperatorKey
 from tests.deployment.conftest import NODES, PROGRAMS, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
@@ -115,6 +115,17 @@ def test_what_the_nodes_were_sent_is_audited(federation, trained, tmp_path, monk
     results = (trained, tmp_path / "theft", tmp_path / "leakage")
     fedveil(federation, "report", *results, "--out", page)
     assert page.read_text().count("<section") > 3
+
+
+def test_a_superlink_under_another_key_says_so(federation, tmp_path):
+    command = train_command(federation, tmp_path / "run", f"--app={APP}", "--rounds=1")
+    command[1] = f"{KEY_FILE}={OperatorKey.make(tmp_path / 'own.key').path}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 2
+    # The ServerApp has the SuperLink's environment, and says which file and whose key.
+    assert "is encrypted under another key" in done.stderr, done.stderr
+    assert str(federation.key) in done.stderr
+    assert not (tmp_path / "run/rounds.jsonl").exists()
 
 
 def test_the_example_app_runs_once_it_is_signed(federation, tmp_path):
