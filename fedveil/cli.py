@@ -176,6 +176,13 @@ def train(
     distillation_steps: Annotated[
         int | None, typer.Option(help="Steps a round in which protected teaches w.")
     ] = None,
+    label_share: Annotated[
+        float | None,
+        typer.Option(
+            help="protected: how much w learns the calibration images' labels instead of the "
+            "clients' answers, from 0 to 1."
+        ),
+    ] = None,
     server_clients: Annotated[
         int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
     ] = None,

@@ -61,6 +61,9 @@ class TrainConfig(BaseModel):
     distillation_steps: int = Field(
         default=40, ge=1, le=1_000_000, description="of protected, a round"
     )
+    label_share: float = Field(
+        default=0.0, ge=0, le=1, description="of protected: the calibration labels' weight"
+    )
     cap: float = Field(default=0.6, gt=0, lt=1, description="theta")
     noise: str | None = Field(
         default=None, min_length=1, description="first-conv, output, all, a pattern"

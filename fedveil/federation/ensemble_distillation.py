@@ -38,6 +38,9 @@ class Distillation:
         batch_size: Images a step.
         learning_rate: Step size of a round's first step; falls in a straight line to zero.
         momentum: Part of the last step that the next one repeats.
+        label_share: Weight λ of the images' own labels, where the server has them: w is taught
+            (1 - λ)·answers + λ·labels (Hinton et al., "Distilling the Knowledge in a Neural
+            Network", 2015, section 2). 0 asks for no labels, 1 for no clients.
         augmentation: Changes the images anew in every step, while what they are stays the same.
     """
 
@@ -45,6 +48,7 @@ class Distillation:
     batch_size: int = 50
     learning_rate: float = 0.05
     momentum: float = 0.9
+    label_share: float = 0.0
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
 
 
@@ -70,6 +74,7 @@ class EnsembleDistillation(SeededFedAvg):
     Args:
         model: Architecture; takes on the weights of each answer.
         unlabelled: The server's images, uint8 [N, C, H, W], at least one.
+        labels: Their classes, int64 [N]; needed where ``distillation.label_share`` is above 0.
         distillation: How w is taught.
         share_unlabelled: Whether clients receive ``unlabelled`` too, in the record ``UNLABELLED``.
             One that has images of a few classes only can then learn what sets them apart from the
@@ -77,6 +82,9 @@ class EnsembleDistillation(SeededFedAvg):
         shared_rounds: Rounds of plain federated averaging at the start; not below 0.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+
+    Raises:
+        ValueError: Labels are to count, and there are none.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class EnsembleDistillation(SeededFedAvg):
         *,
         model: nn.Module,
         unlabelled: Tensor,
+        labels: Tensor | None = None,
         distillation: Distillation | None = None,
         share_unlabelled: bool = False,
         shared_rounds: int = 0,
@@ -91,11 +100,14 @@ class EnsembleDistillation(SeededFedAvg):
         resume: Resume | None = None,
     ) -> None:
         super().__init__(sampling=sampling, resume=resume)
+        self.distillation = distillation or Distillation()
+        if self.distillation.label_share and labels is None:
+            raise ValueError("label_share is above 0, and labels are not given")
         # A copy, because it takes on the weights of each answer.
         self.model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.unlabelled = unlabelled
         self.share_unlabelled = share_unlabelled
-        self.distillation = distillation or Distillation()
+        self.labels = labels
         self.shared_rounds = shared_rounds
         pixels = unlabelled.to(torch.float32).div_(255)
         self._pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -133,7 +145,7 @@ class EnsembleDistillation(SeededFedAvg):
         generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
         # Steps of a few images are faster on one thread, and w then depends on no number of them.
         with torch_threads(1):
-            return self._teach(start, memory[_ANSWERS], generator)
+            return self._teach(start, self._targets(memory[_ANSWERS]), generator)
 
     def _remember(self, updates: Sequence[Update]) -> Weights:
         """Return the mean of the class probabilities that every answer so far gives an image."""
@@ -153,18 +165,25 @@ class EnsembleDistillation(SeededFedAvg):
             logits = [self.model(some) for some in torch.split(self._pixels, _TEACHER_BATCH)]
         return torch.softmax(torch.cat(logits), dim=1)
 
-    def _teach(self, start: Weights, answers: Tensor, generator: torch.Generator) -> Weights:
+    def _targets(self, answers: Tensor) -> Tensor:
+        """Return the class probabilities that w is to give the server's images."""
+        if self.labels is None:
+            return answers
+        known = F.one_hot(self.labels, answers.shape[1]).to(answers)
+        return torch.lerp(answers, known, self.distillation.label_share)
+
+    def _teach(self, start: Weights, targets: Tensor, generator: torch.Generator) -> Weights:
         self.model.load_state_dict(dict(start))
         self.model.train()
         how = self.distillation
         optimiser = torch.optim.SGD(self.model.parameters(), how.learning_rate, how.momentum)
         schedule = LinearLR(optimiser, start_factor=1.0, end_factor=0.0, total_iters=how.steps)
-        size = min(how.batch_size, len(answers))
+        size = min(how.batch_size, len(targets))
         for _ in range(how.steps):
-            index = torch.randint(len(answers), (size,), generator=generator)
+            index = torch.randint(len(targets), (size,), generator=generator)
             pixels = how.augmentation(self._pixels[index], generator)
             optimiser.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(self.model(pixels), answers[index])
+            loss = F.cross_entropy(self.model(pixels), targets[index])
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()

@@ -191,8 +191,11 @@ def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
         model=job.model,
         unlabelled=job.evaluation.calibration.raw,
         distillation=Distillation(
-            steps=config.distillation_steps, augmentation=parse_augmentation(config.augment)
+            steps=config.distillation_steps,
+            label_share=config.label_share,
+            augmentation=parse_augmentation(config.augment),
         ),
+        labels=job.evaluation.calibration.labels if config.label_share else None,
         share_unlabelled=config.share_unlabelled,
         shared_rounds=config.shared_rounds,
         sampling=_sampling(config),

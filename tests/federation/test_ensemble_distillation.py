@@ -1,5 +1,6 @@
 """Learning from answers alone: what leaves the server, and what w learns."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -92,13 +93,18 @@ def test_shared_rounds_are_fedavg_and_later_copies_stay_what_they_gave(tmp_path)
     assert not same(delivered[3][1], delivered[1][1])
 
 
-def test_w_learns_the_mean_of_the_probabilities_weighted_by_images():
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_w_learns_the_mean_of_the_probabilities_weighted_by_images(share):
     torch.manual_seed(0)
+    labels = torch.randint(0, 3, (12,))
     weights = [torch.randn(3, 16) for _ in range(2)]
     server = strategy(
         linear(torch.zeros(3, 16)),
         images=12,
-        distillation=Distillation(steps=3_000, batch_size=12, learning_rate=1.0, momentum=0.9),
+        labels=labels,
+        distillation=Distillation(
+            steps=3_000, batch_size=12, learning_rate=1.0, momentum=0.9, label_share=share
+        ),
     )
     clients, updates = answers(weights, [100, 300])
     start = {"1.weight": torch.zeros(3, 16)}
@@ -106,10 +112,15 @@ def test_w_learns_the_mean_of_the_probabilities_weighted_by_images():
     w = server.combine(1, sent, updates)
     pixels = server.unlabelled.float() / 255
     first, second = (linear(weight)(pixels).softmax(1) for weight in weights)
-    expected = 0.25 * first + 0.75 * second
+    expected = (1 - share) * (0.25 * first + 0.75 * second) + share * torch.eye(3)[labels]
     # Twelve images in sixteen dimensions: a linear model can give any probabilities.
     found = linear(w["1.weight"])(pixels).softmax(1)
     assert torch.allclose(found, expected, atol=0.02)
+
+
+def test_labels_that_count_must_be_there():
+    with pytest.raises(ValueError, match="labels are not given"):
+        strategy(linear(torch.zeros(3, 16)), distillation=Distillation(label_share=0.1))
 
 
 def test_answers_of_all_rounds_count_alike():
