@@ -130,22 +130,23 @@ class EnsembleDistillation(SeededFedAvg):
         return {UNLABELLED: ArrayRecord({"images": self.unlabelled})}
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
-        """Return w after it has learnt from the round's answers.
-
-        The first time w is the answers' mean, a far better start than the untrained model.
-        """
+        """Return w after it has learnt from the round's answers."""
         assert self._delivered is not None
         if round_number <= self.shared_rounds:
             return super().combine(round_number, sent, updates)
-        start = self._delivered
-        if self.state.memory is None:
-            start = super().combine(round_number, sent, updates)
+        is_first = self.state.memory is None
         memory = self._remember(updates)
         self.state = replace(self.state, memory=memory)
+        targets = self._targets(memory[_ANSWERS])
+        start = self._delivered
+        if is_first:
+            # Mostly far better than the untrained model; worse where clients drifted far apart.
+            mean = super().combine(round_number, sent, updates)
+            start = min((mean, start), key=lambda weights: self._distance(weights, targets))
         generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
         # Steps of a few images are faster on one thread, and w then depends on no number of them.
         with torch_threads(1):
-            return self._teach(start, self._targets(memory[_ANSWERS]), generator)
+            return self._teach(start, targets, generator)
 
     def _remember(self, updates: Sequence[Update]) -> Weights:
         """Return the mean of the class probabilities that every answer so far gives an image."""
@@ -158,12 +159,19 @@ class EnsembleDistillation(SeededFedAvg):
         examples = torch.tensor(sum(count for _, count in terms), dtype=torch.float64)
         return {_EXAMPLES: examples, **weighted_mean(terms)}
 
+    def _distance(self, weights: Weights, targets: Tensor) -> float:
+        """Return the cross entropy of a model's answers on the server's images."""
+        return float(F.cross_entropy(self._logits(weights), targets))
+
     def _probabilities(self, weights: Weights) -> Tensor:
+        return torch.softmax(self._logits(weights), dim=1)
+
+    def _logits(self, weights: Weights) -> Tensor:
         self.model.load_state_dict(dict(weights))
         self.model.eval()
         with torch.inference_mode():
             logits = [self.model(some) for some in torch.split(self._pixels, _TEACHER_BATCH)]
-        return torch.softmax(torch.cat(logits), dim=1)
+        return torch.cat(logits)
 
     def _targets(self, answers: Tensor) -> Tensor:
         """Return the class probabilities that w is to give the server's images."""

@@ -149,6 +149,19 @@ def test_the_first_w_starts_from_the_weighted_mean():
     assert torch.allclose(w["1.weight"], mean["1.weight"], atol=1e-6)
 
 
+def test_the_first_w_starts_untrained_where_the_mean_answers_worse():
+    still = Distillation(steps=1, learning_rate=1e-12)
+    server = strategy(linear(torch.zeros(3, 16)), distillation=still)
+    # One says the first class, the other the second, and the mean of their weights the third.
+    first, second = torch.zeros(2, 3, 16)
+    first[0], first[1] = 1.0, -3.0
+    second[0], second[1] = -3.0, 1.0
+    clients, updates = answers([first, second], [1, 1])
+    start = {"1.weight": torch.zeros(3, 16)}
+    w = server.combine(1, server.distribute(1, start, clients), updates)
+    assert torch.allclose(w["1.weight"], start["1.weight"], atol=1e-6)
+
+
 def test_a_strategy_that_resumes_goes_on_as_if_it_had_never_stopped():
     torch.manual_seed(0)
     weights = [torch.randn(3, 16) for _ in range(2)]
