@@ -99,9 +99,7 @@ def _arms(
     # A client of two classes needs fewer steps, and has two images in each of them.
     short = {**long, "epochs": 5}
     taught = {**_PROTECTED, "label_share": label_share}
-    unlabelled = (
-        (Arm("protected, no labels", "iid", {**long, **_PROTECTED}),) if label_share else ()
-    )
+    unlabelled = Arm("protected, no labels", "iid", {**long, **_PROTECTED})
     bias = {"noise": "output.bias", "temperature": 1.0, "smoothing": 0.8, "sigma_limit": 1e6}
     return (
         Arm("fedavg", "iid", {**iid, "strategy": "fedavg"}),

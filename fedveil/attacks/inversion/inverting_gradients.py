@@ -17,6 +17,7 @@ from fedveil.attacks.inversion.gradients import (
     surviving,
 )
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, UpdateKnowledge
+from fedveil.defenses.block_dct import BlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models.inspect import BATCH_NORMS
 
@@ -27,6 +28,7 @@ _TINY = 1e-12
 _PATIENCE = 1 / 16  # of all steps; a stage that gained nothing for so long is over
 _GAIN = 0.99
 _GREY, _NOISE = 0.5, 0.25
+_COEFFICIENTS = 64
 _REDRAWN = 1e-4  # of the pixels' range; rounding is below, another draw of a mask above
 _REPORT = 20
 
@@ -68,6 +70,9 @@ class InvertingGradients:
         restarts: Starts for each victim; the lowest objective is kept.
         learning_rate: First step size; pixels range over 1.
         tv: Weight of the mean absolute difference of neighbouring pixels.
+        keep: How many of the 64 coefficients of each 8×8 block of the discrete cosine transform are
+            searched, lowest frequencies first; 64 searches all. Where a batch or noise hides more
+            than a gradient tells, fewer unknowns are found better.
         batch_norm: Weight of R; 0 leaves it out.
         solved: ``1 − cos`` below which a victim is done.
         together: Victims and restarts searched at once; memory grows with it.
@@ -89,6 +94,7 @@ class InvertingGradients:
     restarts: int = 1
     learning_rate: float = 0.1
     tv: float = 0.2
+    keep: int = 64
     batch_norm: float = 0.0
     solved: float = 1e-7
     together: int = 32
@@ -107,6 +113,10 @@ class InvertingGradients:
                 raise FedveilError(
                     f"attack ig: {name} {getattr(self, name)} is out of range; give 0 or more"
                 )
+        if not 1 <= self.keep <= _COEFFICIENTS:
+            raise FedveilError(
+                f"attack ig: keep {self.keep} is out of range; allowed: 1 to {_COEFFICIENTS}"
+            )
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
         """Reconstruct every victim's images."""
@@ -153,6 +163,7 @@ class _Objective:
     """What is minimised, for P problems (victims times restarts) at once."""
 
     map: GradientMap
+    lower: nn.Module | None
     transform: nn.Module | None
     sanitizer: UpdateKnowledge | None
     batch_norms: dict[str, nn.Module]
@@ -177,8 +188,10 @@ class _Objective:
             )
         # A copy, since moving a module to another device or precision changes it.
         transform = copy.deepcopy(observation.knows)
+        lower = BlockDCT(keep=attack.keep) if attack.keep < _COEFFICIENTS else None
         return cls(
             map=gradients,
+            lower=None if lower is None else lower.to(device, attack.dtype),
             transform=None if transform is None else transform.to(device, attack.dtype),
             sanitizer=observation.sanitizer,
             batch_norms=layers,
@@ -186,12 +199,13 @@ class _Objective:
             batch_norm=attack.batch_norm,
         )
 
+    def searched(self, images: Tensor) -> Tensor:
+        """Return the images without the frequencies that are not searched, [P, N, C, H, W]."""
+        return _applied(self.lower, images)
+
     def transformed(self, images: Tensor) -> Tensor:
         """Apply the known transformation, [P, N, C, H, W] to the same."""
-        if self.transform is None:
-            return images
-        moved: Tensor = self.transform(images.flatten(0, 1))
-        return moved.reshape(images.shape)
+        return _applied(self.transform, images)
 
     def __call__(
         self, images: Tensor, target: "_Target", orders: list[Tensor]
@@ -204,11 +218,12 @@ class _Objective:
             orders: As ``GradientMap`` takes them.
         """
         images = images.detach().requires_grad_()
-        shown = self.transformed(images)
+        searched = self.searched(images)
+        shown = self.transformed(searched)
         dummy = self._updates(shown, target, orders)
         # The angle's derivative by the update is known, so autograd only carries it to the images.
         angle, slopes = angle_and_slopes(dummy, target.left, target.energy)
-        prior = self.tv * _variation(images)
+        prior = self.tv * _variation(searched)
         if self.batch_norm:
             prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
         followed = [name for name, value in dummy.items() if value.requires_grad]
@@ -241,6 +256,7 @@ class _Objective:
             problems: The search.
         """
         with torch.no_grad():
+            images = self.searched(images)
             shown, again = self.transformed(images), self.transformed(images)
         if self.transform is None or not torch.allclose(shown, again, atol=_REDRAWN):
             return images, images
@@ -279,6 +295,13 @@ class _Objective:
             for hook in hooks:
                 hook.remove()
         return torch.stack(distances).sum()
+
+
+def _applied(module: nn.Module | None, images: Tensor) -> Tensor:
+    if module is None:
+        return images
+    moved: Tensor = module(images.flatten(0, 1))
+    return moved.reshape(images.shape)
 
 
 @dataclass(frozen=True)
