@@ -12,6 +12,7 @@ from fedveil.attacks.inversion.gradients import (
     GradientMap,
     check_attackable,
     infer_labels,
+    survived,
     surviving,
 )
 from fedveil.attacks.inversion.observation import (
@@ -106,7 +107,8 @@ class LevenbergMarquardt:
         seed: Seeds the cold starts and the sketch.
 
     Raises:
-        FedveilError: On a call, what ``check_attackable`` refuses, or a batch of more than 8.
+        FedveilError: On a call, what ``check_attackable`` refuses, a batch of more than 8, or
+            fewer known entries of the update than unknowns.
 
     Example:
         >>> LevenbergMarquardt(steps=20)(observation).images  # doctest: +SKIP
@@ -176,6 +178,7 @@ class _Search:
         self.generator = torch.Generator().manual_seed(self.attack.seed)
         unknowns = self.subspace.size * self.observation.images
         observed = self._observed(0)
+        self._check_determined(observed, unknowns)
         _, left = surviving(observed, observed, self.observation.sanitizer)
         weights = sum(value.numel() for value in left.values())
         rows = min(weights, _ROWS * unknowns + 64)
@@ -190,6 +193,16 @@ class _Search:
             self.bins = bins[torch.randperm(weights, generator=self.generator)].to(self.device)
         signs = torch.randint(2, (weights,), generator=self.generator) * 2 - 1
         self.signs = signs.to(like)
+
+    def _check_determined(self, observed: Gradient, unknowns: int) -> None:
+        """Refuse what has many exact solutions; each step would find one, and none the image."""
+        told = survived(observed, self.observation.sanitizer)
+        equations = sum(int(where.sum()) for where in told.values())
+        if equations < unknowns:
+            raise FedveilError(
+                f"attack lm solves for {unknowns} unknowns, and {equations} entries of the update "
+                "tell of them; use --attack ig, whose prior fills in the rest"
+            )
 
     def accept(self, images: Tensor, loss: float, iterations: int = 0) -> None:
         self.images.append(images.detach().cpu().double())

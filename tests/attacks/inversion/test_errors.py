@@ -13,8 +13,9 @@ from fedveil.attacks.inversion import (
     build_attack,
     range_of,
 )
+from fedveil.defenses import Pruning
 from fedveil.errors import FedveilError
-from tests.attacks.inversion.conftest import CLASSES, observe
+from tests.attacks.inversion.conftest import CLASSES, observe, sanitised
 
 LABEL = torch.tensor([1])
 
@@ -108,6 +109,16 @@ def test_batches_that_are_too_large(attack, most):
     seen = observe(model, _images(10), labels, batch=10)
     with pytest.raises(FedveilError, match=f"at most {most}, not of 10"):
         attack(seen)
+
+
+def test_fewer_equations_than_unknowns_are_no_work_for_gauss_newton():
+    model = _net(nn.Conv2d(3, 4, 3), nn.Sigmoid())
+    seen = _seen(model)
+    entries = sum(value.numel() for value in model.parameters())
+    assert entries > 192
+    with pytest.raises(FedveilError, match=r"solves for 192 unknowns, and \d+ entries"):
+        LevenbergMarquardt()(sanitised(seen, Pruning(share=0.97)))
+    LevenbergMarquardt(steps=1, restarts=1)(seen)
 
 
 def test_observations_that_cannot_be():

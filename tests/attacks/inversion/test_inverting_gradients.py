@@ -98,6 +98,21 @@ def test_who_knows_the_transformation_reports_its_images(cnn, photos):
     assert (adaptive > psnr(naive.images[:, 0], trained)).all()
 
 
+def test_frequencies_that_are_not_searched_are_not_in_the_answer(cnn, photos):
+    seen = observe(cnn, photos[:2], LABELS[:2], batch=2)
+    low, every = (InvertingGradients(steps=20, keep=keep)(seen).images[0] for keep in (3, 64))
+    mask = BlockDCT(keep=3).double()
+    assert torch.allclose(mask(low), low, atol=1e-5)
+    assert not torch.allclose(mask(every), every, atol=1e-2)
+
+
+def test_fewer_frequencies_are_found_better_behind_a_batch(cnn, photos):
+    seen = observe(cnn, photos[:8], LABELS, batch=8)
+    low, every = (dataclasses.replace(SHORT, keep=keep)(seen) for keep in (6, 64))
+    smooth = BlockDCT(keep=6)(photos[:8])
+    assert psnr(low.images[0], smooth).mean() > psnr(every.images[0], smooth).mean()
+
+
 def test_the_angles_derivative_is_autograds():
     generator = torch.Generator().manual_seed(0)
     shapes = {"weight": (3, 5, 4), "bias": (3, 5), "one": (3,)}
