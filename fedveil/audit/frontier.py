@@ -1,11 +1,12 @@
 """Accuracy against leakage, for every defence and strength: what to deploy.
 
 Accuracy comes from federations that train to their end. Leakage comes from the best attack of the
-suite, naive or adaptive, in two scenarios:
+suite, naive or adaptive, in three scenarios:
 
 * ``worst``: a freshly initialised LeNet, one image a round, its gradient on the wire;
 * ``round``: the model that the clients have trained under the same defence, a batch of 16 images,
-  one local epoch, weights on the wire.
+  one local epoch, weights on the wire;
+* ``sum``: the same where secure aggregation shows the server the sum over all clients only.
 """
 
 import json
@@ -32,6 +33,7 @@ from fedveil.data import load_dataset
 from fedveil.defenses import check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from fedveil.federation.fedsgd import Update
 from fedveil.federation.run_directory import versions
 from fedveil.federation.run_secrets import MODEL, RunSecrets
 from fedveil.federation.server_app import prepare_job
@@ -50,7 +52,9 @@ DEFENSES = (
     *(f"soteria:share={share}" for share in (0.4, 0.8)),
     *(f"dp-sgd:noise={noise}" for noise in (0.1, 0.5, 1)),
 )
-SCENARIOS = ("worst", "round")
+# A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
+_UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
+SCENARIOS = tuple(_UPDATES)
 _REFUSED = "refused.json"
 _MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
 
@@ -65,12 +69,12 @@ class FrontierStudy:
         dataset: What is learnt, and attacked in the realistic round.
         leakage_dataset: What is attacked in the worst case; None for the same. Images stored as
             JPEG, as CIFAR-10's sometimes are, have lost part of what transformations remove.
-        images: The victim's images behind each row.
+        images: The victim's images behind each row; under a sum a batch of every client.
         seeds: Training runs 0, 1, … for each defence.
         rounds: Rounds of a training run, all clients in each.
         defenses: As ``fedveil.defenses.parse_defense`` reads them; ``none`` is the reference.
         worst_attacks: Attacks of the worst case, as ``build_attack`` reads them.
-        round_attacks: Attacks of the realistic round.
+        round_attacks: Attacks of the realistic round, and of the sum.
         inverse: Whether a network also learns to undo each transformation.
         model: What is trained, and attacked in the realistic round.
         worst_model: What is attacked in the worst case.
@@ -141,18 +145,19 @@ class FrontierStudy:
 
     def audit(self, scenario: str, defense: str, attack: str) -> LeakageSettings:
         """Return the settings of one audit."""
-        worst = scenario == "worst"
+        worst, clients = scenario == "worst", self.clients if scenario == "sum" else 1
         return LeakageSettings(
             dataset=(self.leakage_dataset or self.dataset) if worst else self.dataset,
             model=self.worst_model if worst else self.model,
             clients=self.clients,
             victim=self.victim,
-            images=self.images,
+            images=self.batch * clients if scenario == "sum" else self.images,
             batch=1 if worst else self.batch,
+            aggregate=clients,
             batch_size=self.batch,
             attacks=(attack,),
             defenses=(defense,),
-            update="gradient" if worst else "fedavg",
+            update=_UPDATES[scenario],
             learning_rate=1.0 if worst else self.learning_rate,
             inverse=self.inverse,
             workers=1,
@@ -222,11 +227,12 @@ def measure(
         for scenario in SCENARIOS
     }
     first = [*trainings, *audits["worst"]]
-    total = len(first) + len(audits["round"])
+    later = [*audits["round"], *audits["sum"]]
+    total = len(first) + len(later)
     run_pieces(first, workers=workers, on_piece=lambda name, done, _: on_piece(name, done, total))
-    # The realistic round attacks models that the trainings before have made.
+    # These attack models that the trainings before have made.
     run_pieces(
-        audits["round"],
+        later,
         workers=workers,
         on_piece=lambda name, done, _: on_piece(name, len(first) + done, total),
     )
@@ -259,7 +265,7 @@ def _attack(
         return audited(
             study.audit(scenario, defense, attack),
             path,
-            checkpoint=weights if scenario == "round" else None,
+            checkpoint=None if scenario == "worst" else weights,
         )
     except FedveilError as error:
         if not _inapplicable(attack, error):
@@ -369,14 +375,15 @@ _LOOK = {
 _TITLES = {
     "worst": "Worst case: untrained LeNet, one image",
     "round": "Realistic round: trained model, a batch",
+    "sum": "The same, the sum of all clients",
 }
 
 
 def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 9), dpi=130, layout="constrained")
-    panels = figure.subplots(2, 2)
+    figure = Figure(figsize=(7 * len(SCENARIOS), 9), dpi=100, layout="constrained")
+    panels = figure.subplots(2, len(SCENARIOS))
     for column, scenario in enumerate(SCENARIOS):
         own = [row for row in rows if row["scenario"] == scenario]
         _panel(panels[0][column], own, "identified", "own original found among candidates")

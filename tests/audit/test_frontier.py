@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_audits_and_the_best_is_marked(study):
             assert (best[0]["identified"], best[0]["psnr_original"]) == found
             for row in rows:
                 assert row["identified_low"] <= row["identified"] <= row["identified_high"]
-                assert row["images"] == 4
+                assert row["images"] == (16 if scenario == "sum" else 4)
     exact = next(row for row in result["rows"] if row["defense"] == "none" and row["best"])
     assert exact["scenario"] == "worst"
     assert exact["identified"] == 1
@@ -83,6 +83,9 @@ def test_the_realistic_round_attacks_the_trained_model(study):
     assert content["settings"]["update"] == "fedavg"
     assert content["settings"]["batch"] == 4
     assert content["settings"]["model"] == SMALL.model
+    content = json.loads((out / "leakage" / "sum-ig-steps-5-none" / "leakage.json").read_text())
+    assert content["settings"]["aggregate"] == SMALL.clients
+    assert content["settings"]["batch"] == 4
 
 
 def test_picture_and_table(study):
