@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedveil.deployment.layout import Deployment
 from fedveil.errors import FedveilError
 from fedveil.federation.config import TrainConfig
+from tests.deployment.conftest import free_block
 
 
 def fedveil(*arguments):
@@ -28,7 +29,9 @@ def fedveil(*arguments):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("init") / "deployment"
-    done = fedveil("deploy", "init", home, "--nodes", 2, "--host", "fl.example.org")
+    # Free ports, so that a deployment of this machine's own is not taken for this one.
+    address = ("--host", "fl.example.org", "--port", free_block())
+    done = fedveil("deploy", "init", home, "--nodes", 2, *address)
     assert done.returncode == 0, done.stderr
     return home
 
