@@ -373,24 +373,23 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _name_rows(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Mark each arm's accuracy by a line and its name, which goes below where another is near."""
+    """Mark each arm's accuracy by a line, with its name above it or below the name before."""
     bottom, top = axes.get_ylim()
-    last = float("inf")
+    place = float("inf")
     for row in sorted(rows, key=lambda row: row["final_mean"], reverse=True):
         accuracy = row["final_mean"]
-        is_near = last - accuracy < (top - bottom) * _NEAR
+        place = min(accuracy, place - (top - bottom) * _NEAR)
         axes.annotate(
             row["arm"],
-            (1, accuracy),
+            (1, place),
             xycoords=("axes fraction", "data"),
-            xytext=(-3, -3 if is_near else 3),
+            xytext=(-3, 3),
             textcoords="offset points",
             ha="right",
-            va="top" if is_near else "bottom",
+            va="bottom",
             fontsize=8,
         )
         axes.axhline(accuracy, color=GREY, linewidth=0.5, linestyle=":")
-        last = accuracy
 
 
 def _draw_case(axes: Any, rows: Sequence[Mapping[str, Any]], case: _Case) -> None:
