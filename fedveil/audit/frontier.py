@@ -145,15 +145,15 @@ class FrontierStudy:
 
     def audit(self, scenario: str, defense: str, attack: str) -> LeakageSettings:
         """Return the settings of one audit."""
-        worst, clients = scenario == "worst", self.clients if scenario == "sum" else 1
+        worst, added_up = scenario == "worst", self.clients if scenario == "sum" else 1
         return LeakageSettings(
             dataset=(self.leakage_dataset or self.dataset) if worst else self.dataset,
             model=self.worst_model if worst else self.model,
             clients=self.clients,
             victim=self.victim,
-            images=self.batch * clients if scenario == "sum" else self.images,
+            images=self.batch * added_up if scenario == "sum" else self.images,
             batch=1 if worst else self.batch,
-            aggregate=clients,
+            aggregate=added_up,
             batch_size=self.batch,
             attacks=(attack,),
             defenses=(defense,),

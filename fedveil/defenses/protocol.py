@@ -1,5 +1,6 @@
 """What every defence of clients' images is, whichever of three places it acts in."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, Tensor]
 
 
-class Transformation(nn.Module):
+class Transformation(nn.Module, ABC):
     """A transformation of images before training.
 
     Attributes:
@@ -30,9 +31,9 @@ class Transformation(nn.Module):
     fixed = True
 
     @property
+    @abstractmethod
     def strength(self) -> float:
         """One number, larger where less of an image is left; its unit is the transformation's."""
-        raise NotImplementedError
 
     @property
     def surrogate(self) -> nn.Module:

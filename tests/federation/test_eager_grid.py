@@ -33,8 +33,7 @@ class SuperLink(Grid):
             if message.metadata.dst_node_id == GONE:
                 yield create_message_error_unavailable_res_message(message.metadata, "node_unavail")
             elif self.looks > 1:
-                reply = Message(message.content, reply_to=message)
-                yield reply
+                yield Message(message.content, reply_to=message)
 
 
 @pytest.fixture
