@@ -74,7 +74,8 @@ class Attacker:
 
     Attributes:
         observation: What they have.
-        adaptive: Whether they know of the defence.
+        adaptive: Whether they know of the defence. A known transformation is also applied to the
+            candidates of an identification, unless a learned inverse stands at the end.
         inverse: Whether a learned inverse goes on top of what they find.
     """
 
@@ -97,22 +98,27 @@ def attackers(
     Raises:
         FedveilError: The defence has no adaptive attack.
     """
-    naive = replace(informed, knows=None, sanitizer=None)
-    if defense.name == "none":
-        return [Attacker(naive, adaptive=False)]
-    adaptive = adaptive_for(defense)
-    found = [Attacker(naive, adaptive=False)]
-    name = attack.partition(":")[0]
-    searches_range = defense.transform is not None and defense.transform.linear
-    steps_through = defense.transform is not None and name in _FORWARD
-    knows_update = informed.sanitizer is not None and name in _MASKING
-    if searches_range or knows_update or steps_through:
-        knows = informed.knows if searches_range or steps_through else None
-        sanitizer = informed.sanitizer if knows_update else None
-        aware = replace(informed, knows=knows, sanitizer=sanitizer)
-        found.append(Attacker(aware, adaptive=True))
-    if inverse and adaptive.inverse:
-        found.append(replace(found[-1], adaptive=True, inverse=True))
+    naive = Attacker(replace(informed, knows=None, sanitizer=None), adaptive=False)
+    if not defense.names:
+        return [naive]
+    known = adaptive_for(defense)
+    name, transform = attack.partition(":")[0], defense.transform
+    searches = transform is not None and (transform.linear or name in _FORWARD)
+    masks = informed.sanitizer is not None and name in _MASKING
+    aware = naive
+    if searches or masks:
+        observation = replace(
+            informed,
+            knows=informed.knows if searches else None,
+            sanitizer=informed.sanitizer if masks else None,
+        )
+        aware = Attacker(observation, adaptive=True)
+    elif transform is not None:
+        # The same search; whoever knows the transformation still compares transformed candidates.
+        aware = replace(naive, adaptive=True)
+    found = [naive, aware] if aware.adaptive else [naive]
+    if inverse and any(part.inverse for part in known):
+        found.append(replace(aware, adaptive=True, inverse=True))
     return found
 
 
@@ -123,18 +129,19 @@ _MASKING = frozenset({"dlg", "fc", "idlg", "ig", "ig-bn", "lm"})
 """Attacks that compare only what a sanitiser left; ``rgap`` needs all of an update."""
 
 
-def adaptive_for(defense: Defense) -> Adaptive:
-    """Return the adaptive attack of a defence.
+def adaptive_for(defense: Defense) -> list[Adaptive]:
+    """Return the adaptive attack of each part of a defence.
 
     Raises:
-        FedveilError: There is none, so the defence cannot be audited.
+        FedveilError: There is none for a part, so the defence cannot be audited.
     """
-    if defense.name not in ADAPTIVE:
-        raise FedveilError(
-            f"defence {defense.name!r} has no adaptive attack, and one that is scored without it "
-            "is not scored; name what the suite does against it in fedveil/audit/adaptive.py"
-        )
-    return ADAPTIVE[defense.name]
+    for name in defense.names:
+        if name not in ADAPTIVE:
+            raise FedveilError(
+                f"defence {name!r} has no adaptive attack, and one that is scored without it is "
+                "not scored; name what the suite does against it in fedveil/audit/adaptive.py"
+            )
+    return [ADAPTIVE[name] for name in defense.names]
 
 
 def table() -> str:

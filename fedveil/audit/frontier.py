@@ -117,9 +117,8 @@ class FrontierStudy:
             )
         if not self.defenses or len(set(self.defenses)) < len(self.defenses):
             raise FedveilError("name at least one --defense, and none twice")
-        for defense in map(parse_defense, self.defenses):
-            if defense.name != "none":
-                adaptive_for(defense)
+        for defense in self.defenses:
+            adaptive_for(parse_defense(defense))
         for attack in (*self.worst_attacks, *self.round_attacks):
             build_attack(attack)
 
@@ -337,7 +336,7 @@ def _rows(
     return [
         {
             "defense": defense,
-            "family": parsed.name,
+            "family": parsed.family,
             "strength": parsed.strength,
             "scenario": scenario,
             "accuracy": accuracy["mean"],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
 from fedveil.audit.adaptive import adaptive_for, attackers
 from fedveil.audit.metrics import (
+    CANDIDATES,
     bootstrap,
     exact,
     identified,
@@ -30,9 +31,6 @@ from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.fedsgd import Update
 from fedveil.files import write_results
-
-CANDIDATES = 100
-"""Originals among which a reconstruction must find its own, or as many as there are."""
 
 _DRAWN = 16
 _PUBLIC = 2_000  # test images that an inverse learns from
@@ -274,8 +272,7 @@ def audit_leakage(
     defenses = [parse_defense(text) for text in settings.defenses]
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
-        if defense.name != "none":
-            adaptive_for(defense)
+        adaptive_for(defense)
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation
     victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)
@@ -285,7 +282,8 @@ def audit_leakage(
     for defense in defenses:
         transform = defense.transform
         with torch.no_grad():
-            trained[defense.label] = originals if transform is None else transform(originals)
+            transformed = candidates if transform is None else transform(candidates)
+        trained[defense.label] = transformed[: len(originals)]
         informed = federation.observe(model, dataset, defense)
         undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
@@ -300,7 +298,13 @@ def audit_leakage(
                 result = found[known]
                 if attacker.inverse and undo is not None:
                     result = _undone(result, undo)
-                images, scores = _score(result, victims, trained[defense.label], candidates)
+                images, scores = _score(
+                    result,
+                    victims,
+                    candidates,
+                    transformed,
+                    knows=attacker.adaptive and not attacker.inverse and transform is not None,
+                )
                 rows.append(
                     Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
                 )
@@ -316,7 +320,7 @@ def _inverse(
     """Return what a network learnt to undo a transformation on test images, nobody's training."""
     if not settings.inverse or defense.transform is None:
         return None
-    if not adaptive_for(defense).inverse:
+    if not any(part.inverse for part in adaptive_for(defense)):
         return None
     step = _named(progress, f"learning to undo {defense.label}")
     public = dataset.test[:_PUBLIC].pixels
@@ -337,20 +341,22 @@ def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
 
 
 def _score(
-    result: Inversion, victims: Images, trained: Tensor, candidates: Tensor
+    result: Inversion, victims: Images, candidates: Tensor, transformed: Tensor, *, knows: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    # Everybody knows the range of pixels; transformed ones may lie a little outside it.
-    originals = victims.pixels
-    images = _in_order(result.images.float(), originals)
+    originals, trained = victims.pixels, transformed[: len(victims)]
+    images = _in_order(result.images.float(), trained)
     before = result.images if result.originals is None else result.originals
+    # Everybody knows the range of pixels; transformed ones may lie outside it.
     clipped = _in_order(before.float(), originals).clamp(0, 1)
     own = torch.arange(len(victims))
     as_trained = images.clamp(0, 1) if torch.equal(trained, originals) else images
+    # Who knows the transformation looks for the candidate that would have become what was found.
+    compared = (images, transformed) if knows else (clipped, candidates)
     batch = result.images.shape[1]
     right = label_accuracy(result.labels, victims.labels.reshape(-1, batch))
     return images, {
         "exact": exact(as_trained, trained).double(),
-        "identified": identified(clipped, candidates, own).double(),
+        "identified": identified(*compared, own).double(),
         "label_accuracy": right.repeat_interleave(batch),
         "psnr_original": psnr(clipped, originals),
         "psnr_trained": psnr(as_trained, trained),

@@ -12,6 +12,9 @@ from fedveil.errors import FedveilError
 EXACT = 40.0
 """PSNR in dB above which a reconstruction counts as exact."""
 
+CANDIDATES = 100
+"""Among how many images a reconstruction has to find its original to count as identified."""
+
 _FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
 _SSIM_WINDOW = 11
 
@@ -72,19 +75,27 @@ def exact(images: Tensor, trained: Tensor) -> Tensor:
     return psnr(images, trained) > EXACT
 
 
-def identified(images: Tensor, candidates: Tensor, own: Tensor) -> Tensor:
-    """Return whether the nearest of all candidate originals is the reconstruction's own.
+def identified(
+    images: Tensor, candidates: Tensor, own: Tensor, *, among: int = CANDIDATES
+) -> Tensor:
+    """Return whether the nearest of ``among`` candidates is the reconstruction's own.
+
+    Each image has its own among the candidates and those that follow it, from the first again after
+    the last, so that the share does not depend on how many images were attacked.
 
     Args:
-        images: [N, C, H, W]; clipped to [0, 1].
-        candidates: [M, C, H, W] in [0, 1], the originals among them.
+        images: [N, C, H, W], compared as they are: clip them first where the range is known.
+        candidates: [M, C, H, W] in an order that says nothing: the originals and others, or what a
+            known transformation makes of all of them.
         own: Int64 [N], where in ``candidates`` each image's original is.
+        among: Candidates for each image; all where there are fewer.
 
     Returns:
         Bool [N].
     """
-    flat = images.double().clamp(0, 1).flatten(1)
-    return torch.cdist(flat, candidates.double().flatten(1)).argmin(dim=1) == own
+    distances = torch.cdist(images.double().flatten(1), candidates.double().flatten(1))
+    turn = torch.arange(min(among, len(candidates)), device=own.device)
+    return distances.gather(1, (own[:, None] + turn) % len(candidates)).argmin(dim=1) == 0
 
 
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:

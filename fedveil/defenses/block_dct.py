@@ -67,6 +67,8 @@ class BlockDCT(Transformation):
 
     Args:
         keep: Keep the first so many coefficients in zigzag order, 1 to block².
+        skip: Drop the first so many of what is kept in zigzag order, the lowest frequencies; with
+            nothing else given, all others are kept. Pixels then lie around 0.
         mask: Or the coefficients to keep: [block, block], non-zero where kept; row is vertical
             frequency.
         cutoff: Or keep those of a frequency below this share of the Nyquist frequency, above 0;
@@ -81,8 +83,9 @@ class BlockDCT(Transformation):
         [..., 3, H, W].
 
     Raises:
-        FedveilError: Not exactly one of keep, mask and cutoff; keep out of range; a mask of another
-            shape; on a call: images of integers, NaN, or too small to pad.
+        FedveilError: Not exactly one of keep, mask and cutoff; keep or skip out of range; a mask of
+            another shape, or one that keeps nothing; on a call: images of integers, NaN, or too
+            small to pad.
 
     Example:
         >>> BlockDCT(keep=21)(torch.rand(4, 3, 32, 32)).shape
@@ -93,6 +96,7 @@ class BlockDCT(Transformation):
         self,
         *,
         keep: int | None = None,
+        skip: int = 0,
         mask: Tensor | None = None,
         cutoff: float | None = None,
         block: int = 8,
@@ -103,11 +107,17 @@ class BlockDCT(Transformation):
             raise FedveilError(
                 f"block={block} is out of range: give a side of 1 to {_LARGEST_BLOCK} pixels"
             )
-        if sum(choice is not None for choice in (keep, mask, cutoff)) != 1:
+        given = sum(choice is not None for choice in (keep, mask, cutoff))
+        if skip and not given:
+            keep, given = block * block, 1
+        if given != 1:
             raise FedveilError("BlockDCT needs exactly one of keep, mask and cutoff")
         self.block = block
-        self.mask = _mask(keep, mask, cutoff, block)
-        self.chroma_mask = None if chroma_keep is None else zigzag_mask(chroma_keep, block)
+        skipped = _skipped(skip, block)
+        self.mask = _some(_mask(keep, mask, cutoff, block) & ~skipped)
+        self.chroma_mask = (
+            None if chroma_keep is None else _some(zigzag_mask(chroma_keep, block) & ~skipped)
+        )
         self._factors: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def extra_repr(self) -> str:
@@ -238,9 +248,22 @@ def _mask(keep: int | None, mask: Tensor | None, cutoff: float | None, block: in
         assert cutoff is not None
         side = torch.arange(block, dtype=torch.float64) / block
         chosen = torch.hypot(side[:, None], side[None, :]) < cutoff
+    return chosen.cpu()
+
+
+def _skipped(skip: int, block: int) -> Tensor:
+    if not 0 <= skip < block * block:
+        raise FedveilError(
+            f"skip={skip} is out of range: a {block}×{block} block has {block * block} "
+            f"coefficients, so give 0 to {block * block - 1}"
+        )
+    return zigzag_mask(skip, block) if skip else torch.zeros(block, block, dtype=torch.bool)
+
+
+def _some(chosen: Tensor) -> Tensor:
     if not chosen.any():
         raise FedveilError("no coefficient would be kept; keep at least one")
-    return chosen.cpu()
+    return chosen
 
 
 def _check(images: Tensor) -> None:

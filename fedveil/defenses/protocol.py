@@ -80,10 +80,11 @@ class Sanitizer(Protocol):
 
 @dataclass(frozen=True)
 class Defense:
-    """A defence chosen by the user: one of the four fields below is set, or none.
+    """A defence chosen by the user: a transformation, a change of the update, both, or none.
 
     Attributes:
-        label: As written, for tables: ``dct:keep=21``.
+        label: As written, for tables: ``dct:keep=21`` or ``dct:keep=21+noise:ratio=1``.
+        names: What it is made of, without options: ``("dct", "noise")``; empty for none.
         transform: What the client applies to its images before training.
         sanitizer: What it does to its update before returning it.
         soteria: Or how it perturbs the gradient of the representation layer.
@@ -91,21 +92,22 @@ class Defense:
     """
 
     label: str
+    names: tuple[str, ...] = ()
     transform: Transformation | None = None
     sanitizer: Sanitizer | None = None
     soteria: "Soteria | None" = None
     privacy: "DPSGD | None" = None
 
     @property
-    def name(self) -> str:
-        """The defence without its options: ``dct``."""
-        return self.label.partition(":")[0]
+    def family(self) -> str:
+        """The defence without its options, for tables: ``dct``, ``dct+noise``, ``none``."""
+        return "+".join(self.names) or "none"
 
     @property
     def strength(self) -> float:
-        """The defence's one number; larger is stronger, within one defence only. 0 for none."""
+        """The sum of its parts' strengths: larger is stronger within one family; 0 for none."""
         parts = (self.transform, self.sanitizer, self.soteria, self.privacy)
-        return next((part.strength for part in parts if part is not None), 0.0)
+        return sum(part.strength for part in parts if part is not None)
 
 
 def difference(dummy: Tensors, observed: Tensors) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Defences as they are written on the command line."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.soteria import Soteria
 from fedveil.errors import FedveilError
+
+# Not the plus of an exponent: a name begins with a letter.
+_PLUS = re.compile(r"\+(?=[a-z])")
 
 Options = Mapping[str, Callable[[str], Any]]
 
@@ -43,7 +47,9 @@ class _Kind:
 
 _KINDS: dict[str, _Kind] = {
     "dct": _Kind(
-        "transform", BlockDCT, {"keep": int, "cutoff": float, "block": int, "chroma_keep": int}
+        "transform",
+        BlockDCT,
+        {"keep": int, "skip": int, "cutoff": float, "block": int, "chroma_keep": int},
     ),
     "dct-random": _Kind(
         "transform",
@@ -64,34 +70,65 @@ _KINDS: dict[str, _Kind] = {
 }
 
 NONE = Defense("none")
-DEFENSES = (NONE.name, *_KINDS)
+DEFENSES = (NONE.label, *_KINDS)
 """Names of all defences."""
 
 
 def parse_defense(text: str) -> Defense:
     """Return the defence that ``name`` or ``name:option=value,option=value`` describes.
 
+    Two are joined by a plus: a transformation of images and a change of the update they cause.
+
     Raises:
-        FedveilError: Unknown name or option, a value that is no such number, or an option missing.
+        FedveilError: Unknown name or option, a value that is no such number, an option missing, or
+            two that cannot be joined.
 
     Example:
-        >>> parse_defense("dct:keep=21").transform
+        >>> parse_defense("dct:keep=21+noise:ratio=1").transform
         BlockDCT(kept=21/64, block=8)
     """
+    parts = _PLUS.split(text)
+    kinds = [_known(part) for part in parts]
+    if parts == [NONE.label]:
+        return NONE
+    built = [
+        _built(part, kind) for part, kind in zip(parts, kinds, strict=True) if kind is not None
+    ]
+    on_images = sum(kind is not None and kind.place == "transform" for kind in kinds)
+    if None in kinds or on_images > 1 or len(parts) - on_images > 1:
+        raise FedveilError(
+            f"defence {text!r} cannot be joined so: a plus joins one transformation of images "
+            f"({_listed('transform')}) and one change of the update ({_listed('sanitizer')}, "
+            f"{_listed('soteria')}, {_listed('privacy')})"
+        )
+    places = {kind.place: part for kind, part in zip(kinds, built, strict=True) if kind is not None}
+    return Defense(text, tuple(part.partition(":")[0] for part in parts), **places)
+
+
+def _known(text: str) -> _Kind | None:
     name = text.partition(":")[0]
     if name not in DEFENSES:
         near = difflib.get_close_matches(name, DEFENSES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise FedveilError(f"defence {name!r} is unknown{hint} Known: {', '.join(DEFENSES)}")
     kind = _KINDS.get(name)
-    options = _options(text, kind.options if kind else {})
     if kind is None:
-        return NONE
+        _options(text, {})
+    return kind
+
+
+def _built(text: str, kind: _Kind) -> Any:
+    options = _options(text, kind.options)
     if kind.required and kind.required not in options:
+        name = text.partition(":")[0]
         raise FedveilError(
             f"defence {text!r} needs its option {kind.required}; write {name}:{kind.required}=…"
         )
-    return Defense(text, **{kind.place: kind.build(**options)})
+    return kind.build(**options)
+
+
+def _listed(place: str) -> str:
+    return ", ".join(name for name, kind in _KINDS.items() if kind.place == place)
 
 
 def _options(text: str, allowed: Options) -> dict[str, Any]:

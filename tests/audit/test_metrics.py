@@ -50,12 +50,21 @@ def test_ssim_falls_with_noise():
 def test_identification():
     candidates = torch.stack([torch.full((1, 2, 2), v) for v in (0.0, 0.4, 1.0)])
     images = torch.stack([torch.full((1, 2, 2), v) for v in (0.1, 0.3, 7.0, 0.6)])
-    assert identified(images, candidates, torch.tensor([0, 1, 2, 2])).tolist() == [
-        True,
-        True,
-        True,
-        False,
+    own = torch.tensor([0, 1, 2, 2])
+    assert identified(images, candidates, own).tolist() == [True, True, True, False]
+
+
+def test_identification_is_among_as_many_however_many_there_are():
+    torch.manual_seed(0)
+    candidates = torch.rand(400, 1, 2, 2)
+    images, own = torch.rand(300, 1, 2, 2), torch.arange(300) + 50
+    by_hand = [
+        min(range(100), key=lambda k: float((candidates[(o + k) % 400] - image).square().sum()))
+        == 0
+        for image, o in zip(images, own.tolist(), strict=True)
     ]
+    assert identified(images, candidates, own).tolist() == by_hand
+    assert 0 < sum(by_hand) < 20  # by chance 1 %
 
 
 def test_label_accuracy_ignores_order_and_counts_repeats():

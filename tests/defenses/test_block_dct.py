@@ -47,6 +47,18 @@ def test_any_mask_is_an_orthogonal_projection(bits):
     assert torch.allclose(once.square().sum() + lost, x.square().sum())
 
 
+@given(skip=st.integers(1, 15), more=st.integers(1, 15))
+@settings(max_examples=40, deadline=None)
+def test_what_is_skipped_is_the_rest(skip, more):
+    images = torch.rand(2, 3, 8, 12, dtype=torch.float64)
+    low, high = BlockDCT(keep=skip, block=4), BlockDCT(skip=skip, block=4)
+    assert torch.allclose(low(images) + high(images), images, atol=1e-12)
+    assert high.strength == pytest.approx(1 - low.strength)
+    if more > skip:
+        band = BlockDCT(keep=more, skip=skip, block=4)
+        assert torch.allclose(band(images), BlockDCT(keep=more, block=4)(high(images)), atol=1e-12)
+
+
 def test_all_coefficients_give_the_image_back():
     images = torch.rand(3, 3, 32, 32)
     assert torch.allclose(BlockDCT(keep=64)(images), images, atol=1e-5)
@@ -156,6 +168,9 @@ def test_commutes_with_normalisation_by_channel():
         (lambda: BlockDCT(mask=torch.ones(4, 4)), "has shape \\(4, 4\\)"),
         (lambda: BlockDCT(mask=torch.zeros(8, 8)), "no coefficient would be kept"),
         (lambda: BlockDCT(), "exactly one"),
+        (lambda: BlockDCT(skip=64), "skip=64 is out of range"),
+        (lambda: BlockDCT(keep=3, skip=3), "no coefficient would be kept"),
+        (lambda: BlockDCT(keep=9, skip=3, chroma_keep=2), "no coefficient would be kept"),
         (lambda: BlockDCT(keep=3, cutoff=0.5), "exactly one"),
         (lambda: BlockDCT(keep=1, block=0), "block=0"),
         (lambda: BlockDCT(keep=1)(torch.zeros(8, 8, dtype=torch.uint8)), "convert them to floats"),
