@@ -683,11 +683,19 @@ def frontier(
         typer.Option(help="What is attacked in the worst case; the same by default."),
     ] = None,
     images: Annotated[int, typer.Option(help="Images attacked for each row.")] = 96,
+    sum_images: Annotated[
+        int | None,
+        typer.Option(help="Images attacked under a sum.  [default: a batch of each client]"),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="worst, round or sum; may be repeated.  [default: all]"),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
     rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 30,
     defense: Annotated[
         list[str] | None,
-        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 26 settings]"),
+        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 30 settings]"),
     ] = None,
     attack: Annotated[
         list[str] | None,
@@ -716,6 +724,8 @@ def frontier(
             dataset=dataset,
             leakage_dataset=leakage_dataset,
             images=images,
+            sum_images=sum_images,
+            scenarios=tuple(scenario or defaults.scenarios),
             seeds=seeds,
             rounds=rounds,
             defenses=tuple(defense or defaults.defenses),

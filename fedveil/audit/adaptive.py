@@ -21,11 +21,13 @@ class Adaptive:
         attack: In words, for the table.
         broken_by: The paper that showed it, or says what remains.
         inverse: Whether a learned inverse is put on top of the reconstruction.
+        masks: Whether a search leaves something of the update out of its comparison, or changes it.
     """
 
     attack: str
     broken_by: str
     inverse: bool = False
+    masks: bool = False
 
 
 _RANGE = "the search is over the transformation's range only; a learned inverse on top"
@@ -52,13 +54,16 @@ ADAPTIVE: Mapping[str, Adaptive] = {
     ),
     "blur": Adaptive(_RANGE, _ATS, inverse=True),
     "down": Adaptive(_RANGE, _ATS, inverse=True),
-    "prune": Adaptive("only entries that were sent are compared", f"{_BALUNOVIC}; {_WU}"),
+    "prune": Adaptive(
+        "only entries that were sent are compared", f"{_BALUNOVIC}; {_WU}", masks=True
+    ),
     "clip": Adaptive(
         "the candidate's update is clipped too; ig compares directions, which clipping keeps",
         _GEIPING,
+        masks=True,
     ),
     "noise": Adaptive("priors on images in ig; nothing is masked", f"{_BALUNOVIC}; {_WU}"),
-    "soteria": Adaptive("the perturbed layer's entries are not compared", _BALUNOVIC),
+    "soteria": Adaptive("the perturbed layer's entries are not compared", _BALUNOVIC, masks=True),
     "dp-sgd": Adaptive(
         "priors on images in ig, which compares directions",
         "none where ε is small: the guarantee holds; Hayes et al., NeurIPS 2023, bound "
@@ -104,7 +109,9 @@ def attackers(
     known = adaptive_for(defense)
     name, transform = attack.partition(":")[0], defense.transform
     searches = transform is not None and (transform.linear or name in _FORWARD)
-    masks = informed.sanitizer is not None and name in _MASKING
+    masks = (
+        informed.sanitizer is not None and name in _MASKING and any(part.masks for part in known)
+    )
     aware = naive
     if searches or masks:
         observation = replace(

@@ -10,6 +10,7 @@ suite, naive or adaptive, in three scenarios:
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -48,7 +49,7 @@ DEFENSES = (
     *(f"down:factor={factor}" for factor in (2, 4)),
     *(f"prune:share={share}" for share in (0.7, 0.9, 0.99)),
     "clip:norm=1",
-    *(f"noise:ratio={ratio}" for ratio in (0.1, 1, 10)),
+    *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
     *(f"soteria:share={share}" for share in (0.4, 0.8)),
     *(f"dp-sgd:noise={noise}" for noise in (0.1, 0.5, 1)),
 )
@@ -69,7 +70,10 @@ class FrontierStudy:
         dataset: What is learnt, and attacked in the realistic round.
         leakage_dataset: What is attacked in the worst case; None for the same. Images stored as
             JPEG, as CIFAR-10's sometimes are, have lost part of what transformations remove.
-        images: The victim's images behind each row; under a sum a batch of every client.
+        images: The victim's images behind each row.
+        sum_images: Images behind each row under a sum, of all clients together; None for a batch of
+            each.
+        scenarios: Which of ``SCENARIOS`` are attacked.
         seeds: Training runs 0, 1, … for each defence.
         rounds: Rounds of a training run, all clients in each.
         defenses: As ``fedveil.defenses.parse_defense`` reads them; ``none`` is the reference.
@@ -92,6 +96,8 @@ class FrontierStudy:
     dataset: str = "cifar10"
     leakage_dataset: str | None = None
     images: int = 96
+    sum_images: int | None = None
+    scenarios: tuple[str, ...] = SCENARIOS
     seeds: int = 3
     rounds: int = 30
     defenses: tuple[str, ...] = DEFENSES
@@ -115,6 +121,19 @@ class FrontierStudy:
                 f"--images {self.images} is no multiple of the {self.batch} images of a round: "
                 f"give {max(1, -(-self.images // self.batch)) * self.batch}"
             )
+        if self.sum_images is not None and (
+            self.sum_images < 1 or self.sum_images % (self.batch * self.clients)
+        ):
+            whole = self.batch * self.clients
+            raise FedveilError(
+                f"--sum-images {self.sum_images} is no multiple of the {whole} images of a sum: "
+                f"give {max(1, -(-self.sum_images // whole)) * whole}"
+            )
+        if not self.scenarios or not set(self.scenarios) <= set(SCENARIOS):
+            raise FedveilError(
+                f"--scenario {', '.join(self.scenarios) or 'nothing'} cannot be; allowed: "
+                f"{', '.join(SCENARIOS)}"
+            )
         if not self.defenses or len(set(self.defenses)) < len(self.defenses):
             raise FedveilError("name at least one --defense, and none twice")
         for defense in self.defenses:
@@ -129,12 +148,14 @@ class FrontierStudy:
             ("defense", () if self.defenses == DEFENSES else self.defenses),
             ("attack", self.worst_attacks),
             ("round-attack", self.round_attacks),
+            ("scenario", () if self.scenarios == SCENARIOS else self.scenarios),
         )
+        summed = f" --sum-images {self.sum_images}" if self.sum_images else ""
         leakage = f" --leakage-dataset {self.leakage_dataset}" if self.leakage_dataset else ""
         repeated = "".join(f" --{name} {value}" for name, values in several for value in values)
         return (
-            f"fedveil frontier --out DIR --dataset {self.dataset}{leakage} --images {self.images} "
-            f"--seeds {self.seeds} --rounds {self.rounds} --batch {self.batch}"
+            f"fedveil frontier --out DIR --dataset {self.dataset}{leakage} --images {self.images}"
+            f"{summed} --seeds {self.seeds} --rounds {self.rounds} --batch {self.batch}"
             f"{'' if self.inverse else ' --no-inverse'}{repeated}"
         )
 
@@ -150,7 +171,7 @@ class FrontierStudy:
             model=self.worst_model if worst else self.model,
             clients=self.clients,
             victim=self.victim,
-            images=self.batch * added_up if scenario == "sum" else self.images,
+            images=(self.sum_images or self.batch * added_up) if added_up > 1 else self.images,
             batch=1 if worst else self.batch,
             aggregate=added_up,
             batch_size=self.batch,
@@ -223,10 +244,10 @@ def measure(
             for d in study.defenses
             for attack in study.attacks(scenario)
         ]
-        for scenario in SCENARIOS
+        for scenario in study.scenarios
     }
-    first = [*trainings, *audits["worst"]]
-    later = [*audits["round"], *audits["sum"]]
+    first = [*trainings, *audits.get("worst", [])]
+    later = [*audits.get("round", []), *audits.get("sum", [])]
     total = len(first) + len(later)
     run_pieces(first, workers=workers, on_piece=lambda name, done, _: on_piece(name, done, total))
     # These attack models that the trainings before have made.
@@ -241,7 +262,7 @@ def measure(
 def _check(study: FrontierStudy, out: Path) -> None:
     """Refuse before anything is written what would fail hours later."""
     check_directory(out)
-    for scenario in SCENARIOS:
+    for scenario in study.scenarios:
         settings = study.audit(scenario, "none", study.attacks(scenario)[0])
         settings.federation.ground_truth(load_dataset(settings.dataset))
     job = prepare_job(study.training("none", 0))
@@ -289,7 +310,7 @@ def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
         row
         for defense in study.defenses
         for accuracy in [_accuracy(study, defense, out)]
-        for scenario in SCENARIOS
+        for scenario in study.scenarios
         for row in _rows(study, scenario, defense, accuracy, out)
     ]
     result = {
@@ -371,6 +392,7 @@ _LOOK = {
     "soteria": ("#7A4FA3", ">"),
     "dp-sgd": ("#8C510A", "h"),
 }
+_STRENGTHS = re.compile(r"=([^,+]+(?:,[^+]+)?)")
 _TITLES = {
     "worst": "Worst case: untrained LeNet, one image",
     "round": "Realistic round: trained model, a batch",
@@ -381,9 +403,10 @@ _TITLES = {
 def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * len(SCENARIOS), 9), dpi=100, layout="constrained")
-    panels = figure.subplots(2, len(SCENARIOS))
-    for column, scenario in enumerate(SCENARIOS):
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    figure = Figure(figsize=(7 * len(scenarios), 9), dpi=100, layout="constrained")
+    panels = figure.subplots(2, len(scenarios), squeeze=False)
+    for column, scenario in enumerate(scenarios):
         own = [row for row in rows if row["scenario"] == scenario]
         _panel(panels[0][column], own, "identified", "own original found among candidates")
         _panel(
@@ -399,12 +422,18 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return png(figure)
 
 
+def _look(family: str) -> tuple[str, str]:
+    """Return colour and marker; of two joined the colour of the first and the second's marker."""
+    parts = family.split("+")
+    return _LOOK[parts[0]][0], _LOOK[parts[-1]][1]
+
+
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
     for family in dict.fromkeys(row["family"] for row in rows):
         own = sorted(
             (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
         )
-        color, marker = _LOOK[family]
+        color, marker = _look(family)
         x = [row["accuracy"] for row in own]
         y, lowest, highest = (
             [min(_MOST_DB, row[f"{column}{end}"]) for row in own] for end in ("", "_low", "_high")
@@ -425,7 +454,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
             label=family,
         )
         for row, across, up in zip(own, x, y, strict=True):
-            text = row["defense"].partition("=")[2] or "none"
+            text = " + ".join(_STRENGTHS.findall(row["defense"])) or "none"
             axes.annotate(
                 text, (across, up), (4, 4), textcoords="offset points", fontsize=7, color=color
             )

@@ -68,6 +68,7 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
         ("prune:share=0.5", "rgap", [(False, False)]),
         ("soteria:share=0.5", "ig", [(False, False), (True, False)]),
         ("dp-sgd:noise=1", "ig", [(False, False)]),
+        ("noise:ratio=1", "ig", [(False, False)]),
         ("dct:keep=3+prune:share=0.5", "lm", [(False, False), (True, False), (True, True)]),
         ("dct:keep=3+dp-sgd:noise=1", "ig", [(False, False), (True, False), (True, True)]),
     ],

@@ -1,7 +1,9 @@
 """The frontier, small enough to run, with processes of its own."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -156,6 +158,9 @@ def test_an_interrupt_reaches_the_pieces(tmp_path):
     [
         ({"seeds": 0}, "--seeds 0"),
         ({"images": 6}, "no multiple of the 4 images"),
+        ({"sum_images": 50}, "--sum-images 50 is no multiple of the 40 images of a sum: give 80"),
+        ({"scenarios": ("round", "best")}, "--scenario round, best cannot be; allowed: worst, rou"),
+        ({"scenarios": ()}, "--scenario nothing"),
         ({"defenses": ("none", "none")}, "none twice"),
         ({"defenses": ("blur:sigma=0",)}, "sigma=0"),
         ({"worst_attacks": ("lmm",)}, "unknown; did you mean 'lm'"),
@@ -164,6 +169,25 @@ def test_an_interrupt_reaches_the_pieces(tmp_path):
 def test_studies_that_cannot_be(changes, message):
     with pytest.raises(FedveilError, match=message):
         FrontierStudy(**{"images": 4, "batch": 4, **changes})
+
+
+def test_a_part_of_the_scenarios_and_two_defences_joined(study, tmp_path):
+    """The trained models of the whole study serve the part."""
+    part = dataclasses.replace(
+        SMALL, scenarios=("sum",), sum_images=32, defenses=("none", "dct:keep=3+noise:ratio=1")
+    )
+    shutil.copytree(study[0], tmp_path / "part", ignore=shutil.ignore_patterns("leakage"))
+    begun = []
+    result = measure(part, tmp_path / "part", on_piece=lambda name, done, total: begun.append(name))
+    assert {row["scenario"] for row in result["rows"]} == {"sum"}
+    assert {row["images"] for row in result["rows"]} == {32}
+    joined = [row for row in result["rows"] if row["family"] == "dct+noise"]
+    assert {row["adaptive"] for row in joined} == {False, True}
+    assert joined[0]["strength"] == pytest.approx(1 + 61 / 64)
+    assert "--scenario sum" in result["command"]
+    assert "--sum-images 32" in result["command"]
+    assert not any(name.startswith(("worst", "round")) for name in begun)
+    assert (tmp_path / "part" / "frontier.png").exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
