@@ -97,7 +97,7 @@ def attackers(
     Args:
         defense: What the client does.
         informed: The observation, with all public knowledge.
-        attack: As ``fedveil.attacks.inversion.build_attack`` reads it.
+        attack: As ``fedveil.attacks.inversion.build_attack`` reads it, or ``MEMBERSHIP``.
         inverse: Whether learned inverses are wanted.
 
     Raises:
@@ -132,7 +132,10 @@ def attackers(
 _FORWARD = frozenset({"ig", "ig-bn"})
 """Attacks that take any differentiable transformation into their forward pass."""
 
-_MASKING = frozenset({"dlg", "fc", "idlg", "ig", "ig-bn", "lm"})
+MEMBERSHIP = "membership"
+"""The attack that has candidates and rebuilds nothing."""
+
+_MASKING = frozenset({"dlg", "fc", "idlg", "ig", "ig-bn", "lm", MEMBERSHIP})
 """Attacks that compare only what a sanitiser left; ``rgap`` needs all of an update."""
 
 

@@ -322,9 +322,8 @@ def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
         "rows": rows,
         "refused": _refusals(out),
     }
-    best = [row for row in rows if row["best"]]
-    write_atomically(out / "frontier.png", _draw(best))
-    write_atomically(out / "frontier.md", _table(best).encode())
+    write_atomically(out / "frontier.png", _draw(rows))
+    write_atomically(out / "frontier.md", _table(rows).encode())
     write_atomically(out / "frontier.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
@@ -354,6 +353,7 @@ def _rows(
             "unknown; name another --attack or --round-attack"
         )
     best = max(found, key=lambda row: (row["identified"], row["psnr_original"]))
+    closest = max(found, key=lambda row: row.get("recognised", 0))
     return [
         {
             "defense": defense,
@@ -366,6 +366,7 @@ def _rows(
             "privacy": accuracy["privacy"],
             **{key: value for key, value in row.items() if key != "defense"},
             "best": row is best,
+            "best_membership": row is closest,
         }
         for row in found
     ]
@@ -404,18 +405,18 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    figure = Figure(figsize=(7 * len(scenarios), 9), dpi=100, layout="constrained")
-    panels = figure.subplots(2, len(scenarios), squeeze=False)
+    figure = Figure(figsize=(7 * len(scenarios), 13), dpi=90, layout="constrained")
+    panels = figure.subplots(3, len(scenarios), squeeze=False)
     for column, scenario in enumerate(scenarios):
         own = [row for row in rows if row["scenario"] == scenario]
-        _panel(panels[0][column], own, "identified", "own original found among candidates")
-        _panel(
-            panels[1][column],
-            own,
-            "psnr_original",
-            f"PSNR to the original, dB (median; more than {_MOST_DB} drawn there)",
-        )
-        panels[0][column].set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
+        best = [row for row in own if row["best"]]
+        member = [row for row in own if row["best_membership"] and "recognised" in row]
+        found, near, picked = panels[0][column], panels[1][column], panels[2][column]
+        _panel(found, best, "identified", "reconstruction matched to its original among 100")
+        _panel(near, best, "psnr_original", f"PSNR to the original, dB (median, up to {_MOST_DB})")
+        _panel(picked, member, "recognised", "picked out of 100 candidates by its gradient")
+        found.set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
+        picked.set(ylim=(-0.05, 1.05))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     figure.suptitle("Best attack of the suite. Better is right and below.", fontsize=10)
@@ -464,13 +465,22 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| defence | strength | accuracy | scenario | best attack | identified | dB to original |",
-        "|---|---|---|---|---|---|---|",
+        "| defence | strength | accuracy | scenario | best attack | identified | dB to original "
+        "| picked out by gradient |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    closest = {
+        (row["defense"], row["scenario"]): row
+        for row in rows
+        if row["best_membership"] and "recognised" in row
+    }
     for row in rows:
+        if not row["best"]:
+            continue
         accuracy = f"{row['accuracy']:.1%} ± {row['accuracy_sd']:.1%}"
         if row["privacy"]:
             accuracy += f", ε = {row['privacy']['epsilon']:.3g}"
+        member = closest.get((row["defense"], row["scenario"]))
         cells = [
             f"`{row['defense']}`",
             f"{row['strength']:.3g}",
@@ -479,6 +489,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
             with_interval(row, "identified", ".0%"),
             with_interval(row, "psnr_original", ".1f"),
+            with_interval(member, "recognised", ".0%") if member else "not measured",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -11,8 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
-from fedveil.audit.adaptive import adaptive_for, attackers
+from fedveil.attacks.inversion import (
+    Inversion,
+    LearnedInverse,
+    Observation,
+    build_attack,
+    check_model,
+)
+from fedveil.attacks.membership import GradientMembership
+from fedveil.audit.adaptive import MEMBERSHIP, adaptive_for, attackers
 from fedveil.audit.metrics import (
     CANDIDATES,
     bootstrap,
@@ -22,6 +29,7 @@ from fedveil.audit.metrics import (
     match,
     median,
     psnr,
+    recognised,
     ssim,
     wilson,
 )
@@ -171,7 +179,7 @@ class Row:
         return row
 
 
-_SHARES = {"exact", "identified", "label_accuracy"}
+_SHARES = {"exact", "identified", "label_accuracy", "recognised"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ class LeakageReport:
         wide += [max(16, *(len(row.defense) + 2 for row in self.rows))]
         lines = [
             f"{'attack':{wide[0]}}{'defence':{wide[1]}}{'attacker':10}{'exact':>7}{'found':>7}"
-            f"{'labels':>8}{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
+            f"{'member':>8}{'labels':>8}{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
         ]
         lines += [_line(row.summary(), wide) for row in self.rows]
         return "\n".join(lines)
@@ -226,10 +234,11 @@ class LeakageReport:
 
 
 def _line(row: dict[str, Any], wide: Sequence[int]) -> str:
+    member = f"{row['recognised']:8.0%}" if "recognised" in row else f"{'-':>8}"
     return (
         f"{row['attack']:{wide[0]}}{row['defense']:{wide[1]}}"
         f"{'adaptive' if row['adaptive'] else 'naive':10}"
-        f"{row['exact']:7.0%}{row['identified']:7.0%}{row['label_accuracy']:8.0%}"
+        f"{row['exact']:7.0%}{row['identified']:7.0%}{member}{row['label_accuracy']:8.0%}"
         f"{row['psnr_original']:16.1f}{row['psnr_trained']:15.1f}{row['seconds_per_image']:9.2f}"
     )
 
@@ -275,7 +284,9 @@ def audit_leakage(
         adaptive_for(defense)
     attacks = {name: build_attack(name) for name in settings.attacks}
     federation = settings.federation
-    victims, candidates = _truth(dataset, federation.ground_truth(dataset), settings.seed)
+    used = federation.ground_truth(dataset)
+    victims, candidates = _truth(dataset, used, settings.seed)
+    suspects = _suspects(dataset, used, settings.seed)
     originals = victims.pixels
     trained: dict[str, Tensor] = {}
     rows = []
@@ -285,6 +296,7 @@ def audit_leakage(
             transformed = candidates if transform is None else transform(candidates)
         trained[defense.label] = transformed[: len(originals)]
         informed = federation.observe(model, dataset, defense)
+        told = _recognised(defense, informed, suspects, len(victims), dataset)
         undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
             found: dict[int, Inversion] = {}
@@ -305,6 +317,8 @@ def audit_leakage(
                     transformed,
                     knows=attacker.adaptive and not attacker.inverse and transform is not None,
                 )
+                if told:
+                    scores["recognised"] = told[attacker.adaptive]
                 rows.append(
                     Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
                 )
@@ -338,6 +352,40 @@ def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
     order = torch.randperm(len(dataset.train), generator=generator)
     others = order[~torch.isin(order, used)][: max(0, CANDIDATES - len(used))]
     return dataset.train[used], dataset.train[torch.cat([used, others])].pixels
+
+
+def _suspects(dataset: Dataset, used: Tensor, seed: int) -> Images:
+    """Return the images that were used, and then up to 99 others that were not."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset.train), generator=generator)
+    others = order[~torch.isin(order, used)][: CANDIDATES - 1]
+    return dataset.train[torch.cat([used, others])]
+
+
+def _recognised(
+    defense: Defense, informed: Observation, suspects: Images, used: int, dataset: Dataset
+) -> dict[bool, Tensor]:
+    """Return by whether the attacker knows the defence which images stand out, float64 [M]."""
+    if len(suspects) == used:
+        return {}
+    attack, victims = GradientMembership(), informed.victims
+    public, found = dataset.test[: attack.public], {}
+    for attacker in attackers(defense, informed, MEMBERSHIP, inverse=False):
+        known = defense.transform if attacker.adaptive else None
+        scores = attack(
+            attacker.observation, _as_trained(suspects, known), _as_trained(public, known)
+        )
+        own = torch.arange(used).reshape(victims, -1)
+        above = [recognised(s[batch], s[used:]) for s, batch in zip(scores, own, strict=True)]
+        found[attacker.adaptive] = torch.cat(above).double()
+    return {False: found[False], True: found.get(True, found[False])}
+
+
+def _as_trained(images: Images, transform: nn.Module | None) -> Images:
+    if transform is None:
+        return images
+    with torch.no_grad():
+        return Images(transform(images.pixels), images.labels)
 
 
 def _score(

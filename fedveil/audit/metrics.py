@@ -98,6 +98,19 @@ def identified(
     return distances.gather(1, (own[:, None] + turn) % len(candidates)).argmin(dim=1) == 0
 
 
+def recognised(members: Tensor, strangers: Tensor) -> Tensor:
+    """Return whether an image that was used scores above all that were not.
+
+    Args:
+        members: [N], scores of images that were used.
+        strangers: [S], scores of images that were not.
+
+    Returns:
+        Bool [N].
+    """
+    return members > strangers.max()
+
+
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:
     """Return the share of each batch's labels that was inferred, in any order.
 

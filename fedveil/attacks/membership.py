@@ -1,0 +1,173 @@
+"""Which of some candidate images a client trained on, told from its update, none rebuilt."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fedveil.attacks.inversion.gradients import GradientMap, survived
+from fedveil.attacks.inversion.observation import Observation
+from fedveil.data.images import Images
+
+_MOST_NUMBERS = 2**29  # of public gradients held at once: 2 GiB
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMembership:
+    """Score candidate images by how much of an update only their own gradient explains.
+
+    An update is a mean of the gradients of the client's images. The gradient of a candidate that is
+    one of them has a part in common with it that the gradients of other images have not. What is
+    common to all images, the classes' and the model's, is taken out first: the score is the cosine
+    of the update and the candidate's gradient after both were regressed on the gradients of public
+    images (by ridge regression), times the update's length. Whoever has candidates needs no
+    reconstruction, and noise that ruins one leaves most of this: a sum over all weights averages it
+    away.
+
+    Source: Li, Li & Ribeiro, "Effective Passive Membership Inference Attacks in Federated Learning
+    Against Overparameterized Models", ICLR 2023, section 3 (cosine of a candidate's gradient and an
+    update, which are orthogonal for others in large networks). The regression is ours.
+
+    Args:
+        ridge: Weight of the squared coefficients of the regression, whose regressors have length 1.
+        public: Most public images to regress on; fewer where their gradients would take more than
+            2 GiB.
+        together: Gradients computed at once.
+        device: Where to compute; None for a GPU when there is one.
+
+    Shape: any batch and model; local training of several steps is taken for one step.
+
+    Example:
+        >>> GradientMembership()(observation, candidates, public)  # doctest: +SKIP
+    """
+
+    ridge: float = 0.01
+    public: int = 256
+    together: int = 16
+    device: torch.device | None = None
+
+    def __call__(self, observation: Observation, candidates: Images, public: Images) -> Tensor:
+        """Return the candidates' scores, float64 [V, M]; larger speaks for having been used.
+
+        Args:
+            observation: Updates of V victims. Its ``sanitizer``, where known, says which entries
+                are compared; its ``knows`` is not used.
+            candidates: M images with their labels, as a client would have trained on them.
+            public: Images that nobody trained on, treated in the same way.
+        """
+        device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gradients = _Gradients.of(observation, device)
+        count = min(self.public, max(1, _MOST_NUMBERS // gradients.length))
+        regressors = torch.cat([*gradients.each(public[:count], self.together)])
+        victims = [
+            _Regression.of(gradients, observation, victim, regressors, self.ridge)
+            for victim in range(observation.victims)
+        ]
+        return torch.cat(
+            [
+                torch.stack([victim.scores(part) for victim in victims])
+                for part in gradients.each(candidates, self.together)
+            ],
+            dim=1,
+        ).cpu()
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradient of single images, as rows of numbers.
+
+    Attributes:
+        map: From an image to its gradient, in evaluation mode: alone in a batch it has no
+            statistics.
+        names: Of the parameters, in the order of a row.
+        device: Where rows are.
+    """
+
+    map: GradientMap
+    names: tuple[str, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, observation: Observation, device: torch.device) -> "_Gradients":
+        model: nn.Module = copy.deepcopy(observation.model).eval()
+        alone = GradientMap.of(
+            Observation(model, observation.gradients, observation.shape, observation.classes),
+            dtype=torch.float32,
+            device=device,
+        )
+        return cls(alone, tuple(alone.parameters), device)
+
+    @property
+    def length(self) -> int:
+        return sum(value.numel() for value in self.map.parameters.values())
+
+    def each(self, images: Images, together: int) -> Iterator[Tensor]:
+        """Yield the gradients of some images at a time, float32 [n, D]."""
+
+        def one(pixels: Tensor, label: Tensor) -> Tensor:
+            found = self.map(pixels[None], label[None])
+            return torch.cat([found[name].flatten() for name in self.names])
+
+        for start in range(0, len(images), together):
+            part = images[start : start + together]
+            pixels, labels = part.pixels.to(self.device), part.labels.to(self.device)
+            with torch.no_grad():
+                yield vmap(one)(pixels, labels)
+
+    def row(self, update: dict[str, Tensor]) -> Tensor:
+        return torch.cat([update[name].flatten().to(self.device) for name in self.names])
+
+
+@dataclass(frozen=True)
+class _Regression:
+    """One victim's update and the public gradients, of which only what was sent is compared.
+
+    Attributes:
+        update: [D].
+        sent: [D], 1 where the update tells something; None where it does everywhere.
+        regressors: [P, D].
+        inverse: Float64 [P, P], of their Gram matrix and the ridge.
+        explained: Float64 [P], inner products of regressors and update.
+    """
+
+    update: Tensor
+    sent: Tensor | None
+    regressors: Tensor
+    inverse: Tensor
+    explained: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        gradients: _Gradients,
+        observation: Observation,
+        victim: int,
+        regressors: Tensor,
+        ridge: float,
+    ) -> "_Regression":
+        own = {name: value[victim].float() for name, value in observation.gradients.items()}
+        update, sent, left = gradients.row(own), None, regressors
+        if observation.sanitizer is not None:
+            told = survived(own, observation.sanitizer)
+            sent = gradients.row({name: value.float() for name, value in told.items()})
+            left = regressors * sent
+            update = update * sent
+        lengths = left.norm(dim=1).clamp_min(_TINY)
+        gram = (left @ regressors.T / lengths[:, None] / lengths).double()
+        inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram)).to(gram))
+        # Regressors of length 1: their lengths go into the products instead of a copy of them all.
+        scaled = inverse / lengths[:, None] / lengths
+        return cls(update, sent, regressors, scaled, (regressors @ update).double())
+
+    def scores(self, candidates: Tensor) -> Tensor:
+        """Return the scores, float64 [n], of gradients [n, D]."""
+        seen = candidates if self.sent is None else candidates * self.sent
+        across = (seen @ self.regressors.T).double()
+        fitted = across @ self.inverse
+        common = (seen @ self.update).double() - fitted @ self.explained
+        left = seen.double().square().sum(dim=1) - (fitted * across).sum(dim=1)
+        return common / left.clamp_min(_TINY).sqrt()
