@@ -120,8 +120,9 @@ def attackers(
             sanitizer=informed.sanitizer if masks else None,
         )
         aware = Attacker(observation, adaptive=True)
-    elif transform is not None:
-        # The same search; whoever knows the transformation still compares transformed candidates.
+    elif transform is not None or not any(part.masks for part in known):
+        # The same search: it has no use for what is known. Whoever knows a transformation still
+        # compares transformed candidates.
         aware = replace(naive, adaptive=True)
     found = [naive, aware] if aware.adaptive else [naive]
     if inverse and any(part.inverse for part in known):

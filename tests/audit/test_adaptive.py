@@ -67,8 +67,8 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
         ("prune:share=0.5", "fc", [(False, False), (True, False)]),
         ("prune:share=0.5", "rgap", [(False, False)]),
         ("soteria:share=0.5", "ig", [(False, False), (True, False)]),
-        ("dp-sgd:noise=1", "ig", [(False, False)]),
-        ("noise:ratio=1", "ig", [(False, False)]),
+        ("dp-sgd:noise=1", "ig", [(False, False), (True, False)]),
+        ("noise:ratio=1", "ig", [(False, False), (True, False)]),
         ("dct:keep=3+prune:share=0.5", "lm", [(False, False), (True, False), (True, True)]),
         ("dct:keep=3+dp-sgd:noise=1", "ig", [(False, False), (True, False), (True, True)]),
     ],
@@ -153,6 +153,13 @@ def test_the_audit_puts_the_inverse_on_top(digits, model):
     assert [row.attack for row in (naive, aware, undone)] == ["lm", "lm", "lm+inverse"]
     assert (naive.scores["psnr_trained"] > 50).all()
     assert undone.scores["psnr_original"].mean() > naive.scores["psnr_original"].mean()
+
+
+def test_noise_is_searched_once_for_both_attackers(digits, model):
+    defense = parse_defense("noise:ratio=1")
+    informed = _watched(rounds=1).observe(model, digits, defense)
+    naive, aware = attackers(defense, informed, "lm", inverse=False)
+    assert naive.observation is aware.observation
 
 
 def test_who_knows_the_transformation_compares_transformed_candidates(digits, model):

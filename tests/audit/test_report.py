@@ -143,6 +143,16 @@ def test_a_defence_is_judged_by_its_strongest_attack(tmp_path):
     assert "25 %" not in found[2]
 
 
+def test_what_hides_a_reconstruction_is_no_defence_where_candidates_are_picked_out(tmp_path):
+    rows = [
+        leakage_row(images=100, recognised=1.0),
+        leakage_row(defense="a", adaptive=True, identified=0.0, images=100, recognised=0.4),
+    ]
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2] == ("bad", "40 % matched")
+    assert "40 % to be picked out among candidates by their gradients" in sentences(directory)[2]
+
+
 def test_the_best_of_several_defences_is_the_one_whose_strongest_attack_gets_least(tmp_path):
     rows = [
         leakage_row(defense="a", adaptive=True, identified=0.9),

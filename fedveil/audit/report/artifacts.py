@@ -75,6 +75,9 @@ class LeakageRow(_Content):
     identified: Share
     identified_low: Share | None = None
     identified_high: Share | None = None
+    recognised: Share | None = None
+    recognised_low: Share | None = None
+    recognised_high: Share | None = None
     label_accuracy: Share | None = None
     psnr_original: float
     psnr_trained: float | None = None
@@ -113,6 +116,7 @@ class FrontierRow(_Content):
     identified: Share
     identified_low: Share | None = None
     identified_high: Share | None = None
+    recognised: Share | None = None
     psnr_original: float
 
     @property

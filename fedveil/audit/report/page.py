@@ -290,7 +290,7 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
         return row.scenario or "", row.defense, number, row.strength_text
 
     ordered = sorted(frontier.rows, key=lambda row: (point(row), -row.identified))
-    worst = tuple(next(rows) for _, rows in groupby(ordered, key=point))
+    worst = tuple(_worst(list(rows)) for _, rows in groupby(ordered, key=point))
     series = [
         Series(
             f"{defense}, {scenario}" if scenario else defense,
@@ -318,6 +318,12 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
         series=tuple(series),
     )
     return FrontierView(frontier, _picture(chart, f"frontier-{number}"), worst[:_LISTED_ROWS])
+
+
+def _worst(rows: Sequence[FrontierRow]) -> FrontierRow:
+    """Return the first row, with what the best of all rows picked out."""
+    picked = [row.recognised for row in rows if row.recognised is not None]
+    return rows[0].model_copy(update={"recognised": max(picked, default=None)})
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -199,8 +199,8 @@ def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
 
 def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, str, str]:
     """Return mark, kind and caveat; an attack must be shown to work before its failure counts."""
-    undefended = max((row.identified for row in plain), default=None)
-    top = least.identified if least else undefended or 0.0
+    undefended = max((_told(row) for row in plain), default=None)
+    top = _told(least) if least else undefended or 0.0
     mark = f"{percent(top)} matched"
     if top > _FEW:
         return mark, "bad", "stronger attacks may exist"
@@ -224,6 +224,8 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
 def _rebuilt(row: _Leaked) -> str:
     known = f"let {percent(row.identified)} of the images be matched to their originals"
     known += interval(row.identified_low, row.identified_high)
+    if row.recognised is not None:
+        known += f", {percent(row.recognised)} to be picked out among candidates by their gradients"
     if isinstance(row, LeakageRow) and row.defense == "none":
         return (
             f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "
@@ -235,8 +237,13 @@ def _rebuilt(row: _Leaked) -> str:
     return f"the strongest attack tried ({row.attack}) {known}{cost}"
 
 
-def _leaks(row: _Leaked) -> tuple[float, bool, float]:
-    return row.identified, row.adaptive, row.psnr_original
+def _told(row: _Leaked) -> float:
+    """Return which share of the images could be told, rebuilt or not."""
+    return max(row.identified, row.recognised or 0.0)
+
+
+def _leaks(row: _Leaked) -> tuple[float, float, bool, float]:
+    return _told(row), row.identified, row.adaptive, row.psnr_original
 
 
 def _name(row: _Leaked) -> str:
