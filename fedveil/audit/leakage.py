@@ -11,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import (
-    Inversion,
-    LearnedInverse,
-    Observation,
-    build_attack,
-    check_model,
-)
-from fedveil.attacks.membership import GradientMembership
-from fedveil.audit.adaptive import MEMBERSHIP, adaptive_for, attackers
+from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
+from fedveil.audit.adaptive import adaptive_for, attackers
+from fedveil.audit.membership import picked_out
 from fedveil.audit.metrics import (
     CANDIDATES,
     bootstrap,
@@ -29,7 +23,6 @@ from fedveil.audit.metrics import (
     match,
     median,
     psnr,
-    recognised,
     ssim,
     wilson,
 )
@@ -286,7 +279,6 @@ def audit_leakage(
     federation = settings.federation
     used = federation.ground_truth(dataset)
     victims, candidates = _truth(dataset, used, settings.seed)
-    suspects = _suspects(dataset, used, settings.seed)
     originals = victims.pixels
     trained: dict[str, Tensor] = {}
     rows = []
@@ -296,7 +288,7 @@ def audit_leakage(
             transformed = candidates if transform is None else transform(candidates)
         trained[defense.label] = transformed[: len(originals)]
         informed = federation.observe(model, dataset, defense)
-        told = _recognised(defense, informed, suspects, len(victims), dataset)
+        told = picked_out(defense, informed, dataset, used, seed=settings.seed)
         undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
             found: dict[int, Inversion] = {}
@@ -352,40 +344,6 @@ def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
     order = torch.randperm(len(dataset.train), generator=generator)
     others = order[~torch.isin(order, used)][: max(0, CANDIDATES - len(used))]
     return dataset.train[used], dataset.train[torch.cat([used, others])].pixels
-
-
-def _suspects(dataset: Dataset, used: Tensor, seed: int) -> Images:
-    """Return the images that were used, and then up to 99 others that were not."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset.train), generator=generator)
-    others = order[~torch.isin(order, used)][: CANDIDATES - 1]
-    return dataset.train[torch.cat([used, others])]
-
-
-def _recognised(
-    defense: Defense, informed: Observation, suspects: Images, used: int, dataset: Dataset
-) -> dict[bool, Tensor]:
-    """Return by whether the attacker knows the defence which images stand out, float64 [M]."""
-    if len(suspects) == used:
-        return {}
-    attack, victims = GradientMembership(), informed.victims
-    public, found = dataset.test[: attack.public], {}
-    for attacker in attackers(defense, informed, MEMBERSHIP, inverse=False):
-        known = defense.transform if attacker.adaptive else None
-        scores = attack(
-            attacker.observation, _as_trained(suspects, known), _as_trained(public, known)
-        )
-        own = torch.arange(used).reshape(victims, -1)
-        above = [recognised(s[batch], s[used:]) for s, batch in zip(scores, own, strict=True)]
-        found[attacker.adaptive] = torch.cat(above).double()
-    return {False: found[False], True: found.get(True, found[False])}
-
-
-def _as_trained(images: Images, transform: nn.Module | None) -> Images:
-    if transform is None:
-        return images
-    with torch.no_grad():
-        return Images(transform(images.pixels), images.labels)
 
 
 def _score(

@@ -1,0 +1,111 @@
+r"""Candidates picked out by their gradients, against how many images are behind an update.
+
+Real local training on the images of a round: minibatches, one epoch, weights on the wire. The model
+is that of a run, since what an image's gradient tells depends on what the model has learnt:
+
+    fedveil train --strategy fedavg --dataset cifar10 --model cnn --clients 10 --fraction 1 \
+        --rounds 12 --learning-rate 0.05 --clip 20 --out RUN
+    python benchmarks/membership.py --run RUN --out docs/results
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedveil.audit.membership import picked_out
+from fedveil.audit.metrics import wilson
+from fedveil.audit.watch import WatchedFederation
+from fedveil.data import Dataset, load_dataset
+from fedveil.defenses import parse_defense
+from fedveil.federation.run_directory import RunDirectory, versions
+from fedveil.files import write_atomically
+from fedveil.models import build_model
+
+SIZES = (16, 64, 256, 1024, 4096)
+_MOST = 4096  # images behind an update; every one of them is scored
+DEFENSES = ("none", "noise:ratio=1", "noise:ratio=3", "noise:ratio=10")
+
+
+def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedFederation:
+    """Return the federation of one row: one round of ``clients`` clients with ``images`` each.
+
+    A sum of several clients is that of one step on all of their images, as in the frontier.
+    """
+    config = run.config
+    return WatchedFederation(
+        dataset=config.dataset,
+        model=config.model,
+        clients=config.clients,
+        victim=3,
+        rounds=1,
+        batch_size=images,
+        aggregate=clients,
+        update="fedavg" if clients == 1 else "step",
+        local_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        workers=1,
+    )
+
+
+def rows(
+    run: RunDirectory, data: Dataset, sizes: tuple[int, ...], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows, smallest rounds first."""
+    model = build_model(run.config.model, data.shape, len(data.classes), seed=0)
+    model.load_state_dict(run.model())
+    for images in sizes:
+        for clients in (n for n in (1, run.config.clients) if n * images <= _MOST):
+            for spec in DEFENSES:
+                federation, defense = watched(run, images, clients, seed), parse_defense(spec)
+                used = federation.ground_truth(data)
+                informed = federation.observe(model, data, defense)
+                share = wilson(picked_out(defense, informed, data, used, seed=seed)[True])
+                yield {
+                    "images": images,
+                    "clients": clients,
+                    "defense": spec,
+                    "recognised": share.value,
+                    "recognised_low": share.low,
+                    "recognised_high": share.high,
+                }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--images", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    run = RunDirectory.open(arguments.run)
+    data = load_dataset(run.config.dataset, seed=run.config.seed)
+    found = []
+    for row in rows(run, data, tuple(arguments.images), arguments.seed):
+        found.append(row)
+        print(
+            f"{row['clients']:3} clients, {row['images']:5} images each, {row['defense']:15}"
+            f"{row['recognised']:7.1%} [{row['recognised_low']:.1%}, {row['recognised_high']:.1%}]",
+            flush=True,
+        )
+    result = {
+        "command": f"python benchmarks/membership.py --run RUN --seed {arguments.seed} --out DIR",
+        "training": run.config.model_dump(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "rows": found,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "membership.json"
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

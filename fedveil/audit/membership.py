@@ -1,0 +1,58 @@
+"""How many of the images behind an update a server that has candidates picks out, without a picture."""
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.attacks.inversion import Observation
+from fedveil.attacks.membership import GradientMembership
+from fedveil.audit.adaptive import MEMBERSHIP, attackers
+from fedveil.audit.metrics import CANDIDATES, recognised
+from fedveil.data import Dataset, Images
+from fedveil.defenses import Defense
+
+
+def picked_out(
+    defense: Defense, informed: Observation, data: Dataset, used: Tensor, *, seed: int
+) -> dict[bool, Tensor]:
+    """Return which images score above 99 others that were not used.
+
+    The others are training images like those that were used, in other clients' shares or in other
+    rounds', so that no model knows one kind better than the other.
+
+    Args:
+        defense: What the clients do.
+        informed: The observation, with all public knowledge.
+        data: What is learnt; its test images are the attacker's own.
+        used: Int64 [M], which training images are behind the updates, one victim after the other.
+        seed: Seeds the choice of the others.
+
+    Returns:
+        Whether the attacker knows the defence to float64 [M], 1 where the image was picked out;
+        empty where every training image was used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.train), generator=generator)
+    others = order[~torch.isin(order, used)][: CANDIDATES - 1]
+    if not len(others):
+        return {}
+    attack, found = GradientMembership(), {}
+    suspects, public = data.train[torch.cat([used, others])], data.test[: attack.public]
+    batches = torch.arange(len(used)).reshape(informed.victims, -1)
+    for attacker in attackers(defense, informed, MEMBERSHIP, inverse=False):
+        known = defense.transform if attacker.adaptive else None
+        scores = attack(
+            attacker.observation, _as_trained(suspects, known), _as_trained(public, known)
+        )
+        above = [
+            recognised(own[batch], own[len(used) :])
+            for own, batch in zip(scores, batches, strict=True)
+        ]
+        found[attacker.adaptive] = torch.cat(above).double()
+    return {False: found[False], True: found.get(True, found[False])}
+
+
+def _as_trained(images: Images, transform: nn.Module | None) -> Images:
+    if transform is None:
+        return images
+    with torch.no_grad():
+        return Images(transform(images.pixels), images.labels)
