@@ -1,4 +1,4 @@
-"""How many of the images behind an update a server that has candidates picks out, without a picture."""
+"""How many images behind an update a server picks out among candidates, rebuilding none."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,13 @@ from fedveil.audit.metrics import CANDIDATES, recognised
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 
+_OTHERS = 10 * (CANDIDATES - 1)
+
 
 def picked_out(
     defense: Defense, informed: Observation, data: Dataset, used: Tensor, *, seed: int
 ) -> dict[bool, Tensor]:
-    """Return which images score above 99 others that were not used.
+    """Return how surely each image stands out among 100 candidates, 99 of which were not used.
 
     The others are training images like those that were used, in other clients' shares or in other
     rounds', so that no model knows one kind better than the other.
@@ -27,12 +29,12 @@ def picked_out(
         seed: Seeds the choice of the others.
 
     Returns:
-        Whether the attacker knows the defence to float64 [M], 1 where the image was picked out;
-        empty where every training image was used.
+        Whether the attacker knows the defence to the probabilities, float64 [M], that an image
+        scores above 99 others drawn from up to 990; empty where every training image was used.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)
-    others = order[~torch.isin(order, used)][: CANDIDATES - 1]
+    others = order[~torch.isin(order, used)][:_OTHERS]
     if not len(others):
         return {}
     attack, found = GradientMembership(), {}
@@ -47,7 +49,7 @@ def picked_out(
             recognised(own[batch], own[len(used) :])
             for own, batch in zip(scores, batches, strict=True)
         ]
-        found[attacker.adaptive] = torch.cat(above).double()
+        found[attacker.adaptive] = torch.cat(above)
     return {False: found[False], True: found.get(True, found[False])}
 
 

@@ -98,17 +98,24 @@ def identified(
     return distances.gather(1, (own[:, None] + turn) % len(candidates)).argmin(dim=1) == 0
 
 
-def recognised(members: Tensor, strangers: Tensor) -> Tensor:
-    """Return whether an image that was used scores above all that were not.
+def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -> Tensor:
+    """Return the probability that an image that was used scores highest among its candidates.
+
+    The candidates are the image itself and ``among - 1`` strangers, drawn from all of them without
+    replacement; the mean over draws is taken in closed form, so that no single stranger decides.
 
     Args:
         members: [N], scores of images that were used.
-        strangers: [S], scores of images that were not.
+        strangers: [S], scores of images that were not; at least one.
+        among: Candidates, the image itself included; all strangers where there are fewer.
 
     Returns:
-        Bool [N].
+        Float64 [N], in [0, 1].
     """
-    return members > strangers.max()
+    count, drawn = len(strangers), min(among - 1, len(strangers))
+    below = (strangers[None] < members[:, None]).sum(dim=1)
+    steps = torch.arange(drawn, device=below.device)
+    return ((below[:, None] - steps).clamp_min(0).double() / (count - steps)).prod(dim=1)
 
 
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from fedveil.audit.metrics import (
     match,
     median,
     psnr,
+    recognised,
     ssim,
     wilson,
 )
@@ -65,6 +67,24 @@ def test_identification_is_among_as_many_however_many_there_are():
     ]
     assert identified(images, candidates, own).tolist() == by_hand
     assert 0 < sum(by_hand) < 20  # by chance 1 %
+
+
+def test_standing_out_is_the_mean_over_all_draws_of_strangers():
+    strangers = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    members = torch.tensor([0.5, 3.5, 4.5, 9.0])
+    by_hand = [
+        sum(all(s < m for s in drawn) for drawn in itertools.combinations(strangers.tolist(), 3))
+        / 10
+        for m in members.tolist()
+    ]
+    assert by_hand == [0, 0.1, 0.4, 1]
+    assert recognised(members, strangers, among=4).tolist() == pytest.approx(by_hand)
+    assert recognised(members, strangers).tolist() == [0, 0, 0, 1]
+
+
+def test_chance_is_one_in_a_hundred():
+    torch.manual_seed(0)
+    assert recognised(torch.rand(4000), torch.rand(2000)).mean() == pytest.approx(0.01, abs=0.004)
 
 
 def test_label_accuracy_ignores_order_and_counts_repeats():
