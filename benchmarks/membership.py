@@ -32,10 +32,7 @@ DEFENSES = ("none", "noise:ratio=1", "noise:ratio=3", "noise:ratio=10")
 
 
 def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedFederation:
-    """Return the federation of one row: one round of ``clients`` clients with ``images`` each.
-
-    A sum of several clients is that of one step on all of their images, as in the frontier.
-    """
+    """Return the federation of one row: a round of ``clients`` with ``images`` each, summed."""
     config = run.config
     return WatchedFederation(
         dataset=config.dataset,
@@ -45,7 +42,7 @@ def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedF
         rounds=1,
         batch_size=images,
         aggregate=clients,
-        update="fedavg" if clients == 1 else "step",
+        update="fedavg",
         local_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,
