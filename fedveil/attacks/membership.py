@@ -1,7 +1,7 @@
 """Which of some candidate images a client trained on, told from its update, none rebuilt."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +63,16 @@ class GradientMembership:
         gradients = _Gradients.of(observation, device)
         count = min(self.public, max(1, _MOST_NUMBERS // gradients.length))
         regressors = torch.cat([*gradients.each(public[:count], self.together)])
-        victims = [
-            _Regression.of(gradients, observation, victim, regressors, self.ridge)
-            for victim in range(observation.victims)
+        every = torch.arange(observation.victims)
+        # What was sent differs from victim to victim; where all was sent, one regression serves.
+        groups = every[:, None] if observation.sanitizer is not None else every[None]
+        regressions = [
+            _Regression.of(gradients, observation.select(group), regressors, self.ridge)
+            for group in groups
         ]
         return torch.cat(
             [
-                torch.stack([victim.scores(part) for victim in victims])
+                torch.cat([regression.scores(part) for regression in regressions])
                 for part in gradients.each(candidates, self.together)
             ],
             dim=1,
@@ -118,23 +121,25 @@ class _Gradients:
             with torch.no_grad():
                 yield vmap(one)(pixels, labels)
 
-    def row(self, update: dict[str, Tensor]) -> Tensor:
-        return torch.cat([update[name].flatten().to(self.device) for name in self.names])
+    def rows(self, updates: Mapping[str, Tensor]) -> Tensor:
+        """Return updates, parameter name to [V, ...], as float32 [V, D]."""
+        parts = [updates[name].flatten(1).to(self.device, torch.float32) for name in self.names]
+        return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
 class _Regression:
-    """One victim's update and the public gradients, of which only what was sent is compared.
+    """Updates and the public gradients, of which only what was sent is compared.
 
     Attributes:
-        update: [D].
-        sent: [D], 1 where the update tells something; None where it does everywhere.
+        updates: [V, D].
+        sent: [1, D] of a single victim, 1 where its update tells something; None for everywhere.
         regressors: [P, D].
         inverse: Float64 [P, P], of their Gram matrix and the ridge.
-        explained: Float64 [P], inner products of regressors and update.
+        explained: Float64 [P, V], inner products of regressors and updates.
     """
 
-    update: Tensor
+    updates: Tensor
     sent: Tensor | None
     regressors: Tensor
     inverse: Tensor
@@ -142,32 +147,26 @@ class _Regression:
 
     @classmethod
     def of(
-        cls,
-        gradients: _Gradients,
-        observation: Observation,
-        victim: int,
-        regressors: Tensor,
-        ridge: float,
+        cls, gradients: _Gradients, observation: Observation, regressors: Tensor, ridge: float
     ) -> "_Regression":
-        own = {name: value[victim].float() for name, value in observation.gradients.items()}
-        update, sent, left = gradients.row(own), None, regressors
+        updates, sent, left = gradients.rows(observation.gradients), None, regressors
         if observation.sanitizer is not None:
+            own = {name: value[0] for name, value in observation.gradients.items()}
             told = survived(own, observation.sanitizer)
-            sent = gradients.row({name: value.float() for name, value in told.items()})
-            left = regressors * sent
-            update = update * sent
+            sent = gradients.rows({name: value[None] for name, value in told.items()})
+            left, updates = regressors * sent, updates * sent
         lengths = left.norm(dim=1).clamp_min(_TINY)
         gram = (left @ regressors.T / lengths[:, None] / lengths).double()
         inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram)).to(gram))
         # Regressors of length 1: their lengths go into the products instead of a copy of them all.
         scaled = inverse / lengths[:, None] / lengths
-        return cls(update, sent, regressors, scaled, (regressors @ update).double())
+        return cls(updates, sent, regressors, scaled, (regressors @ updates.T).double())
 
     def scores(self, candidates: Tensor) -> Tensor:
-        """Return the scores, float64 [n], of gradients [n, D]."""
+        """Return the scores, float64 [V, n], of gradients [n, D]."""
         seen = candidates if self.sent is None else candidates * self.sent
         across = (seen @ self.regressors.T).double()
         fitted = across @ self.inverse
-        common = (seen @ self.update).double() - fitted @ self.explained
+        common = (seen @ self.updates.T).double() - fitted @ self.explained
         left = seen.double().square().sum(dim=1) - (fitted * across).sum(dim=1)
-        return common / left.clamp_min(_TINY).sqrt()
+        return (common / left.clamp_min(_TINY).sqrt()[:, None]).T

@@ -10,7 +10,7 @@ from fedveil.audit.metrics import CANDIDATES, recognised
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 
-_OTHERS = 10 * (CANDIDATES - 1)
+_OTHERS = 5 * (CANDIDATES - 1)
 
 
 def picked_out(
@@ -30,7 +30,7 @@ def picked_out(
 
     Returns:
         Whether the attacker knows the defence to the probabilities, float64 [M], that an image
-        scores above 99 others drawn from up to 990; empty where every training image was used.
+        scores above 99 others drawn from up to 495; empty where every training image was used.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)
