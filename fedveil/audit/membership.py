@@ -14,7 +14,13 @@ _OTHERS = 5 * (CANDIDATES - 1)
 
 
 def picked_out(
-    defense: Defense, informed: Observation, data: Dataset, used: Tensor, *, seed: int
+    defense: Defense,
+    informed: Observation,
+    data: Dataset,
+    used: Tensor,
+    *,
+    seed: int,
+    scored: int | None = None,
 ) -> dict[bool, Tensor]:
     """Return how surely each image stands out among 100 candidates, 99 of which were not used.
 
@@ -26,7 +32,8 @@ def picked_out(
         informed: The observation, with all public knowledge.
         data: What is learnt; its test images are the attacker's own.
         used: Int64 [M], which training images are behind the updates, one victim after the other.
-        seed: Seeds the choice of the others.
+        seed: Seeds the choice of the others, and of those that are scored.
+        scored: How many images of each victim are scored, drawn at random; None for all.
 
     Returns:
         Whether the attacker knows the defence to the probabilities, float64 [M], that an image
@@ -38,15 +45,18 @@ def picked_out(
     if not len(others):
         return {}
     attack, found = GradientMembership(), {}
-    suspects, public = data.train[torch.cat([used, others])], data.test[: attack.public]
-    batches = torch.arange(len(used)).reshape(informed.victims, -1)
+    members = used.reshape(informed.victims, -1)
+    if scored is not None:
+        members = members[:, torch.randperm(members.shape[1], generator=generator)[:scored]]
+    suspects = data.train[torch.cat([members.flatten(), others])]
+    public, batches = data.test[: attack.public], torch.arange(members.numel()).view_as(members)
     for attacker in attackers(defense, informed, MEMBERSHIP, inverse=False):
         known = defense.transform if attacker.adaptive else None
         scores = attack(
             attacker.observation, _as_trained(suspects, known), _as_trained(public, known)
         )
         above = [
-            recognised(own[batch], own[len(used) :])
+            recognised(own[batch], own[members.numel() :])
             for own, batch in zip(scores, batches, strict=True)
         ]
         found[attacker.adaptive] = torch.cat(above)
