@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import GradientMembership
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.membership import picked_out
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model
@@ -136,6 +138,17 @@ def test_of_a_sum_each_clients_images_are_told():
     row = _audit("none", aggregate=4)[0].summary()
     assert row["images"] == 32
     assert row["recognised"] > 0.5
+
+
+def test_a_part_of_a_large_round_is_scored_like_the_whole():
+    digits, none = load_dataset("digits"), parse_defense("none")
+    model = build_model("cnn", digits.shape, 10, seed=0)
+    watched = WatchedFederation("digits", "cnn", clients=4, victim=1, rounds=2, batch_size=40)
+    seen, used = watched.observe(model, digits, none), watched.ground_truth(digits)
+    whole = picked_out(none, seen, digits, used, seed=0)[True]
+    part = picked_out(none, seen, digits, used, seed=0, scored=30)[True]
+    assert (len(whole), len(part)) == (80, 60)
+    assert float(part.mean()) == pytest.approx(float(whole.mean()), abs=0.15)
 
 
 def test_where_the_update_says_nothing_no_image_stands_out():
