@@ -28,7 +28,7 @@ from fedveil.models import build_model
 
 SIZES = (16, 64, 256, 1024, 4096)
 _SCORED = 1024  # of the images behind an update
-DEFENSES = ("none", "noise:ratio=1", "noise:ratio=3", "noise:ratio=10")
+DEFENSES = ("none", "dct:keep=10", "noise:ratio=1", "noise:ratio=3", "noise:ratio=10")
 
 
 def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedFederation:
