@@ -149,7 +149,7 @@ def test_what_hides_a_reconstruction_is_no_defence_where_candidates_are_picked_o
         leakage_row(defense="a", adaptive=True, identified=0.0, images=100, recognised=0.4),
     ]
     directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
-    assert marks(directory)[2] == ("bad", "40 % matched")
+    assert marks(directory)[2] == ("bad", "40 % picked out")
     assert "40 % to be picked out among candidates by their gradients" in sentences(directory)[2]
 
 

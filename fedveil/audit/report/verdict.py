@@ -201,7 +201,9 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
     """Return mark, kind and caveat; an attack must be shown to work before its failure counts."""
     undefended = max((_told(row) for row in plain), default=None)
     top = _told(least) if least else undefended or 0.0
-    mark = f"{percent(top)} matched"
+    seen = [least] if least else plain
+    how = "matched" if any(row.identified == top for row in seen) else "picked out"
+    mark = f"{percent(top)} {how}"
     if top > _FEW:
         return mark, "bad", "stronger attacks may exist"
     if undefended is None:
