@@ -50,7 +50,7 @@ DEFENSES = (
     *(f"prune:share={share}" for share in (0.7, 0.9, 0.99)),
     "clip:norm=1",
     *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
-    *(f"soteria:share={share}" for share in (0.4, 0.8)),
+    *(f"soteria:share={share}" for share in (0.2, 0.8)),
     *(f"dp-sgd:noise={noise}" for noise in (0.1, 0.5, 1)),
 )
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.

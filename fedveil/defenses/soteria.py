@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.func import jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,7 +15,7 @@ from fedveil.defenses.protocol import Tensors
 from fedveil.errors import FedveilError
 from fedveil.models import output_layer
 
-_PROBES = 8
+_PROBES = 4
 _TINY = 1e-12
 
 
@@ -25,8 +25,8 @@ class Soteria:
 
     For each image the features r of the representation are ranked by ``|rᵢ| / ‖∂rᵢ/∂x‖``, and the
     share with the largest values enters the layer's weight gradient as 0. Neither logits nor any
-    other gradient changes. The norms are estimated by 8 random directions in forward mode, which
-    costs about 16 forward passes a step instead of one backward pass a feature.
+    other gradient changes. The norms are estimated by 4 random directions in forward mode, all
+    along one forward pass, instead of one backward pass a feature.
 
     Source: Sun et al., "Soteria: Provable Defense Against Privacy Leakage in Federated Learning
     from Representation Perspective", CVPR 2021, algorithm 1 with the 0-norm.
@@ -156,17 +156,24 @@ def _sensitivities(model: nn.Module, images: Tensor, layer: nn.Module) -> Tensor
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     modes = {module: module.training for module in model.modules()}
-    repeated = images.repeat(_PROBES, 1, 1, 1)
+
+    def features(shown: Tensor) -> Tensor:
+        seen.clear()
+        model(shown)
+        return seen[0]
+
+    def slope(direction: Tensor) -> Tensor:
+        moved: Tensor = jvp(features, (images,), (direction,))[1]
+        return moved
+
     try:
         model.eval()
         # The fused kernels of attention, which serve where no gradient is wanted, have no forward
         # derivative.
-        with torch.enable_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            direction = torch.randn_like(repeated)
-            model(forward_ad.make_dual(repeated, direction))  # type: ignore[no-untyped-call]
-            slope: Tensor = forward_ad.unpack_dual(seen[0]).tangent  # type: ignore[no-untyped-call]
-            # E (vᵀ∂r)² over normal v is ‖∂r‖².
-            return slope.detach().square().reshape(_PROBES, len(images), -1).mean(dim=0)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            slopes: Tensor = vmap(slope)(images.new_empty(_PROBES, *images.shape).normal_())
+        # E (vᵀ∂r)² over normal v is ‖∂r‖².
+        return slopes.detach().square().mean(dim=0)
     finally:
         handle.remove()
         for module, training in modes.items():
