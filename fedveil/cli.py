@@ -131,7 +131,9 @@ def train(
     ] = None,
     clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
     fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds to train.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds to train; with --resume, in all.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
@@ -275,11 +277,13 @@ def train(
         raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
     if out:
         _finish_training(_new_run(out, config, noise_key, settings))
-    elif len(given) > 1:
-        names = ", ".join(f"--{k.replace('_', '-')}" for k in given if k != "resume")
-        raise FedveilError(f"--resume takes every setting from the run itself; leave out {names}")
+    elif others := [k for k in given if k not in ("resume", "rounds")]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise FedveilError(
+            "--resume takes every setting but --rounds from the run itself; leave out " + names
+        )
     elif resume:
-        _finish_training(_earlier_run(resume))
+        _finish_training(_earlier_run(resume, rounds))
 
 
 def _new_run(
@@ -300,10 +304,13 @@ def _new_run(
     return RunDirectory.create(out, checked, noise_key=key)
 
 
-def _earlier_run(path: Path) -> "RunDirectory":
+def _earlier_run(path: Path, rounds: int | None) -> "RunDirectory":
     from fedveil.federation.run_directory import RunDirectory
 
-    return RunDirectory.open(path)
+    run = RunDirectory.open(path)
+    if rounds is not None:
+        run.extend(rounds)
+    return run
 
 
 def _finish_training(directory: "RunDirectory") -> None:

@@ -165,6 +165,32 @@ class RunDirectory:
         """Whether the run came to its end."""
         return (self.path / "summary.json").is_file()
 
+    def extend(self, rounds: int) -> None:
+        """Let the run go on to more rounds than it was started for.
+
+        What it comes to is what a run of so many rounds from the start would have come to.
+
+        Args:
+            rounds: Rounds in all.
+
+        Raises:
+            FedveilError: The run has gone as far already, or the directory cannot be written.
+        """
+        config, done = self.config, len(self.rounds())
+        if rounds <= done:
+            raise FedveilError(
+                f"--rounds {rounds} is out of range: {self.path} has trained {done}; give more"
+            )
+        longer = TrainConfig.check(config.model_dump() | {"rounds": rounds})
+        described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        try:
+            # Before all else, since its presence says that the run is complete.
+            (self.path / "summary.json").unlink(missing_ok=True)
+            self.secrets.path(MODEL).unlink(missing_ok=True)
+        except OSError as error:
+            raise FedveilError(f"{self.path}: {error.strerror}") from None
+        self._write("config.json", _json(described | {"configuration": longer.model_dump()}))
+
     def noise_key(self) -> NoiseKey:
         """Return the run's noise key.
 

@@ -117,6 +117,26 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, strategy):
     assert noisy == (strategy != "protected")
 
 
+@pytest.mark.parametrize("strategy", ["noise-delta", "protected"])
+def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, strategy):
+    options = [*FAST, "--strategy", strategy, "--learning-rate", 0.1]
+    fedveil("--out", tmp_path / "longer", *options, "--rounds", 2)
+    refused = fedveil("--resume", tmp_path / "longer", "--rounds", 2, check=False)
+    assert refused.returncode == 2
+    assert "has trained 2; give more" in " ".join(refused.stderr.split())
+    refused = fedveil("--resume", tmp_path / "longer", "--epochs", 2, check=False)
+    assert "but --rounds from the run itself; leave out --epochs" in " ".join(
+        refused.stderr.replace("│", " ").split()
+    )
+    fedveil("--resume", tmp_path / "longer", "--rounds", 4)
+    key = tmp_path / "longer/noise.key"
+    fedveil("--out", tmp_path / "whole", *options, "--rounds", 4, "--noise-key", key)
+    assert same_bits(tmp_path / "longer", tmp_path / "whole")
+    assert outcomes(tmp_path / "longer") == outcomes(tmp_path / "whole")
+    both = [json.loads((tmp_path / k / "summary.json").read_text()) for k in ("longer", "whole")]
+    assert both[0]["configuration"] == both[1]["configuration"]
+
+
 def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
     process = start("--out", tmp_path / "run", *FAST, "--rounds", 400)
     wait_for_round(tmp_path / "run/rounds.jsonl", 2)
