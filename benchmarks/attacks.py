@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from fedveil.attacks.inversion import InvertingGradients, Observation
 from fedveil.files import write_atomically
+from fedveil.memory import keep_freed_memory
 from fedveil.models import build_model
 
 SHAPE = (3, 32, 32)
@@ -77,6 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
+    keep_freed_memory()
     rows = []
     for name in ("lenet", "cnn", "resnet-gn"):
         rows.append(measure(name, args.victims, args.alone, args.steps, args.repeats))

@@ -288,7 +288,7 @@ def best_epoch(model: Any, images: Any) -> None:
     import torch
 
     from fedveil.federation.training import LocalTraining, train_locally
-    from fedveil.federation.worker import keep_freed_memory
+    from fedveil.memory import keep_freed_memory
 
     keep_freed_memory()
     train_locally(model, images, LocalTraining(), generator=torch.Generator().manual_seed(0))

@@ -586,6 +586,7 @@ def audit_leakage(
     try:
         from fedveil.audit.leakage import LeakageSettings
         from fedveil.audit.leakage_run import run_leakage_audit
+        from fedveil.memory import keep_freed_memory
 
         settings = LeakageSettings(
             dataset=dataset,
@@ -605,6 +606,7 @@ def audit_leakage(
             seed=seed,
             workers=workers,
         )
+        keep_freed_memory()
         report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)
@@ -699,7 +701,7 @@ def frontier(
         typer.Option(help="worst, round or sum; may be repeated.  [default: all]"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
-    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
     defense: Annotated[
         list[str] | None,
         typer.Option(help="As of audit leakage; may be repeated.  [default: all, 30 settings]"),

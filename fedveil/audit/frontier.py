@@ -51,7 +51,7 @@ DEFENSES = (
     "clip:norm=1",
     *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
     *(f"soteria:share={share}" for share in (0.2, 0.8)),
-    *(f"dp-sgd:noise={noise}" for noise in (0.1, 0.5, 1)),
+    *(f"dp-sgd:noise={noise}" for noise in (0.5, 1, 2)),
 )
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
 _UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
@@ -88,6 +88,8 @@ class FrontierStudy:
         batch_size: Images a local step, in training; the realistic round has one step of ``batch``.
         learning_rate: Of the local steps.
         clip: Largest norm of a local gradient; None for no limit.
+        private_batch_size: Images a local step under DP-SGD, whose noise they share.
+        private_learning_rate: Of those steps. Both were chosen on another fold's images.
 
     Raises:
         FedveilError: Nothing to measure, or a defence or attack that cannot be.
@@ -99,7 +101,7 @@ class FrontierStudy:
     sum_images: int | None = None
     scenarios: tuple[str, ...] = SCENARIOS
     seeds: int = 3
-    rounds: int = 30
+    rounds: int = 20
     defenses: tuple[str, ...] = DEFENSES
     worst_attacks: tuple[str, ...] = ("lm", "ig")
     round_attacks: tuple[str, ...] = ("ig",)
@@ -112,6 +114,8 @@ class FrontierStudy:
     batch_size: int = 10
     learning_rate: float = 0.05
     clip: float | None = 20.0
+    private_batch_size: int = 250
+    private_learning_rate: float = 2.0
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -185,6 +189,7 @@ class FrontierStudy:
 
     def training(self, defense: str, seed: int) -> TrainConfig:
         """Return the settings of one training run."""
+        private = parse_defense(defense).privacy is not None
         return TrainConfig.check(
             {
                 "dataset": self.dataset,
@@ -193,8 +198,8 @@ class FrontierStudy:
                 "clients": self.clients,
                 "fraction": 1.0,
                 "rounds": self.rounds,
-                "batch_size": self.batch_size,
-                "learning_rate": self.learning_rate,
+                "batch_size": self.private_batch_size if private else self.batch_size,
+                "learning_rate": self.private_learning_rate if private else self.learning_rate,
                 "clip": self.clip,
                 "strategy": "fedavg",
                 "report_images": 500,  # each round; the last counts on all

@@ -29,6 +29,7 @@ from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
+from fedveil.memory import keep_freed_memory
 
 _EVALUATION_BLOCK = 1_000
 _PATIENCE_SECONDS = 10.0
@@ -233,6 +234,7 @@ def _work(piece: Piece, sender: Any) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         piece.work(*piece.arguments)
     except KeyboardInterrupt:

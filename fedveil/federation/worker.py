@@ -7,7 +7,6 @@ Pickle is safe here because both ends are one program: a worker is its grid's ow
 """
 
 import copyreg
-import ctypes
 import importlib
 import io
 import logging
@@ -33,6 +32,7 @@ from flwr.common.constant import (
 )
 
 from fedveil.errors import FedveilError
+from fedveil.memory import keep_freed_memory
 
 ClientCallable = Callable[[Message, Context], Message]
 
@@ -43,9 +43,6 @@ FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 _OUTSIDE_THE_PICKLE = 16 * 1024
 _LENGTH = struct.Struct("!Q")
 _PARENT_CHECK_SECONDS = 0.5
-_M_TRIM_THRESHOLD = -1  # glibc's malloc.h
-_M_MMAP_THRESHOLD = -3
-_LARGER_THAN_ANY_GRADIENT = 1 << 30
 
 _logger = logging.getLogger(__name__)
 
@@ -253,20 +250,6 @@ def _isolate(parent: int) -> None:
         torch.seed()
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, instead of giving it back to the system.
-
-    Every training step frees gradients as large as the model. Given back, their pages are faulted
-    in again by the next step: 12,000 to 57,000 faults and a tenth of a client's time. Linux with
-    glibc only; elsewhere it does nothing.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _LARGER_THAN_ANY_GRADIENT)
-            libc.mallopt(_M_TRIM_THRESHOLD, _LARGER_THAN_ANY_GRADIENT)
 
 
 def _exit_with(parent: int) -> None:
