@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,25 @@ from fedveil.models import output_layer
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NOTHING = 1e-30
+_ROUNDING = 1e-4  # of a gradient's length
 _REFINEMENTS = 10
 _PRESENT = 0.3  # images; a class with fewer has no input worth estimating
 _WHOLE = 10.0  # weight of the equation that shares sum to 1
 _EQUAL = 0.1  # weight of equal shares; chosen on CIFAR-10 training images 30,000 to 39,999
 
 Gradient = Mapping[str, Tensor]
+
+
+class Factors(NamedTuple):
+    """A linear layer's weight gradient before it is multiplied out: ``slopesᵀ · inputs``.
+
+    Attributes:
+        inputs: What the layer was given, [..., N, in].
+        slopes: Derivatives of the loss by what it returned, [..., N, out].
+    """
+
+    inputs: Tensor
+    slopes: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,74 @@ class GradientMap:
         with differentiable_attention():
             return dict(torch.func.grad(loss)(dict(weights)))
 
+    def factored(
+        self, images: Tensor, targets: Tensor, layers: Sequence[str]
+    ) -> dict[str, Tensor | Factors]:
+        """Return the gradient of the mean cross-entropy, some layers' weights as factors.
+
+        The weights of a linear layer are many and their gradient has the rank of the batch, so that
+        its length and its angle to another take no more than its factors.
+
+        Source: Goodfellow, "Efficient Per-Example Gradient Computations", 2015.
+
+        Args:
+            images: [N, C, H, W].
+            targets: Int64 [N], or class probabilities [N, classes].
+            layers: As ``linear_layers`` returns them.
+        """
+        held = {f"{name}.weight" for name in layers}
+        own = {k: weight for k, weight in self.parameters.items() if k not in held}
+        fixed = {**self.constants, **{k: self.parameters[k] for k in held}}
+        shifts = {
+            k: images.new_zeros(len(images), len(self.parameters[f"{k}.weight"])) for k in layers
+        }
+
+        def loss(
+            parameters: dict[str, Tensor], shifts: dict[str, Tensor]
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            with _shifted(self.model, shifts) as inputs:
+                logits = functional_call(self.model, {**parameters, **fixed}, (images,))
+            return F.cross_entropy(logits, targets), inputs
+
+        with differentiable_attention():
+            (gradients, slopes), inputs = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(
+                own, shifts
+            )
+        factors = {f"{name}.weight": Factors(inputs[name], slopes[name]) for name in layers}
+        return {**gradients, **factors}
+
+    def linear_layers(self, images: Tensor) -> tuple[str, ...]:
+        """Return the linear layers whose weight's gradient is what ``Factors`` describe.
+
+        Those that see each image once and as one row, and whose weight nothing else uses.
+
+        Args:
+            images: [N, C, H, W] to try it on, as they are attacked.
+        """
+        seen: dict[str, list[int]] = {}
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and isinstance(module, nn.Linear) and f"{name}.weight" in self.parameters
+        }
+        hooks = [
+            module.register_forward_hook(
+                lambda _m, inputs, _o, name=name: seen.setdefault(name, []).append(inputs[0].ndim)
+            )
+            for name, module in layers.items()
+        ]
+        try:
+            with torch.no_grad():
+                state = {**self.parameters, **self.constants}
+                logits = functional_call(self.model, state, (images,))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        once = [name for name, ranks in seen.items() if ranks == [2]]
+        targets = logits.argmin(dim=1)
+        whole, factored = self(images, targets), self.factored(images, targets, once)
+        return tuple(name for name in once if _same(factored[f"{name}.weight"], whole, name))
+
     def distance(self, images: Tensor, labels: Tensor, observation: Observation) -> Tensor:
         """Return the attacker's own loss for each victim, float [V].
 
@@ -116,6 +197,35 @@ class GradientMap:
                 size = sum(value.square().sum() for value in left.values())
                 losses.append(missed / torch.as_tensor(size).clamp_min(1e-30))
         return torch.stack(losses)
+
+
+@contextmanager
+def _shifted(model: nn.Module, shifts: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Add ``shifts`` to what the layers return, and yield what each of them is given."""
+    given: dict[str, Tensor] = {}
+
+    def shift(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given[name] = inputs[0]
+        return output + shifts[name]
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, inputs, output, name=name: shift(name, inputs, output)
+        )
+        for name in shifts
+    ]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _same(factors: Tensor | Factors, whole: Gradient, name: str) -> bool:
+    assert isinstance(factors, Factors)
+    multiplied, expected = factors.slopes.mT @ factors.inputs, whole[f"{name}.weight"]
+    missed = (multiplied - expected).norm()
+    return bool(missed <= _ROUNDING * expected.norm())
 
 
 def surviving(

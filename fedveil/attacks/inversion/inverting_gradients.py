@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fedveil.attacks.inversion.gradients import (
+    Factors,
     GradientMap,
     check_attackable,
     differentiable_attention,
@@ -163,6 +164,7 @@ class _Objective:
     """What is minimised, for P problems (victims times restarts) at once."""
 
     map: GradientMap
+    factored: tuple[str, ...]
     lower: nn.Module | None
     transform: nn.Module | None
     sanitizer: UpdateKnowledge | None
@@ -189,8 +191,13 @@ class _Objective:
         # A copy, since moving a module to another device or precision changes it.
         transform = copy.deepcopy(observation.knows)
         lower = BlockDCT(keep=attack.keep) if attack.keep < _COEFFICIENTS else None
+        # Simulated steps and sanitisers take a gradient apart entry by entry.
+        whole = observation.local is not None or observation.sanitizer is not None
+        generator = torch.Generator().manual_seed(attack.seed)
+        tried = torch.rand(observation.images, *observation.shape, generator=generator)
         return cls(
             map=gradients,
+            factored=() if whole else gradients.linear_layers(tried.to(device, attack.dtype)),
             lower=None if lower is None else lower.to(device, attack.dtype),
             transform=None if transform is None else transform.to(device, attack.dtype),
             sanitizer=observation.sanitizer,
@@ -226,11 +233,17 @@ class _Objective:
         prior = self.tv * _variation(searched)
         if self.batch_norm:
             prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
-        followed = [name for name, value in dummy.items() if value.requires_grad]
+        pairs = [(value, slopes[name]) for name, value in dummy.items()]
+        followed = [
+            (value, slope)
+            for values, own in pairs
+            for value, slope in zip(_tensors(values), _tensors(own), strict=True)
+            if value.requires_grad
+        ]
         slope = torch.autograd.grad(
-            [*(dummy[name] for name in followed), prior],
+            [*(value for value, _ in followed), prior],
             images,
-            [*(slopes[name] for name in followed), torch.ones_like(prior)],
+            [*(slope for _, slope in followed), torch.ones_like(prior)],
         )[0]
         return angle + prior.detach(), angle, slope
 
@@ -269,7 +282,12 @@ class _Objective:
 
     def _updates(
         self, images: Tensor, target: "_Target", orders: list[Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor | Factors]:
+        if self.factored:
+            return vmap(lambda own, labels: self.map.factored(own, labels, self.factored))(
+                images, target.labels
+            )
+
         def left(images: Tensor, labels: Tensor, observed: dict[str, Tensor]) -> dict[str, Tensor]:
             return dict(surviving(self.map(images, labels, orders), observed, self.sanitizer)[0])
 
@@ -459,30 +477,32 @@ def _orders(
 
 
 def angle_and_slopes(
-    dummy: Mapping[str, Tensor], observed: Mapping[str, Tensor], energy: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+    dummy: Mapping[str, Tensor | Factors], observed: Mapping[str, Tensor], energy: Tensor
+) -> tuple[Tensor, dict[str, Tensor | Factors]]:
     """Return ``1 − cos`` of the angle between updates, and its derivative by the first.
 
     In closed form: three passes over the updates where autograd makes a dozen, and updates of many
-    victims fit in no cache.
+    victims fit in no cache. Of a weight whose gradient comes as factors the gradient itself is
+    never there.
 
     Args:
-        dummy: Parameter name to [A, *shape].
-        observed: The same names and shapes.
+        dummy: Parameter name to [A, *shape], or to the factors of that.
+        observed: The same names, each to [A, *shape].
         energy: [A], the squared lengths of what was observed.
 
     Returns:
-        [A], and the names to [A, *shape]; no gradient flows through either.
+        [A], and for each name the derivative by what was given; no gradient flows through either.
     """
     with torch.no_grad():
-        inner, size = _inner(dummy, observed), _inner(dummy, dummy).clamp_min(_TINY**2)
+        inner = _inner(dummy, observed)
+        size = torch.stack([_square(value) for value in dummy.values()]).sum(dim=0)
+        size = size.clamp_min(_TINY**2)
         share = 1 / (size * energy.clamp_min(_TINY**2)).sqrt()
         cosine = inner * share
-        slopes = {}
-        for name, value in dummy.items():
-            wide = (-1, *[1] * (value.ndim - 1))
-            slope = value * (cosine / size).reshape(wide)
-            slopes[name] = slope.addcmul_(observed[name], share.reshape(wide), value=-1)
+        slopes = {
+            name: _slope(value, observed[name], cosine / size, share)
+            for name, value in dummy.items()
+        }
     return 1 - cosine, slopes
 
 
@@ -491,13 +511,42 @@ def energy(updates: Mapping[str, Tensor]) -> Tensor:
     return _inner(updates, updates)
 
 
-def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+def _inner(a: Mapping[str, Tensor | Factors], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner products, [A], by matrix products, which store no products of entries."""
-    products = [
-        torch.bmm(a[name].reshape(len(a[name]), 1, -1), b[name].reshape(len(b[name]), -1, 1))
-        for name in a
-    ]
-    return torch.stack(products).sum(dim=0).flatten()
+    return torch.stack([_product(a[name], b[name]) for name in a]).sum(dim=0)
+
+
+def _product(a: Tensor | Factors, b: Tensor) -> Tensor:
+    if isinstance(a, Factors):
+        return (a.slopes * torch.bmm(a.inputs, b.mT)).flatten(1).sum(dim=1)
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).flatten()
+
+
+def _square(a: Tensor | Factors) -> Tensor:
+    if isinstance(a, Factors):
+        inputs, slopes = torch.bmm(a.inputs, a.inputs.mT), torch.bmm(a.slopes, a.slopes.mT)
+        return (inputs * slopes).flatten(1).sum(dim=1)
+    return _product(a, a)
+
+
+def _slope(
+    value: Tensor | Factors, observed: Tensor, kept: Tensor, share: Tensor
+) -> Tensor | Factors:
+    """Return ``kept · g − share · observed``, or that by the factors of the gradient g."""
+    wide = (-1, *[1] * (observed.ndim - 1))
+    kept, share = kept.reshape(wide), share.reshape(wide)
+    if isinstance(value, Factors):
+        inputs, slopes = value
+        among_inputs, among_slopes = torch.bmm(inputs, inputs.mT), torch.bmm(slopes, slopes.mT)
+        return Factors(
+            kept * torch.bmm(among_slopes, inputs) - share * torch.bmm(slopes, observed),
+            kept * torch.bmm(among_inputs, slopes) - share * torch.bmm(inputs, observed.mT),
+        )
+    return (value * kept).addcmul_(observed, share, value=-1)
+
+
+def _tensors(value: Tensor | Factors) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, Factors) else (value,)
 
 
 def _variation(images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fedveil.attacks.inversion import (
     build_attack,
     infer_labels,
 )
+from fedveil.attacks.inversion.gradients import Factors
 from fedveil.attacks.inversion.inverting_gradients import angle_and_slopes, energy
 from fedveil.defenses import BlockDCT, GaussianBlur, RandomBlockDCT
 from fedveil.errors import FedveilError
@@ -127,6 +128,61 @@ def test_the_angles_derivative_is_autograds():
     torch.testing.assert_close(angle, expected.detach())
     wanted = torch.autograd.grad(expected.sum(), list(leaves.values()))
     torch.testing.assert_close(list(slopes.values()), list(wanted))
+
+
+def test_factors_give_the_same_angle_and_derivative_as_the_gradient_they_make_up():
+    generator = torch.Generator().manual_seed(0)
+    inputs, slopes, weight, bias = (
+        torch.randn(2, *s, generator=generator, dtype=torch.float64)
+        for s in ((4, 7), (4, 5), (5, 7), (5,))
+    )
+    seen = {"weight": weight, "bias": bias}
+    leaves = [inputs.requires_grad_(), slopes.requires_grad_()]
+    whole = {"weight": slopes.mT @ inputs, "bias": slopes.sum(dim=1)}
+    angle, by_update = angle_and_slopes(whole, seen, energy(seen))
+    wanted = torch.autograd.grad(list(whole.values()), leaves, list(by_update.values()))
+    parts = {"weight": Factors(inputs, slopes), "bias": slopes.sum(dim=1)}
+    same, by_part = angle_and_slopes(parts, seen, energy(seen))
+    torch.testing.assert_close(same, angle)
+    found = torch.autograd.grad(
+        [*parts["weight"], parts["bias"]], leaves, [*by_part["weight"], by_part["bias"]]
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+class _Shared(nn.Module):
+    """Two linear layers that are used as such, one used twice, and one whose weight is borrowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Linear(48, 8), nn.Linear(8, 8)
+        self.lent, self.last = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, pixels):
+        hidden = torch.tanh(self.first(pixels.flatten(1)))
+        hidden = torch.tanh(self.twice(torch.tanh(self.twice(hidden))))
+        return self.last(F.linear(self.lent(hidden), self.lent.weight))
+
+
+def test_only_layers_whose_gradient_is_an_outer_product_come_as_factors():
+    torch.manual_seed(0)
+    model, images = _Shared().double(), torch.rand(3, 3, 4, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2])
+    seen = observe(model, images, labels, batch=3)
+    gradients = GradientMap.of(seen, dtype=torch.float64, device=torch.device("cpu"))
+    layers = gradients.linear_layers(images)
+    assert layers == ("first", "last")
+    whole, parts = gradients(images, labels), gradients.factored(images, labels, layers)
+    assert parts.keys() == whole.keys()
+    for name, part in parts.items():
+        made = part.slopes.mT @ part.inputs if isinstance(part, Factors) else part
+        torch.testing.assert_close(made, whole[name])
+    found = InvertingGradients(steps=30, tv=0.0, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        quick = found(seen)
+        patch.setattr(GradientMap, "linear_layers", lambda self, images: ())
+        slow = found(seen)
+    torch.testing.assert_close(quick.images, slow.images, atol=1e-6, rtol=0)
 
 
 def test_what_was_trained_on_and_what_it_was_before_are_two_answers(cnn, photos):
