@@ -51,7 +51,7 @@ DEFENSES = (
     "clip:norm=1",
     *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
     *(f"soteria:share={share}" for share in (0.2, 0.8)),
-    *(f"dp-sgd:noise={noise}" for noise in (0.5, 1, 2)),
+    *(f"dp-sgd:noise={noise}" for noise in (0.3, 1, 3)),
 )
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
 _UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
