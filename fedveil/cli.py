@@ -115,7 +115,8 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="cnn, mnist-cnn, lenet, resnet-gn, resnet-bn, vit or package.module:factory."
+            help="cnn, mnist-cnn, lenet, resnet-gn, wide-resnet-gn, resnet-bn, vit or "
+            "package.module:factory."
         ),
     ] = None,
     partition: Annotated[

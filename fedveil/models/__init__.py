@@ -5,7 +5,12 @@ from fedveil.models.imprint import Imprint
 from fedveil.models.inspect import first_layer, has_batch_norm, output_layer
 from fedveil.models.lenet import LeNet
 from fedveil.models.registry import MODELS, build_model
-from fedveil.models.resnet import ResNet, batch_norm_resnet, group_norm_resnet
+from fedveil.models.resnet import (
+    ResNet,
+    batch_norm_resnet,
+    group_norm_resnet,
+    wide_group_norm_resnet,
+)
 from fedveil.models.vit import ViT
 
 __all__ = [
@@ -22,4 +27,5 @@ __all__ = [
     "group_norm_resnet",
     "has_batch_norm",
     "output_layer",
+    "wide_group_norm_resnet",
 ]

@@ -14,7 +14,11 @@ from fedveil.errors import FedveilError
 from fedveil.models.cnn import CNN, MnistCNN
 from fedveil.models.imprint import Imprint
 from fedveil.models.lenet import LeNet
-from fedveil.models.resnet import batch_norm_resnet, group_norm_resnet
+from fedveil.models.resnet import (
+    batch_norm_resnet,
+    group_norm_resnet,
+    wide_group_norm_resnet,
+)
 from fedveil.models.vit import ViT
 
 Shape = tuple[int, int, int]
@@ -30,6 +34,7 @@ MODELS: dict[str, Factory] = {
     "cnn": CNN,
     "mnist-cnn": MnistCNN,
     "resnet-gn": group_norm_resnet,
+    "wide-resnet-gn": wide_group_norm_resnet,
     "resnet-bn": batch_norm_resnet,
     "vit": ViT,
     "imprint-cnn": _imprinted(CNN),

@@ -1,4 +1,4 @@
-"""A small residual network, with group or with batch normalisation."""
+"""Small residual networks, with group or with batch normalisation."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fedveil.models.normalise import Normalise
 
 _WIDTHS = (16, 32, 64)
+_WIDER = 4
 _GROUPS = 8
 
 
@@ -35,13 +36,15 @@ class _Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet for small images: three stages of 16, 32 and 64 channels, ``blocks`` blocks each.
 
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    Sources: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2;
+    ``wider`` is k of Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016.
 
     Args:
         shape: (C, H, W) of one image, pixels in [0, 1].
         classes: Number of classes.
         blocks: Residual blocks a stage; the depth is 6·blocks + 2.
         norm: Maps a channel count to a normalisation layer.
+        wider: How many times as many channels.
 
     Shape: float [N, C, H, W] to logits [N, classes].
     """
@@ -53,14 +56,16 @@ class ResNet(nn.Module):
         *,
         blocks: int,
         norm: Callable[[int], nn.Module],
+        wider: int = 1,
     ) -> None:
         super().__init__()
+        widths = [wider * width for width in _WIDTHS]
         self.normalise = Normalise()
-        self.stem = nn.Conv2d(shape[0], _WIDTHS[0], 3, padding=1, bias=False)
-        self.stem_norm = norm(_WIDTHS[0])
+        self.stem = nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False)
+        self.stem_norm = norm(widths[0])
         stages: list[nn.Module] = []
-        inputs = _WIDTHS[0]
-        for stage, outputs in enumerate(_WIDTHS):
+        inputs = widths[0]
+        for stage, outputs in enumerate(widths):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 stages.append(_Block(inputs, outputs, stride, norm))
@@ -76,9 +81,18 @@ class ResNet(nn.Module):
 
 def group_norm_resnet(shape: tuple[int, int, int], classes: int) -> ResNet:
     """Return an 8-layer ResNet with group normalisation (8 groups), which has no running state."""
-    return ResNet(shape, classes, blocks=1, norm=lambda width: nn.GroupNorm(_GROUPS, width))
+    return ResNet(shape, classes, blocks=1, norm=_group_norm)
+
+
+def wide_group_norm_resnet(shape: tuple[int, int, int], classes: int) -> ResNet:
+    """Return the same with four times the channels, 64 to 256."""
+    return ResNet(shape, classes, blocks=1, norm=_group_norm, wider=_WIDER)
 
 
 def batch_norm_resnet(shape: tuple[int, int, int], classes: int) -> ResNet:
     """Return an 8-layer ResNet with batch normalisation."""
     return ResNet(shape, classes, blocks=1, norm=nn.BatchNorm2d)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(_GROUPS, channels)
