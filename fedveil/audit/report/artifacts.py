@@ -120,6 +120,11 @@ class FrontierRow(_Content):
     psnr_original: float
 
     @property
+    def family(self) -> str:
+        """The defence without its strength."""
+        return self.defense.partition(":")[0]
+
+    @property
     def strength_text(self) -> str:
         """The strength as text; empty where there is none."""
         if isinstance(self.strength, float):

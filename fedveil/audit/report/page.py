@@ -293,7 +293,7 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
     worst = tuple(_worst(list(rows)) for _, rows in groupby(ordered, key=point))
     series = [
         Series(
-            f"{defense}, {scenario}" if scenario else defense,
+            f"{family}, {scenario}" if scenario else family,
             tuple((row.identified, row.accuracy) for row in rows),
             joined=False,
             notes=tuple(
@@ -302,15 +302,15 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
                 for row in rows
             ),
         )
-        for (scenario, defense), rows in (
+        for (scenario, family), rows in (
             (key, list(group))
-            for key, group in groupby(worst, key=lambda row: (row.scenario or "", row.defense))
+            for key, group in groupby(worst, key=lambda row: (row.scenario or "", row.family))
         )
     ]
     chart = Chart(
         title=f"Accuracy against leakage: {frontier.name}",
         description=(
-            f"{len(worst)} settings of {len({row.defense for row in worst})} defences, each under "
+            f"{len(worst)} settings of {len({row.family for row in worst})} defences, each under "
             "the attack that did best; better settings are further up and further left."
         ),
         x=shares("share of images matched to their originals"),
