@@ -12,9 +12,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, instead of giving it back to the system.
 
     Every training step frees gradients as large as the model, and every step of an attack those of
-    all its victims. Given back, their pages are faulted in again by the next step: a tenth of a
-    client's time, a fifth of that of 64 victims, and half of a step of DP-SGD on 250 images. Linux
-    with glibc only; elsewhere it does nothing.
+    all its victims. Given back, their pages are faulted in again by the next step. Linux with glibc
+    only; elsewhere it does nothing.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
