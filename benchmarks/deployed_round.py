@@ -27,7 +27,7 @@ from pathlib import Path
 from fedveil.deployment.control import register
 from fedveil.deployment.layout import CONNECTION, Deployment, create
 from fedveil.deployment.signed_apps import sign_app
-from fedveil.federation.deployed import ENVIRONMENT, environment, free_port, program
+from fedveil.federation.engines.deployed import ENVIRONMENT, environment, free_port, program
 
 NODES = 2
 POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
@@ -56,7 +56,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 import fedveil.federation.client_app
-from fedveil.federation.eager_grid import EagerGrid
+from fedveil.federation.engines.eager_grid import EagerGrid
 
 client_app = ClientApp()
 server_app = ServerApp()

@@ -170,7 +170,7 @@ def run(entry: Entry, serve: Callable[[Round], None]) -> None:
     """Run the federation on the engine that ``entry`` names."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if entry.name == "local":
-        from fedveil.federation.local import LocalGrid
+        from fedveil.federation.engines.local import LocalGrid
 
         with LocalGrid(client_app(), nodes=entry.registered, workers=PROCESSES) as grid:
             serve(federated_round(grid, entry))

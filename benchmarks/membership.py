@@ -27,9 +27,9 @@ from fedveil.audit.membership import picked_out
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
-from fedveil.federation.run_directory import RunDirectory, versions
 from fedveil.files import write_atomically
 from fedveil.models import build_model
+from fedveil.runs.directory import RunDirectory, versions
 
 SIZES = (16, 64, 256, 1024, 4096)
 _SCORED = 1024  # of the images behind an update

@@ -57,9 +57,9 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def round_seconds(settings: dict[str, Any], rounds: int, skipped: int) -> list[float]:
     """Train once; return the seconds of each round after the first ``skipped``."""
-    from fedveil.federation.config import TrainConfig
-    from fedveil.federation.run_directory import RunDirectory
     from fedveil.federation.training_run import run_to_completion
+    from fedveil.runs.config import TrainConfig
+    from fedveil.runs.directory import RunDirectory
 
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.check({**_COMMON, **settings, "rounds": rounds})
@@ -106,8 +106,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['arm']}: {row['seconds']:.3f} s, {row['ratio']:.2f} x {row['baseline']}")
     if arguments.out:
-        from fedveil.federation.run_directory import versions
         from fedveil.files import write_atomically
+        from fedveil.runs.directory import versions
 
         result = {
             "command": f"python benchmarks/protection.py --turns {arguments.turns} "

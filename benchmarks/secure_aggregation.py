@@ -30,16 +30,16 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 from torch import nn
 
-from fedveil.defenses.noise import NoiseKey
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.fedavg import SeededFedAvg
-from fedveil.federation.local import LocalGrid
-from fedveil.federation.masking import secure_aggregation_mod
-from fedveil.federation.run_directory import RunDirectory
-from fedveil.federation.secure_aggregation import SecureAggregation
+from fedveil.copies.noise import NoiseKey
+from fedveil.federation.engines.local import LocalGrid
+from fedveil.federation.secagg.client import secure_aggregation_mod
+from fedveil.federation.secagg.server import SecureAggregation
+from fedveil.federation.strategies.fedavg import SeededFedAvg
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
 from fedveil.models import build_model
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
 
 IMAGES = 600
 ROUNDS = 2

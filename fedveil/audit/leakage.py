@@ -30,7 +30,7 @@ from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.fedsgd import Update
+from fedveil.federation.strategies.fedsgd import Update
 from fedveil.files import write_results
 
 _DRAWN = 16

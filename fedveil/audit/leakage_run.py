@@ -7,10 +7,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
-from fedveil.audit.state_files import read_state
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.runs.state_files import read_state
 
 
 def run_leakage_audit(

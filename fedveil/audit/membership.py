@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion import Observation
-from fedveil.attacks.membership import GradientMembership
+from fedveil.attacks.membership.gradients import GradientMembership
 from fedveil.audit.adaptive import MEMBERSHIP, attackers
 from fedveil.audit.metrics import CANDIDATES, recognised
 from fedveil.data import Dataset, Images

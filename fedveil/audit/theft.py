@@ -15,9 +15,9 @@ from fedveil.attacks.theft import ATTACKS, COMBINATIONS, Stolen, TheftObservatio
 from fedveil.audit.metrics import Interval, bootstrap
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
-from fedveil.federation.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.federation.run_directory import versions
 from fedveil.files import write_results
+from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
+from fedveil.runs.directory import versions
 
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 """Rows of the best of the suite; see ``TheftReport``."""

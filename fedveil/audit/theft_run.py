@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedveil.audit.theft import Theft, TheftReport, TheftSettings, steal
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
-from fedveil.federation.worker import usable_cores
+from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, write_atomically
 
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"

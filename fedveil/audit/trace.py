@@ -22,10 +22,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fedveil.defenses.fingerprint import Fingerprint
-from fedveil.defenses.noise import root_mean_square
+from fedveil.copies.fingerprint import Fingerprint
+from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
-from fedveil.federation.archive import Archive, Entry
+from fedveil.runs.archive import Archive, Entry
 
 Weights = Mapping[str, Tensor]
 

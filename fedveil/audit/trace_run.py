@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from fedveil.audit.state_files import read_state
 from fedveil.audit.trace import Lineup, Suspect, Trace, Weights, lineups, trace
 from fedveil.errors import FedveilError
-from fedveil.federation.archive import Archive
-from fedveil.federation.run_directory import RunDirectory, versions
-from fedveil.federation.run_secrets import MODEL
 from fedveil.files import write_atomically
+from fedveil.runs.archive import Archive
+from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.secrets import MODEL
+from fedveil.runs.state_files import read_state
 
 _UNNAMED_SHOWN = 3
 _LEAST = -99  # a smaller power of ten is printed as this

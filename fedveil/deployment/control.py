@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedveil.deployment.layout import CONNECTION, Deployment
 from fedveil.errors import FedveilError
-from fedveil.federation.deployed import SuperLink, environment
+from fedveil.federation.engines.deployed import SuperLink, environment
 from fedveil.files import write_atomically
 
 _REGISTERED = "registered.json"

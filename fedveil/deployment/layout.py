@@ -10,9 +10,9 @@ from pathlib import Path
 from fedveil.deployment.keys import Authority, node_key, signing_key
 from fedveil.deployment.signed_apps import key_id, sign_app
 from fedveil.errors import FedveilError
-from fedveil.federation.config import is_loopback
-from fedveil.federation.deployed import ENVIRONMENT, write_app
+from fedveil.federation.engines.deployed import ENVIRONMENT, write_app
 from fedveil.files import check_directory, write_atomically
+from fedveil.runs.config import is_loopback
 
 _SECRET = 0o600
 _SCRIPT = 0o755

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedveil.errors import FedveilError
-from fedveil.federation.deployed import environment, program
+from fedveil.federation.engines.deployed import environment, program
 from fedveil.files import write_atomically
 
 _LARGEST_REQUEST = 64 * 1024

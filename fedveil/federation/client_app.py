@@ -17,7 +17,7 @@ from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.masking import secure_aggregation_mod
+from fedveil.federation.secagg.client import secure_aggregation_mod
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally, train_privately

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedveil.federation.run_directory import RoundRecord
+from fedveil.runs.directory import RoundRecord
 
 
 class RoundProgress:

@@ -12,20 +12,20 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
+from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
+from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.defenses import check_defense, parse_defense
-from fedveil.defenses.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
-from fedveil.defenses.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import Acceptance
-from fedveil.federation.archive import Archive
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.eager_grid import EagerGrid
-from fedveil.federation.ensemble_distillation import Distillation, EnsembleDistillation
+from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.fedavg import (
+from fedveil.federation.roster import round_size
+from fedveil.federation.secagg.server import SecureAggregation, check_round_size
+from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
+from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
     Sampling,
@@ -33,14 +33,14 @@ from fedveil.federation.fedavg import (
     StrategyState,
     Weights,
 )
-from fedveil.federation.noise_delta import NoiseDelta, SigmaSearch
-from fedveil.federation.noise_pair import NoisePair, RaisingLoop
-from fedveil.federation.noisy_fedavg import Cap
-from fedveil.federation.roster import round_size
-from fedveil.federation.run_directory import Checkpoint, RoundRecord, RunDirectory, versions
-from fedveil.federation.secure_aggregation import SecureAggregation, check_round_size
+from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
+from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
+from fedveil.federation.strategies.noisy_fedavg import Cap
 from fedveil.federation.task import ClientTask
 from fedveil.models import build_model
+from fedveil.runs.archive import Archive
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, versions
 
 OnRound = Callable[[RoundRecord], None]
 

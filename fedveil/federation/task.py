@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedveil.data import Dataset
 from fedveil.data.augmentation import parse_augmentation
-from fedveil.federation.config import TrainConfig
 from fedveil.federation.training import LocalTraining
+from fedveil.runs.config import TrainConfig
 
 UNLABELLED = "unlabelled"
 """Record of a message to a client that holds the server's images, uint8 [M, C, H, W]."""

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fedveil.federation.curves import draw_curves
-from fedveil.federation.engines import train
+from fedveil.federation.engines.choose import train
 from fedveil.federation.progress import RoundProgress
-from fedveil.federation.round_logs import round_log
-from fedveil.federation.run_directory import RoundRecord, RunDirectory
+from fedveil.runs.curves import draw_curves
+from fedveil.runs.directory import RoundRecord, RunDirectory
+from fedveil.runs.logs import round_log
 
 
 def run_to_completion(directory: RunDirectory) -> dict[str, Any]:

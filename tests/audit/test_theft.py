@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fedveil.audit.reproduce_noise import Arm, Study
-from fedveil.audit.reproduce_theft import THEFT, TheftStudy, reproduce, select
 from fedveil.audit.theft import OWNER, THIEF, Attempt, Theft, TheftReport, TheftSettings
 from fedveil.audit.theft_run import run_theft_audit
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.training_run import run_to_completion
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
+from fedveil.studies.noise import Arm, Study
+from fedveil.studies.theft import THEFT, TheftStudy, reproduce, select
 
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 SMALL = {

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
 
 from fedveil.audit.trace import lineups, log10_p, trace
-from fedveil.defenses.fingerprint import Fingerprint
-from fedveil.defenses.noise import NoiseKey
+from fedveil.copies.fingerprint import Fingerprint
+from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
-from fedveil.federation.archive import Archive, Entry
-from fedveil.federation.run_directory import RunDirectory
+from fedveil.runs.archive import Archive, Entry
+from fedveil.runs.directory import RunDirectory
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))

@@ -72,7 +72,7 @@ def test_refusals(folder, tmp_path):
 def test_command(folder, tmp_path):
     import typer
 
-    from fedveil.cli_transform import transform
+    from fedveil.cli.transform import transform
 
     app = typer.Typer()
     app.command()(transform)

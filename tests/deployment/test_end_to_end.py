@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from fedveil.deployment.control import register, status
 from fedveil.deployment.keys import node_key
 from fedveil.deployment.layout import Deployment
-from fedveil.federation.archive import Archive
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.deployed import environment
-from fedveil.federation.run_directory import RunDirectory
+from fedveil.federation.engines.deployed import environment
 from fedveil.federation.server_app import prepare_job
+from fedveil.runs.archive import Archive
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
 from fedveil.sealing import KEY_FILE, OperatorKey
 from tests.deployment.conftest import NODES, PROGRAMS, train_command
 

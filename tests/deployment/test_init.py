@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedveil.deployment.layout import Deployment
 from fedveil.errors import FedveilError
-from fedveil.federation.config import TrainConfig
+from fedveil.runs.config import TrainConfig
 from tests.deployment.conftest import free_block
 
 

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedveil.federation.client_app import app as own_app
-from fedveil.federation.masking import secure_aggregation_mod
+from fedveil.federation.secagg.client import secure_aggregation_mod
 
 
 def examples(client):

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.models import build_model
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
 
 
 def _train(tmp_path, defense, **changes):

@@ -28,13 +28,13 @@ from fedveil.federation.acceptance import (
     refuse_large,
     trimmed_mean,
 )
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.fedavg import StrategyState
-from fedveil.federation.local import LocalGrid
+from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, query_roster
-from fedveil.federation.run_directory import Checkpoint, RunDirectory
-from tests.federation.test_strategies import delta, run, trains, weights_of
+from fedveil.federation.strategies.fedavg import StrategyState
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import Checkpoint, RunDirectory
+from tests.federation.strategies.test_strategies import delta, run, trains, weights_of
 from tests.federation.test_train import FAST, fedveil, outcomes, same_bits, start, wait_for_round
 
 FEDAVG = pytest.param(lambda model, cap: SeededFedAvg(), id="fedavg")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from flwr.common.serde import message_to_proto
 
-from fedveil.defenses.noise import NoiseKey
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.local import LocalGrid
-from fedveil.federation.run_directory import RunDirectory
+from fedveil.copies.noise import NoiseKey
+from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.server_app import prepare_job, run_rounds
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
 from tests.federation.apps import RecordingGrid
 
 TOLD = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedveil.data import load_dataset
-from fedveil.federation.config import TrainConfig
-from fedveil.federation.run_directory import RunDirectory
 from fedveil.federation.server_app import prepare_job, split_test
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
 
 FAST = [
     "--dataset",

@@ -77,9 +77,9 @@ def _import_parsers() -> None:
     import pyarrow.parquet  # noqa: F401
 
     import fedveil.audit.leakage_run
-    import fedveil.audit.report
     import fedveil.data
-    import fedveil.federation.run_directory  # noqa: F401
+    import fedveil.report
+    import fedveil.runs.directory  # noqa: F401
 
 
 if __name__ == "__main__":

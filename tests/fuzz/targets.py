@@ -58,7 +58,7 @@ seed = 7
 
 
 def _config_seeds() -> list[bytes]:
-    from fedveil.federation.config import TrainConfig
+    from fedveil.runs.config import TrainConfig
 
     return [
         json.dumps({"configuration": TrainConfig(**changes).model_dump(), "versions": {}}).encode()
@@ -103,9 +103,9 @@ def _sealed_run(folder: Path) -> None:
     """Write the secrets and the archive of an encrypted run, the same bytes each time."""
     import torch
 
-    from fedveil.defenses.noise import NoiseKey
-    from fedveil.federation.archive import Archive, Entry
-    from fedveil.federation.run_secrets import RunSecrets
+    from fedveil.copies.noise import NoiseKey
+    from fedveil.runs.archive import Archive, Entry
+    from fedveil.runs.secrets import RunSecrets
     from fedveil.sealing import OperatorKey
 
     key = NoiseKey(b"\x07" * 32)
@@ -304,34 +304,34 @@ def _bomb(content: bytes, folder: Path) -> object:
 
 
 def _toml(content: bytes, folder: Path) -> object:
-    from fedveil.federation.config import TrainConfig
+    from fedveil.runs.config import TrainConfig
 
     return TrainConfig.read(_put(folder / "settings.toml", content))
 
 
 def _config(content: bytes, folder: Path) -> object:
-    from fedveil.federation.run_directory import RunDirectory
+    from fedveil.runs.directory import RunDirectory
 
     _put(folder / "config.json", content)
     return RunDirectory.open(folder).config
 
 
 def _rounds(content: bytes, folder: Path) -> object:
-    from fedveil.federation.run_directory import RunDirectory
+    from fedveil.runs.directory import RunDirectory
 
     _put(folder / "rounds.jsonl", content)
     return RunDirectory(folder).rounds()
 
 
 def _run_checkpoint(content: bytes, folder: Path) -> object:
-    from fedveil.federation.run_directory import RunDirectory
+    from fedveil.runs.directory import RunDirectory
 
     _put(folder / "checkpoint.safetensors", content)
     return RunDirectory(folder).checkpoint()
 
 
 def _noise_key(content: bytes, folder: Path) -> object:
-    from fedveil.defenses.noise import NoiseKey
+    from fedveil.copies.noise import NoiseKey
 
     return NoiseKey.load(_put(folder / "noise.key", content))
 
@@ -349,8 +349,8 @@ def _operator(folder: Path) -> Iterator[None]:
 
 
 def _sealed(content: bytes, folder: Path) -> object:
-    from fedveil.federation.archive import Archive
-    from fedveil.federation.run_directory import RunDirectory
+    from fedveil.runs.archive import Archive
+    from fedveil.runs.directory import RunDirectory
 
     name, _, damaged = content.partition(b"\n")
     with _operator(folder):
@@ -467,7 +467,7 @@ def _dataset(content: bytes, folder: Path) -> object:
 
 def _report(name: str) -> Parse:
     def parse(content: bytes, folder: Path) -> object:
-        from fedveil.audit.report import build_page, read_artifacts
+        from fedveil.report import build_page, read_artifacts
         from tests.audit import report_material as material
 
         place = folder / "it"

@@ -6,7 +6,7 @@ import torch
 
 from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.observation import Stolen, TheftObservation, with_copy
-from fedveil.defenses.batch_norm import reestimate_batch_norm
+from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.models import has_batch_norm
 
 

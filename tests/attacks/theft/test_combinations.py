@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedveil.attacks.theft import AverageRounds, Collude, Last
 from fedveil.attacks.theft.observation import distinct, mean_of
-from fedveil.defenses.noise import NoiseKey, add_noise, noise_target
+from fedveil.copies.noise import NoiseKey, add_noise, noise_target
 from tests.attacks.theft.conftest import Small
 
 ALL = noise_target(Small(0), (1, 8, 8), "all")

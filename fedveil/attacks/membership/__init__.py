@@ -1,0 +1,1 @@
+"""What a server can recognise in an update, without reconstructing anything."""

@@ -1,7 +1,0 @@
-"""``fedveil report``: one HTML page from any set of runs and audits."""
-
-from fedveil.audit.report.artifacts import read_artifacts
-from fedveil.audit.report.page import build_page, write_report
-from fedveil.audit.report.verdict import verdict
-
-__all__ = ["build_page", "read_artifacts", "verdict", "write_report"]

@@ -1,0 +1,769 @@
+"""The command line; each command checks its options, calls one function and prints the outcome."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedveil import __version__
+from fedveil.cli.deploy import deploy
+from fedveil.cli.key import deliver, key
+from fedveil.cli.report import report
+from fedveil.cli.transform import transform
+from fedveil.errors import FedveilError
+from fedveil.files import check_directory
+
+if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
+    from fedveil.runs.directory import RunDirectory
+
+app = typer.Typer(
+    name="fedveil",
+    help="Protects federated learning in both directions, and proves it by attack.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_help=True)
+audit = typer.Typer(help="Attack what a federation gives away, and measure.", no_args_is_help=True)
+app.add_typer(reproduce, name="reproduce")
+app.add_typer(audit, name="audit")
+app.add_typer(deploy, name="deploy")
+app.add_typer(key, name="key")
+
+
+class Strategy(StrEnum):
+    """Strategies of ``fedveil train``."""
+
+    FEDAVG = "fedavg"
+    NOISE_PAIR = "noise-pair"
+    NOISE_DELTA = "noise-delta"
+    PROTECTED = "protected"
+
+
+class Engine(StrEnum):
+    """Engines of ``fedveil train``."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    DEPLOYED = "deployed"
+
+
+class Average(StrEnum):
+    """How ``fedveil train`` averages answers."""
+
+    MEAN = "mean"
+    MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed-mean"
+
+
+class Log(StrEnum):
+    """Where ``fedveil train`` also writes its rounds."""
+
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+
+
+class Bound(StrEnum):
+    """What ``noise-delta`` checks its copies with."""
+
+    LABELS = "labels"
+    AGREEMENT = "agreement"
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user ends in a sentence, never in a traceback."""
+    # Before torch is loaded: threads that spin while they wait stall the server whenever another
+    # process wants its core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except FedveilError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"fedveil: {error}", markup=False
+        )
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedveil {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option(help="New directory for the run.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the options.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="cnn, mnist-cnn, lenet, resnet-gn, wide-resnet-gn, resnet-bn, vit or "
+            "package.module:factory."
+        ),
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="iid, dirichlet:ALPHA or shards:CLASSES.")
+    ] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            "--defense",
+            "--transform",
+            help="How clients protect their images: dct:keep=N and others of docs/defenses.md.",
+        ),
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds to train; with --resume, in all.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
+    decay: Annotated[
+        bool | None,
+        typer.Option("--decay", help="Let eta fall to zero over a client's steps of a round."),
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, "
+            "or some of them."
+        ),
+    ] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
+    cap: Annotated[
+        float | None, typer.Option(help="theta: accuracy every copy stays below.")
+    ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="first-conv, output, all or a pattern over parameters.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="How flat the copies' logits are; 0: as trained.")
+    ] = None,
+    smoothing: Annotated[
+        float | None, typer.Option(help="How much of the last w noise-delta keeps in w, below 1.")
+    ] = None,
+    bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
+    shared_rounds: Annotated[
+        int | None,
+        typer.Option(help="Rounds of plain averaging before protected sends nothing more."),
+    ] = None,
+    share_unlabelled: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-unlabelled",
+            help="protected: send clients the calibration images, for clients of few classes.",
+        ),
+    ] = None,
+    distillation_steps: Annotated[
+        int | None, typer.Option(help="Steps a round in which protected teaches w.")
+    ] = None,
+    label_share: Annotated[
+        float | None,
+        typer.Option(
+            help="protected: how much w learns the calibration images' labels instead of the "
+            "clients' answers, from 0 to 1."
+        ),
+    ] = None,
+    server_clients: Annotated[
+        int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
+    ] = None,
+    sigma_start: Annotated[float | None, typer.Option(help="First sigma tried.")] = None,
+    sigma_step: Annotated[float | None, typer.Option(help="Raise of noise-pair's loop.")] = None,
+    sigma_factor: Annotated[float | None, typer.Option(help="The same, as a factor.")] = None,
+    sigma_limit: Annotated[float | None, typer.Option(help="Largest sigma tried.")] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="Test images sigma is calibrated on.")
+    ] = None,
+    report_images: Annotated[
+        int | None, typer.Option(help="Other test images each round reports on.")
+    ] = None,
+    fingerprint: Annotated[
+        float | None,
+        typer.Option(help="Individual noise in each client's copy, in a layer's RMS; 0: none."),
+    ] = None,
+    archive: Annotated[
+        bool | None,
+        typer.Option(
+            "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
+        ),
+    ] = None,
+    norm_limit: Annotated[
+        float | None,
+        typer.Option(help="Refuse changes longer than so many medians of the round; 0: none."),
+    ] = None,
+    average: Annotated[
+        Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
+    ] = None,
+    secure_aggregation: Annotated[
+        bool | None,
+        typer.Option(
+            "--secure-aggregation",
+            help="Let the server learn the sum of the clients' changes only, by SecAgg+.",
+        ),
+    ] = None,
+    reconstruction_threshold: Annotated[
+        float | None,
+        typer.Option(help="Part of a round's clients that must stay to the end for the sum."),
+    ] = None,
+    key_shares: Annotated[
+        int | None,
+        typer.Option(help="Clients that each shares keys with, odd; all of the round by default."),
+    ] = None,
+    largest_change: Annotated[
+        float | None, typer.Option(help="Largest change of a weight that can be summed.")
+    ] = None,
+    engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
+    superlink: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running SuperLink, for --engine deployed.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the CA that signed the SuperLink's certificate."),
+    ] = None,
+    app: Annotated[
+        str | None, typer.Option(help="Signed app for nodes that run no other: @who/what==1.0.0.")
+    ] = None,
+    send_models_unencrypted: Annotated[
+        bool | None,
+        typer.Option(
+            "--send-models-unencrypted",
+            help="Let models and updates travel to another machine in the clear.",
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
+    log: Annotated[
+        Log | None, typer.Option(help="Also write rounds for TensorBoard or MLflow, in --out.")
+    ] = None,
+    noise_key: Annotated[
+        Path | None,
+        typer.Option(help="noise.key, or noise.key.enc, of an earlier run: its noise again."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds data, model, sampling, training.")] = None,
+) -> None:
+    """Train a model whose copies stay below an accuracy cap.
+
+    The directory then holds model.safetensors (w, the clean model), rounds.jsonl, summary.json and
+    curves.png, and all along what --resume needs. With FEDVEIL_KEY_FILE, the path of a key made by
+    fedveil key make, models and keys in it are encrypted.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    places = ("out", "resume", "config", "noise_key")
+    settings = {k: v for k, v in given.items() if k not in places}
+    if root_certificates:
+        settings["root_certificates"] = str(root_certificates.absolute())
+    if (out is None) == (resume is None):
+        raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
+    if out:
+        _finish_training(_new_run(out, config, noise_key, settings))
+    elif others := [k for k in given if k not in ("resume", "rounds")]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise FedveilError(
+            "--resume takes every setting but --rounds from the run itself; leave out " + names
+        )
+    elif resume:
+        _finish_training(_earlier_run(resume, rounds))
+
+
+def _new_run(
+    out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
+) -> "RunDirectory":
+    from fedveil.federation.server_app import prepare_job
+    from fedveil.runs.config import TrainConfig
+    from fedveil.runs.directory import RunDirectory
+    from fedveil.runs.logs import check_log
+    from fedveil.runs.secrets import read_noise_key
+    from fedveil.sealing import OperatorKey
+
+    checked = TrainConfig.read(config, **settings) if config else TrainConfig.check(settings)
+    key = read_noise_key(noise_key) if noise_key else None
+    OperatorKey.from_environment()
+    check_log(checked.log)
+    prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
+    return RunDirectory.create(out, checked, noise_key=key)
+
+
+def _earlier_run(path: Path, rounds: int | None) -> "RunDirectory":
+    from fedveil.runs.directory import RunDirectory
+
+    run = RunDirectory.open(path)
+    if rounds is not None:
+        run.extend(rounds)
+    return run
+
+
+def _finish_training(directory: "RunDirectory") -> None:
+    from fedveil.federation.training_run import run_to_completion
+
+    try:
+        summary = run_to_completion(directory)
+    except KeyboardInterrupt:
+        last = directory.checkpoint()
+        rounds = last.round if last else 0
+        Console(stderr=True, soft_wrap=True).print(
+            f"\nInterrupted after round {rounds}; nothing is lost. Go on with\n"
+            f"  fedveil train --resume {directory.path}"
+        )
+        raise typer.Exit(130) from None
+    capped = summary["configuration"]["strategy"] != "fedavg"
+    typer.echo(f"w: {summary['accuracy']:.2%} on {summary['report_images']} images it never met")
+    if capped:
+        typer.echo(
+            f"best copy any client received: {summary['copies_max']:.2%} "
+            f"(cap {summary['configuration']['cap']:.0%}, passed in {summary['rounds_over_cap']} "
+            f"of {summary['configuration']['rounds']} rounds)"
+        )
+    typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+@reproduce.command("noise")
+def reproduce_noise(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds 0, 1, …: a run of each arm for each.")
+    ] = 3,
+    dataset: Annotated[
+        str, typer.Option(help="What is reported on: NAME or a fold of it, NAME@k/n.")
+    ] = "mnist@4+5/12",
+    search_dataset: Annotated[
+        str, typer.Option(help="What the settings are chosen on, with --search.")
+    ] = "mnist@1+6/12",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's strategies; may be repeated.  [default: all]"),
+    ] = None,
+    also_search: Annotated[
+        bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
+    ] = False,
+) -> None:
+    """Accuracy of w and of the copies over the rounds, for noise-pair and noise-delta.
+
+    Writes noise.json, noise.png, noise-frontier.png and noise.md, and with --search
+    noise-search.json and noise-search.md. Interrupted, it goes on where it stopped.
+    """
+    from dataclasses import replace
+
+    from fedveil.studies.noise import NOISE, SEARCH, search, select
+    from fedveil.studies.noise import reproduce as run
+
+    common = {**NOISE.common, "rounds": rounds}
+    searched, reported = ({**common, "dataset": name} for name in (search_dataset, dataset))
+    try:
+        if also_search:
+            search(replace(SEARCH, common=searched), out)
+        run(replace(select(NOISE, arm), common=reported, seeds=tuple(range(seeds))), out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "noise.md").read_text())
+    typer.echo(f"{out / 'noise.json'}  {out / 'noise.png'}")
+
+
+@reproduce.command("dct")
+def reproduce_dct(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    images: Annotated[int, typer.Option(help="Images attacked for each keep.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Training runs for each keep: seeds 0, 1, …")] = 3,
+    dataset: Annotated[
+        str, typer.Option(help="What is attacked; losslessly stored images.")
+    ] = "cifar100",
+    accuracy_dataset: Annotated[str, typer.Option(help="What is learnt.")] = "cifar10",
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(help="Coefficients kept of 64; may be repeated.  [default: 1 to 64, eight]"),
+    ] = None,
+    figure_images: Annotated[int, typer.Option(help="Images of figure 3.")] = 4,
+    figure_keep: Annotated[int, typer.Option(help="Coefficients kept in figure 3.")] = 6,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
+    epochs: Annotated[int, typer.Option(help="Local epochs a round.")] = 1,
+) -> None:
+    """Figure 3 of the paper, and leakage and accuracy against the coefficients kept.
+
+    Writes dct.json, dct.png, dct.md and figure3.png. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.studies.dct import KEEPS, DctStudy
+        from fedveil.studies.dct import reproduce as run
+
+        study = DctStudy(
+            images=images,
+            seeds=seeds,
+            dataset=dataset,
+            accuracy_dataset=accuracy_dataset,
+            keeps=tuple(keep or KEEPS),
+            figure_images=figure_images,
+            figure_keep=figure_keep,
+            rounds=rounds,
+            epochs=epochs,
+        )
+        run(study, out, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "dct.md").read_text())
+    typer.echo(f"{out / 'dct.json'}  {out / 'dct.png'}  {out / 'figure3.png'}")
+
+
+@reproduce.command("trace")
+def reproduce_trace(
+    out: Annotated[Path, typer.Option(help="Directory of the study; its runs are resumed.")],
+    dataset: Annotated[str, typer.Option(help="mnist, or digits for a quick look.")] = "mnist",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run that is leaked.")] = 50,
+    trials: Annotated[int, typer.Option(min=1, help="Leaks of each kind.")] = 3,
+    innocents: Annotated[int, typer.Option(min=5, help="Innocent models traced.")] = 1_000,
+    fingerprint: Annotated[
+        float | None, typer.Option(help="Strength of the fingerprints, as of fedveil train.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+) -> None:
+    """Who leaked: coalitions of 1 to 10 clients, what they do to hide, and innocent models.
+
+    Writes trace.json, trace.png and trace.md. Interrupted, it keeps its training runs.
+    """
+    try:
+        from fedveil.studies.trace import TraceStudy
+        from fedveil.studies.trace import reproduce as run
+
+        study = TraceStudy(
+            dataset=dataset,
+            rounds=rounds,
+            other_rounds=min(rounds, 20),
+            trials=trials,
+            innocents=innocents,
+            strength=fingerprint,
+            workers=workers,
+        )
+        run(study, out, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "trace.md").read_text())
+    typer.echo(f"{out / 'trace.json'}  {out / 'trace.png'}")
+
+
+@reproduce.command("theft")
+def reproduce_theft(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each protection: seeds 0, 1, …")] = 3,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's; may be repeated.  [default: all]"),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the study's protections; may be repeated.  [default: all]"),
+    ] = None,
+    partition: Annotated[
+        list[str] | None,
+        typer.Option(help="iid or shards:2; may be repeated.  [default: both]"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
+    ] = None,
+    thieves: Annotated[int, typer.Option(min=1, help="Thieves of each run.")] = 1,
+    colluders: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="How many collude; may be repeated.  [default: 1, 2, 5]"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of the audits.")] = None,
+) -> None:
+    """Final accuracy against theft advantage, for every protection, on MNIST and CIFAR-10.
+
+    Writes theft-study.json, theft-study.png and theft-study.md. Interrupted, it goes on where it
+    stopped.
+    """
+    try:
+        from fedveil.studies.theft import THEFT, select
+        from fedveil.studies.theft import reproduce as run
+
+        study = select(
+            THEFT,
+            datasets=dataset,
+            partitions=partition,
+            arms=arm,
+            rounds=rounds,
+            seeds=tuple(range(seeds)),
+            thieves=thieves,
+            colluders=tuple(colluders) if colluders else None,
+        )
+        run(study, out, workers=workers, on_piece=_show_piece)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "theft-study.md").read_text())
+    typer.echo(f"{out / 'theft-study.json'}  {out / 'theft-study.png'}")
+
+
+def _show_piece(name: str, done: int, total: int) -> None:
+    typer.echo(f"[{done + 1}/{total}] {name}", err=True)
+
+
+class Update(StrEnum):
+    """What a client returns in ``fedveil audit leakage``."""
+
+    GRADIENT = "gradient"
+    STEP = "step"
+    FEDAVG = "fedavg"
+
+
+def _local_rate(update: Update) -> float:
+    # The longer the one step, the less the rounding of the weights hides; several must converge.
+    return 0.05 if update is Update.FEDAVG else 1.0
+
+
+@audit.command("leakage")
+def audit_leakage(
+    out: Annotated[Path, typer.Option(help="New directory for the results.")],
+    dataset: Annotated[
+        str, typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path.")
+    ] = "photos",
+    model: Annotated[
+        str,
+        typer.Option(help="lenet, another name of fedveil train, or package.module:factory."),
+    ] = "lenet",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights for it: .safetensors, or .pt of tensors.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients in all.")] = 10,
+    victim: Annotated[int, typer.Option(help="The client the server watches, from 0.")] = 0,
+    images: Annotated[int, typer.Option(help="Its images in all.")] = 16,
+    batch: Annotated[int, typer.Option(help="How many of them it uses in a round.")] = 1,
+    aggregate: Annotated[
+        int, typer.Option(help="Clients whose sum only the server sees; --images are of them all.")
+    ] = 1,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="dlg, idlg, rgap, lm, ig, ig-bn or fc, with its options as in "
+            "ig:steps=600,restarts=2; may be repeated."
+        ),
+    ] = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="none, dct:keep=N and others of docs/defenses.md; may be repeated."),
+    ] = None,
+    inverse: Annotated[
+        bool,
+        typer.Option("--inverse", help="Also learn, on test images, to undo transformations."),
+    ] = False,
+    update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
+    epochs: Annotated[int, typer.Option(help="Local epochs of --update fedavg.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds model, partition and order.")] = 0,
+) -> None:
+    """Reconstruct a client's images from what the server receives, and score the result.
+
+    Writes leakage.json, reconstructions.png and reconstructions.npz.
+    """
+    check_directory(out, new=True)
+    try:
+        from fedveil.audit.leakage import LeakageSettings
+        from fedveil.audit.leakage_run import run_leakage_audit
+        from fedveil.memory import keep_freed_memory
+
+        settings = LeakageSettings(
+            dataset=dataset,
+            model=model,
+            clients=clients,
+            victim=victim,
+            images=images,
+            batch=batch,
+            aggregate=aggregate,
+            inverse=inverse,
+            attacks=tuple(attack or ("lm",)),
+            defenses=tuple(defense or ("none",)),
+            update=update.value,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=_local_rate(update) if learning_rate is None else learning_rate,
+            seed=seed,
+            workers=workers,
+        )
+        keep_freed_memory()
+        report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")
+
+
+@audit.command("trace")
+def audit_trace(
+    leaked: Annotated[Path, typer.Argument(help="The leaked model: .safetensors, or .pt.")],
+    run: Annotated[Path, typer.Option(help="Directory of the run it may have come from.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Chance to name anybody innocent, above 0 and below 1.")
+    ] = 1e-6,
+) -> None:
+    """Name the clients a leaked model came from, by the fingerprints in their copies."""
+    if not 0 < alpha < 1:
+        raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
+    try:
+        from fedveil.audit.trace_run import run_trace
+
+        told = run_trace(leaked, run, alpha=alpha, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(told)
+
+
+@audit.command("theft")
+def audit_theft(
+    run: Annotated[Path, typer.Option(help="Directory of a run of fedveil train.")],
+    out: Annotated[Path, typer.Option(help="Directory for the results; resumed if there.")],
+    labels: Annotated[
+        str, typer.Option(help="Labelled images of a thief; several, with commas between.")
+    ] = "10,50,100,600",
+    colluders: Annotated[
+        str, typer.Option(help="Clients that put their copies together; several, with commas.")
+    ] = "1,2,5",
+    thieves: Annotated[int, typer.Option(help="Draws of clients and images for each.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the draws of clients and images.")] = 0,
+) -> None:
+    """Steal the model as its clients could, and compare with training alone.
+
+    Writes theft.json and theft.png. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.audit.theft import TheftSettings
+        from fedveil.audit.theft_run import run_theft_audit
+
+        settings = TheftSettings(
+            run=run,
+            labels=_numbers("--labels", labels),
+            colluders=_numbers("--colluders", colluders),
+            thieves=thieves,
+            seed=seed,
+        )
+        report = run_theft_audit(settings, out=out, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(f"{out / 'theft.json'}  {out / 'theft.png'}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise FedveilError(
+            f"{option} {text!r} is no list of whole numbers; write them like 10,50"
+        ) from None
+
+
+@app.command()
+def frontier(
+    out: Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")],
+    dataset: Annotated[str, typer.Option(help="What is learnt, and attacked.")] = "cifar10",
+    leakage_dataset: Annotated[
+        str | None,
+        typer.Option(help="What is attacked in the worst case; the same by default."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images attacked for each row.")] = 96,
+    sum_images: Annotated[
+        int | None,
+        typer.Option(help="Images attacked under a sum.  [default: a batch of each client]"),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="worst, round or sum; may be repeated.  [default: all]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 30 settings]"),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the worst case; may be repeated.  [default: lm, ig]"),
+    ] = None,
+    round_attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Attacks of the realistic round; may be repeated.  [default: ig]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of the realistic round.")] = 16,
+    inverse: Annotated[
+        bool, typer.Option(help="Also learn, on test images, to undo transformations.")
+    ] = True,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; one a core.")] = None,
+) -> None:
+    """Accuracy against leakage for every defence and strength, by the best attack of the suite.
+
+    Writes frontier.json, frontier.png and frontier.md. Interrupted, it goes on where it stopped.
+    """
+    try:
+        from fedveil.federation.engines.worker import usable_cores
+        from fedveil.studies.frontier import FrontierStudy, measure
+
+        defaults = FrontierStudy()
+        study = FrontierStudy(
+            dataset=dataset,
+            leakage_dataset=leakage_dataset,
+            images=images,
+            sum_images=sum_images,
+            scenarios=tuple(scenario or defaults.scenarios),
+            seeds=seeds,
+            rounds=rounds,
+            defenses=tuple(defense or defaults.defenses),
+            worst_attacks=tuple(attack or defaults.worst_attacks),
+            round_attacks=tuple(round_attack or defaults.round_attacks),
+            batch=batch,
+            inverse=inverse,
+        )
+        measure(
+            study, out, workers=usable_cores() if workers is None else workers, on_piece=_show_piece
+        )
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo((out / "frontier.md").read_text())
+    typer.echo(f"{out / 'frontier.json'}  {out / 'frontier.png'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for pictures and summary.")] = Path("demo"),
+) -> None:
+    """Show both protections and the attack on them in three minutes, on built-in photographs."""
+    from fedveil.studies.demo import run_demo
+
+    typer.echo(run_demo(out))
+
+
+app.command("transform")(transform)
+app.command("report")(report)
+app.command("deliver")(deliver)

@@ -1,0 +1,1 @@
+"""Where a federation runs: worker processes, Flower's simulation, or deployed nodes."""

@@ -1,0 +1,1 @@
+"""Secure aggregation (SecAgg+): the server learns sums only."""

@@ -1,0 +1,1 @@
+"""What a server does with the answers of a round, as Flower strategies."""

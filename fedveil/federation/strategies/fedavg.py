@@ -1,0 +1,342 @@
+"""Federated averaging with a seeded choice of clients; what the noise strategies build on."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from logging import WARNING
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from fedveil.copies.fingerprint import Fingerprint
+from fedveil.errors import FedveilError
+from fedveil.federation.acceptance import (
+    Acceptance,
+    coordinate_median,
+    refuse_large,
+    trimmed_mean,
+)
+from fedveil.federation.replies import Refusal, Update, read_replies
+from fedveil.federation.roster import Client, query_roster, sample_clients
+from fedveil.federation.secagg.server import Agreement, SecureAggregation
+from fedveil.runs.archive import Archive, Entry
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What one round sends to whom.
+
+    Attributes:
+        copies: The distinct models that leave the server.
+        assignment: Which of them each client receives, an index into ``copies``.
+        sigma: Strength of the noise in them; 0 where there is none.
+        evaluations: Evaluations of copies that finding σ took.
+        images: Images those evaluations took.
+        seconds: Time it took to make the copies.
+        shared: The same before each client's fingerprint was added; ``None`` where none was.
+    """
+
+    copies: tuple[Weights, ...]
+    assignment: tuple[tuple[Client, int], ...]
+    sigma: float = 0.0
+    evaluations: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    shared: "Distribution | None" = None
+
+
+@dataclass(frozen=True)
+class StrategyState:
+    """What a strategy carries from round to round; with the seed, all a resumed run needs.
+
+    Attributes:
+        base: The model the next copies are made from.
+        sigma: Where the next search for σ starts.
+        noisy: Whether the model has passed the cap.
+        memory: What else the strategy keeps, by name.
+    """
+
+    base: Weights | None = None
+    sigma: float = 0.0
+    noisy: bool = False
+    memory: Weights | None = None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where an earlier process of the same run stopped.
+
+    Attributes:
+        rounds: Rounds it completed; round numbers go on from there.
+        state: What its strategy left.
+    """
+
+    rounds: int = 0
+    state: StrategyState = field(default_factory=StrategyState)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each round chooses its clients.
+
+    Attributes:
+        fraction: C, the fraction of the clients that takes part in a round.
+        seed: Same seed, same clients.
+        min_clients: Clients to wait for before the first round.
+        timeout: Seconds to wait for them, and for their answers to the first query.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+    min_clients: int = 2
+    timeout: float = 3_600.0
+
+
+class SeededFedAvg(FedAvg):
+    """Flower's FedAvg with clients sampled by seed, checked replies, and rounds that can resume.
+
+    Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized
+    Data", AISTATS 2017, Algorithm 1.
+
+    Args:
+        sampling: How each round chooses its clients.
+        resume: Where an earlier process of the same run stopped.
+
+    Attributes:
+        archive: Where each round is written down before its models leave; ``None``: nowhere.
+        fingerprint: What tells each client's copy from the others'; ``None``: nothing.
+        acceptance: Which answers are averaged, and how; may be set before the first round.
+        secure: How the server learns the sum of the clients' changes and none of them; ``None``:
+            it sees each. Acceptance, which needs to see each, is left out then.
+    """
+
+    acceptance = Acceptance()
+
+    def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
+        self.sampling = sampling or Sampling()
+        super().__init__(fraction_train=self.sampling.fraction, min_evaluate_nodes=0)
+        # Evaluation is the server's: no client is ever sent a model just to be evaluated.
+        self.fraction_evaluate = 0.0
+        resume = resume or Resume()
+        self.completed_rounds = resume.rounds
+        self.state = resume.state
+        self.archive: Archive | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.secure: SecureAggregation | None = None
+        self._agreement: Agreement | None = None
+        self.clients: tuple[Client, ...] = ()
+        self.sent: Distribution | None = None
+        self.refused: tuple[str, ...] = ()
+        self.averaged: tuple[int, ...] = ()
+        self.loss = float("nan")
+
+    def distribute(
+        self, round_number: int, weights: Weights, clients: Sequence[Client]
+    ) -> Distribution:
+        """Decide which model each sampled client receives; here all receive the same."""
+        return Distribution((weights,), tuple((client, 0) for client in clients))
+
+    def attachments(self) -> dict[str, ArrayRecord]:
+        """Return what goes to every client beside its copy, by the name of its record."""
+        return {}
+
+    def marked(self, round_number: int, sent: Distribution) -> Distribution:
+        """Give each client a copy of its own, with its fingerprint, if it has none yet."""
+        if self.fingerprint is None or sent.shared is not None:
+            return sent
+        copies = tuple(
+            self.fingerprint.apply(
+                sent.copies[copy], round_number=round_number, client=client.partition
+            )
+            for client, copy in sent.assignment
+        )
+        assignment = tuple((client, number) for number, (client, _) in enumerate(sent.assignment))
+        return replace(sent, copies=copies, assignment=assignment, shared=sent)
+
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
+        """Return the next w from the checked replies (at least one); here their weighted mean."""
+        mean = self.average([(unmarked(update, sent), update.examples) for update in updates])
+        return {name: value.to(sent.copies[0][name].dtype) for name, value in mean.items()}
+
+    def average(self, terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
+        """Return the average that ``acceptance`` names, of (x, n) pairs."""
+        return _AVERAGES[self.acceptance.average](terms)
+
+    def expected(self, sent: Distribution) -> Weights:
+        """Return tensors with the names, shapes and dtypes a reply must have."""
+        return sent.copies[0]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample the clients of the round and address each its copy."""
+        round_number = self.completed_rounds + server_round
+        if not self.clients:
+            self.clients = query_roster(
+                grid,
+                config,
+                min_clients=self.sampling.min_clients,
+                timeout=self.sampling.timeout,
+            )
+        chosen = sample_clients(
+            self.clients,
+            fraction=self.sampling.fraction,
+            seed=self.sampling.seed,
+            round_number=round_number,
+        )
+        if self.secure:
+            # Before any model is made, so that who drops out here was never sent one.
+            self._agreement = self.secure.agree(grid, chosen, round_number)
+            chosen = list(self._agreement.clients)
+        started = time.perf_counter()
+        sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
+        sent = self.marked(round_number, sent)
+        self.sent = replace(sent, seconds=time.perf_counter() - started)
+        if self.archive:
+            self.archive.write(self._entry(round_number, sent))
+        config = ConfigRecord({**config, "server-round": round_number})
+        # One record per copy, none shared between copies, and none touched after this line.
+        contents = [
+            RecordDict(
+                {
+                    self.arrayrecord_key: ArrayRecord(dict(copy)),
+                    self.configrecord_key: config,
+                    **self.attachments(),
+                }
+            )
+            for copy in self.sent.copies
+        ]
+        return [
+            Message(
+                content=self._addressed(contents[copy], client),
+                message_type=MessageType.TRAIN,
+                dst_node_id=client.node,
+            )
+            for client, copy in self.sent.assignment
+        ]
+
+    def _addressed(self, content: RecordDict, client: Client) -> RecordDict:
+        """Return a message's content with what only this client may read."""
+        if self._agreement is None:
+            return content
+        return RecordDict({**content, RECORD_KEY_CONFIGS: self._agreement.letters[client.node]})
+
+    def _entry(self, round_number: int, sent: Distribution) -> Entry:
+        shared = sent.shared or sent
+        assignment = {client.partition: copy for client, copy in shared.assignment}
+        mark = None if sent.shared is None else self.fingerprint
+        return Entry(round_number, shared.copies, assignment, mark)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Average the usable replies; the others are refused by name and never averaged.
+
+        Raises:
+            FedveilError: No reply was usable.
+        """
+        if self.sent is None:
+            raise RuntimeError("aggregate_train was called before configure_train")
+        round_number = self.completed_rounds + server_round
+        asked = {client.node: client for client, _ in self.sent.assignment}
+        updates, refusals = self._usable(replies, self.sent, round_number)
+        refusals += _silent(asked, updates, refusals)
+        self.refused = tuple(f"node {refusal.node}: {refusal.reason}" for refusal in refusals)
+        for refusal in self.refused:
+            log(WARNING, "round %d: left out %s", round_number, refusal)
+        if not updates:
+            reasons = "; ".join(self.refused) or "nobody answered in time"
+            raise FedveilError(
+                f"round {round_number}: no usable answer from {len(asked)} clients ({reasons})"
+            )
+        weights = self.combine(round_number, self.sent, updates)
+        examples = sum(update.examples for update in updates)
+        self.loss = sum(update.loss * update.examples for update in updates) / examples
+        self.averaged = tuple(update.client.partition for update in updates)
+        return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
+
+    def _usable(
+        self, replies: Iterable[Message], sent: Distribution, round_number: int
+    ) -> tuple[list[Update], list[Refusal]]:
+        received = {client: sent.copies[copy] for client, copy in sent.assignment}
+        if self._agreement:
+            return self._agreement.mean(replies, received)
+        updates, refusals = read_replies(
+            replies,
+            asked={client.node: client for client in received},
+            expected=self.expected(sent),
+            round_number=round_number,
+        )
+        updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
+        return updates, refusals + large
+
+
+def unmarked(update: Update, sent: Distribution) -> Weights:
+    """Return what a client sent back less the fingerprint in the copy it was sent.
+
+    A client that returns its copy untouched returns the shared copy exactly, so the mean of
+    returned weights keeps nothing of any fingerprint.
+
+    Args:
+        update: The reply.
+        sent: What its round sent.
+
+    Returns:
+        State by name, in the reply's dtypes.
+    """
+    if sent.shared is None:
+        return update.weights
+    copy, shared = (dict(d.assignment)[update.client] for d in (sent, sent.shared))
+    received, clean = sent.copies[copy], sent.shared.copies[shared]
+    return {
+        name: value
+        if received[name] is clean[name]
+        else (value.double() + (clean[name].double() - received[name].double())).to(value.dtype)
+        for name, value in update.weights.items()
+    }
+
+
+def _silent(
+    asked: Mapping[int, Client], updates: Sequence[Update], refusals: Sequence[Refusal]
+) -> list[Refusal]:
+    heard = {update.client.node for update in updates} | {refusal.node for refusal in refusals}
+    return [Refusal(node, "no answer in time") for node in asked if node not in heard]
+
+
+def weighted_mean(terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
+    """Return Σ nₖ·xₖ / Σ nₖ tensor by tensor, summed in float64 and returned in the terms' dtype.
+
+    Args:
+        terms: (x, n) pairs with the same names and shapes; n above 0. Tensors that are no floating
+            point numbers, counters of batch statistics, are the first term's.
+    """
+    total = sum(count for _, count in terms)
+    mean: dict[str, Tensor] = {}
+    for name, first in terms[0][0].items():
+        if not first.is_floating_point():
+            mean[name] = first
+            continue
+        accumulated = torch.zeros_like(first, dtype=torch.float64)
+        for weights, count in terms:
+            accumulated.add_(weights[name], alpha=count / total)
+        mean[name] = accumulated.to(first.dtype)
+    return mean
+
+
+_AVERAGES: Mapping[str, Callable[[Sequence[tuple[Weights, float]]], dict[str, Tensor]]] = {
+    "mean": weighted_mean,
+    "median": coordinate_median,
+    "trimmed-mean": trimmed_mean,
+}
+
+
+def clone(weights: Weights) -> dict[str, Tensor]:
+    """Return a deep copy of a model's state."""
+    return {name: torch.clone(value) for name, value in weights.items()}

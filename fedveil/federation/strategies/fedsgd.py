@@ -1,0 +1,95 @@
+"""A server that takes the notes an honest-but-curious one can take."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedveil.federation.replies import Update as Reply
+from fedveil.federation.strategies.fedavg import (
+    Distribution,
+    Sampling,
+    SeededFedAvg,
+    Weights,
+    weighted_mean,
+)
+
+Update = Literal["gradient", "step", "fedavg"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One round between the server and the clients it watches, as it went over the wire.
+
+    Attributes:
+        server_round: The round.
+        sent: The model that went out.
+        returned: What came back: the gradient, or the weights after the local steps.
+        images: How many images the clients say it is of.
+    """
+
+    server_round: int
+    sent: ArrayRecord
+    returned: ArrayRecord
+    images: int
+
+
+class WatchingFedSGD(SeededFedAvg):
+    """FedSGD or federated averaging on a server that keeps what one of its clients sends.
+
+    The same model goes out in every round, as a curious server may well arrange: each round then
+    leaks other images at the same weights.
+
+    Source: McMahan et al. 2017, section 2, FederatedSGD and FederatedAveraging.
+
+    Args:
+        victims: Partitions of the clients that are watched. Of several the server sees the mean
+            only, weighted by examples, as secure aggregation leaves it.
+        parameters: Names of the model's parameters; its other tensors have no gradient.
+        action: What clients are asked for: ``gradient``; ``step``, the weights after one step; or
+            ``fedavg``, the weights after the task's local epochs and minibatches.
+        sampling: How each round chooses its clients.
+    """
+
+    def __init__(
+        self,
+        *,
+        victims: Collection[int],
+        parameters: Collection[str],
+        action: Update = "gradient",
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__(sampling=sampling)
+        self.parameters = frozenset(parameters)
+        self.victims = frozenset(victims)
+        self.action = action
+        self.exchanges: list[Exchange] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for what the action names, on the round's own images."""
+        for message in super().configure_train(server_round, arrays, config, grid):
+            message.metadata.message_type = f"train.{self.action}"
+            yield message
+
+    def expected(self, sent: Distribution) -> Weights:
+        """Expect a tensor for each parameter."""
+        return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
+
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Reply]) -> Weights:
+        """Note the victims' replies and return the model that was sent."""
+        seen = [update for update in updates if update.client.partition in self.victims]
+        if len(seen) == len(self.victims):
+            mean = weighted_mean([(update.weights, update.examples) for update in seen])
+            self.exchanges.append(
+                Exchange(
+                    round_number,
+                    ArrayRecord(dict(sent.copies[0])),
+                    ArrayRecord(mean),
+                    sum(update.examples for update in seen),
+                )
+            )
+        return sent.copies[0]

@@ -1,0 +1,271 @@
+"""Three sentences on what was measured, by rule from the numbers.
+
+The rules never say more than the numbers do. A cap bounds the direct use of a copy, not theft. An
+attack that does not know the defence shows nothing about the defence when it fails. Every attack
+named is the strongest of those tried, not of those that exist.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedveil.report.artifacts import (
+    Artifacts,
+    FrontierRow,
+    LeakageRow,
+    Run,
+    TheftRow,
+)
+
+_Leaked = LeakageRow | FrontierRow
+
+_FEW = 0.05
+_SURELY = 0.5
+# None of n found still allows a rate of 3/n at 95 %.
+_ENOUGH = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict.
+
+    Attributes:
+        topic: What it is about.
+        mark: The outcome in two or three words.
+        kind: ``good``, ``bad`` or ``unknown``, for its colour and sign.
+        sentence: One sentence.
+    """
+
+    topic: str
+    mark: str
+    kind: str
+    sentence: str
+
+
+def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
+    """Return what was found of the copies, of theft and of clients' images, in this order."""
+    theft = [row for audit in artifacts.thefts for row in audit.rows]
+    audited: list[_Leaked] = [row for audit in artifacts.leakages for row in audit.rows]
+    grid: list[_Leaked] = [row for frontier in artifacts.frontiers for row in frontier.rows]
+    # The two are different experiments; one sentence cannot speak of both.
+    leakage = audited or grid
+    return _of_copies(artifacts.runs), _of_theft(theft), _of_leakage(leakage)
+
+
+def percent(share: float) -> str:
+    """Return a share as text that never rounds up to all or down to nothing."""
+    text = f"{share:.0%}" if share in (0, 1) or 0.1 <= share < 0.9 else f"{share:.1%}"
+    if text == "100.0%" and share < 1:
+        text = "over 99.9%"
+    if text == "0.0%" and share > 0:
+        text = "under 0.1%"
+    return text.replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def points(gain: float) -> str:
+    """Return a difference of accuracies in percentage points."""
+    return f"{100 * gain:.1f} points"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return a 95 % interval of a share in brackets, or nothing where there is none.
+
+    Resampling shows no spread where all or none were hit; such an interval would look like
+    certainty.
+    """
+    if low is None or high is None or low == high:
+        return ""
+    return f" (95 % interval {percent(low)} to {percent(high)})"
+
+
+def _of_copies(runs: Sequence[Run]) -> Finding:
+    topic = "Copies clients receive"
+    capped = [run for run in runs if run.cap is not None]
+    if not runs:
+        return Finding(
+            topic,
+            "Not measured",
+            "unknown",
+            "No training run was given, so this report says nothing about how good the copies are "
+            "that clients receive.",
+        )
+    if not capped:
+        best = max(run.best_copy for run in runs)
+        return Finding(
+            topic,
+            "No cap",
+            "bad",
+            f"Training ran without a cap: clients received copies of up to {percent(best)} "
+            "accuracy, which is the owner's model itself.",
+        )
+    rounds = sum(len(run.rounds) for run in capped)
+    over = sum(run.rounds_over_cap for run in capped)
+    which = "the run" if len(capped) == 1 else f"the {len(capped)} runs that have a cap"
+    owner = _range([run.summary.accuracy for run in capped])
+    # The run whose copy came closest to its cap, or passed it by most.
+    worst = max(capped, key=lambda run: run.best_copy - (run.cap or 0))
+    limits = "bounds direct use of a copy and does not bound theft"
+    measured = f"at most {percent(worst.best_copy)}, the cap being {percent(worst.cap or 0)}"
+    if over:
+        return Finding(
+            topic,
+            "Cap passed",
+            "bad",
+            f"In {over} of {rounds} rounds of {which} a copy passed the accuracy cap "
+            f"({measured}), while the owner's model reached {owner}; even a cap that "
+            f"holds {limits}.",
+        )
+    images = min(_images_a_round(run) for run in capped)
+    return Finding(
+        topic,
+        "Cap held",
+        "good",
+        f"In all {rounds} rounds of {which} every copy stayed at or below the accuracy cap "
+        f"({measured}, on {images:,} images a round that the noise was not set on), "
+        f"while the owner's model reached {owner}; such a cap {limits}.",
+    )
+
+
+def _images_a_round(run: Run) -> int:
+    return min(run.summary.configuration.report_images, run.summary.report_images)
+
+
+def _of_theft(rows: Sequence[TheftRow]) -> Finding:
+    topic = "Theft of the model"
+    if not rows:
+        return Finding(
+            topic,
+            "Not measured",
+            "unknown",
+            "What a client can make of the copies it received was not measured here, and a low "
+            "accuracy of the copies does not show that theft fails.",
+        )
+    worst = max(rows, key=lambda row: row.advantage)
+    how = f"“{worst.attack}” with {worst.labels:,} labelled images and {_thieves(worst.colluders)}"
+    outcome = f"{percent(worst.accuracy)} where training alone on them gives {percent(worst.alone)}"
+    if worst.advantage <= 0:
+        return Finding(
+            topic,
+            "No gain found",
+            "good",
+            f"None of the {len(rows)} thefts tried gained on training alone: the best, {how}, "
+            f"reached {outcome}, and a thief who tries something else may do better.",
+        )
+    spread = ""
+    if worst.advantage_low is not None and worst.advantage_high is not None:
+        low, high = 100 * worst.advantage_low, 100 * worst.advantage_high
+        spread = f" (95 % interval {low:.1f} to {high:.1f})"
+    return Finding(
+        topic,
+        f"Gains {points(worst.advantage)}",
+        "bad",
+        f"A thief gains up to {points(worst.advantage)}{spread}: of the thefts tried, {how} "
+        f"reached {outcome}, and a thief who tries something else may gain more.",
+    )
+
+
+def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
+    topic = "Clients' images"
+    if not rows:
+        return Finding(
+            topic,
+            "Not measured",
+            "unknown",
+            "What a server can read of clients' images from their updates was not measured here.",
+        )
+    plain = [row for row in rows if row.defense == "none"]
+    informed = {_name(row) for row in rows if row.adaptive and row.defense != "none"}
+    defended = [row for row in rows if row.defense != "none" and _name(row) in informed]
+    uninformed = [row for row in rows if row.defense != "none" and _name(row) not in informed]
+    least: _Leaked | None = None
+    parts = []
+    if plain:
+        parts.append(f"without a defence {_rebuilt(max(plain, key=_leaks))}")
+    if defended:
+        worst = [max(_under(defended, name), key=_leaks) for name in sorted(informed)]
+        least = min(worst, key=_leaks)
+        among = ", of the defences tried the one that leaks least," if len(worst) > 1 else ""
+        knowing = "knowing it" if least.adaptive else "not even knowing it"
+        parts.append(f"under {_name(least)}{among} {_rebuilt(least)}, {knowing}")
+    elif uninformed:
+        parts.append(
+            f"the defence {_name(uninformed[0])} was attacked only by those who do not know it, "
+            "which shows nothing about what it withstands"
+        )
+    if not plain and not defended:
+        return Finding(topic, "Not tested", "unknown", f"{parts[0][0].upper()}{parts[0][1:]}.")
+    mark, kind, caveat = _judgement(plain, least)
+    return Finding(topic, mark, kind, f"From a client's update {_joined(parts)}; {caveat}.")
+
+
+def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, str, str]:
+    """Return mark, kind and caveat; an attack must be shown to work before its failure counts."""
+    undefended = max((_told(row) for row in plain), default=None)
+    top = _told(least) if least else undefended or 0.0
+    seen = [least] if least else plain
+    how = "matched" if any(row.identified == top for row in seen) else "picked out"
+    mark = f"{percent(top)} {how}"
+    if top > _FEW:
+        return mark, "bad", "stronger attacks may exist"
+    if undefended is None:
+        return (
+            mark,
+            "unknown",
+            ("whether these attacks succeed at all, without a defence, was not measured"),
+        )
+    if undefended <= _SURELY:
+        return (
+            "Attacks too weak",
+            "unknown",
+            ("attacks that hardly succeed without a defence show nothing about one"),
+        )
+    if isinstance(least, LeakageRow) and least.images < _ENOUGH:
+        return mark, "unknown", f"{least.images} images are too few to call that rare"
+    return mark, "good", "stronger attacks may exist"
+
+
+def _rebuilt(row: _Leaked) -> str:
+    known = f"let {percent(row.identified)} of the images be matched to their originals"
+    known += interval(row.identified_low, row.identified_high)
+    if row.recognised is not None:
+        known += f", {percent(row.recognised)} to be picked out among candidates by their gradients"
+    if isinstance(row, LeakageRow) and row.defense == "none":
+        return (
+            f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "
+            f"{row.images:,} images exactly and {known}"
+        )
+    cost = ""
+    if isinstance(row, FrontierRow):
+        cost = f", the model being {percent(row.accuracy)} accurate"
+    return f"the strongest attack tried ({row.attack}) {known}{cost}"
+
+
+def _told(row: _Leaked) -> float:
+    """Return which share of the images could be told, rebuilt or not."""
+    return max(row.identified, row.recognised or 0.0)
+
+
+def _leaks(row: _Leaked) -> tuple[float, float, bool, float]:
+    return _told(row), row.identified, row.adaptive, row.psnr_original
+
+
+def _name(row: _Leaked) -> str:
+    if isinstance(row, LeakageRow) or not row.strength_text:
+        return row.defense
+    return f"{row.defense} at {row.strength_text}"
+
+
+def _under(rows: Sequence[_Leaked], name: str) -> list[_Leaked]:
+    return [row for row in rows if _name(row) == name]
+
+
+def _thieves(count: int) -> str:
+    return "one client" if count <= 1 else f"{count} colluding clients"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = percent(min(values)), percent(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return ", and ".join(parts)

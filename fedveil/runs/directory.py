@@ -1,0 +1,338 @@
+"""What a run leaves on disk, and from which a killed run goes on.
+
+``config.json``         the whole configuration, and the versions it ran with
+``rounds.jsonl``        a line a round
+``checkpoint.safetensors``  w, base and the strategy's state after the last whole round (0600)
+``noise.key``           the run's secret key (0600)
+``archive/``            what each client was sent in each round, encrypted under that key
+``model.safetensors``   w, once the run is complete (0600)
+``summary.json``, ``curves.png``
+
+With ``FEDVEIL_KEY_FILE`` the three of mode 0600 are encrypted, and end in ``.enc``.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedveil import __version__
+from fedveil.copies.noise import NoiseKey
+from fedveil.errors import FedveilError
+from fedveil.runs.config import TrainConfig
+from fedveil.federation.strategies.fedavg import StrategyState
+from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
+from fedveil.files import write_atomically
+from fedveil.sealing import OperatorKey
+
+_SECRET = 0o600
+_VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``.
+
+    Attributes:
+        round: Round, from 1.
+        accuracy: Accuracy of w after the round, on report images.
+        copies: Accuracy of each distinct copy that was distributed, on the same report images,
+            none of which σ was calibrated on.
+        sigma: Strength of the noise in the copies; 0 where they carried none.
+        calibration_evaluations: Evaluations of copies that finding σ took.
+        calibration_images: Images those took in all.
+        calibration_seconds: Time from the base model to the finished copies.
+        seconds: Time of the round, without the report's own evaluations.
+        loss: Mean training loss the clients report.
+        clients: Partitions of the clients whose answers were averaged.
+        refused: Answers that were left out, and why.
+    """
+
+    round: int
+    accuracy: float
+    copies: tuple[float, ...]
+    sigma: float
+    calibration_evaluations: int
+    calibration_images: int
+    calibration_seconds: float
+    seconds: float
+    loss: float
+    clients: tuple[int, ...]
+    refused: tuple[str, ...] = ()
+
+
+_ROUND = TypeAdapter(RoundRecord)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a whole round.
+
+    Attributes:
+        round: The last round completed; 0 before the first.
+        weights: w.
+        state: What the strategy carries over.
+    """
+
+    round: int
+    weights: Mapping[str, Tensor]
+    state: StrategyState
+
+
+class RunDirectory:
+    """The directory of one training run.
+
+    Args:
+        path: Where it is; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.secrets = RunSecrets(path)
+
+    @classmethod
+    def create(
+        cls, path: Path, config: TrainConfig, *, noise_key: NoiseKey | None = None
+    ) -> "RunDirectory":
+        """Start a run in a new or empty directory.
+
+        Args:
+            path: Where; made if need be.
+            config: Every setting.
+            noise_key: A key to use again; a fresh one is drawn where there is none.
+
+        Raises:
+            FedveilError: The directory holds something, or cannot be made, or the key that
+                ``FEDVEIL_KEY_FILE`` names cannot be read.
+        """
+        operator = OperatorKey.from_environment()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+        except OSError as error:
+            raise FedveilError(f"--out {path}: {error.strerror}") from None
+        if occupied:
+            raise FedveilError(
+                f"--out {path} is not empty; go on with fedveil train --resume {path}, or name a "
+                "new directory"
+            )
+        run = cls(path)
+        described = {"configuration": config.model_dump(), "versions": versions()}
+        try:
+            run.secrets.keep(noise_key or NoiseKey.generate(), operator)
+        except OSError as error:
+            raise FedveilError(f"--out {path}: {error.strerror}") from None
+        run._write("config.json", _json(described))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open the directory of an earlier run.
+
+        Raises:
+            FedveilError: It is none.
+        """
+        if not (path / "config.json").is_file():
+            raise FedveilError(
+                f"{path} is no run directory: it has no config.json; name the --out of an earlier "
+                "fedveil train"
+            )
+        return cls(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            FedveilError: ``config.json`` is damaged.
+        """
+        try:
+            described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return TrainConfig.check(described["configuration"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FedveilError(f"{self.path / 'config.json'} is damaged: {error}") from None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def extend(self, rounds: int) -> None:
+        """Let the run go on to more rounds than it was started for.
+
+        What it comes to is what a run of so many rounds from the start would have come to.
+
+        Args:
+            rounds: Rounds in all.
+
+        Raises:
+            FedveilError: The run has gone as far already, or the directory cannot be written.
+        """
+        config, done = self.config, len(self.rounds())
+        if rounds <= done:
+            raise FedveilError(
+                f"--rounds {rounds} is out of range: {self.path} has trained {done}; give more"
+            )
+        longer = TrainConfig.check(config.model_dump() | {"rounds": rounds})
+        described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        try:
+            # Before all else, since its presence says that the run is complete.
+            (self.path / "summary.json").unlink(missing_ok=True)
+            self.secrets.path(MODEL).unlink(missing_ok=True)
+        except OSError as error:
+            raise FedveilError(f"{self.path}: {error.strerror}") from None
+        self._write("config.json", _json(described | {"configuration": longer.model_dump()}))
+
+    def noise_key(self) -> NoiseKey:
+        """Return the run's noise key.
+
+        Raises:
+            FedveilError: There is none, or it is encrypted under a key that is not at hand.
+        """
+        return self.secrets.noise_key()
+
+    def rounds(self) -> list[RoundRecord]:
+        """Read ``rounds.jsonl``.
+
+        Raises:
+            FedveilError: A line is no round.
+        """
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [_round(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise FedveilError(f"{path} is damaged: {error}") from None
+
+    def write_rounds(self, rounds: list[RoundRecord]) -> None:
+        """Write ``rounds.jsonl`` anew, so that no crash leaves half a line."""
+        text = "".join(json.dumps(asdict(record)) + "\n" for record in rounds)
+        self._write("rounds.jsonl", text.encode())
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Read the last checkpoint; ``None`` before the first.
+
+        Raises:
+            FedveilError: The file is damaged, or encrypted under a key that is not at hand.
+        """
+        content = self.secrets.read(CHECKPOINT)
+        if content is None:
+            return None
+        try:
+            tensors, metadata = load(content), _metadata(content)
+            state = json.loads(metadata["state"])
+            base, memory = (_with_prefix(tensors, f"{kind}/") for kind in ("base", "memory"))
+            return Checkpoint(
+                round=int(state["round"]),
+                weights=_with_prefix(tensors, "w/"),
+                state=StrategyState(
+                    base or None, float(state["sigma"]), bool(state["noisy"]), memory or None
+                ),
+            )
+        except (
+            *(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError),
+            SafetensorError,
+        ) as error:
+            raise FedveilError(
+                f"{self.secrets.path(CHECKPOINT)} is damaged ({error}); restore it, or train anew "
+                "in another directory"
+            ) from None
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint in one rename."""
+        tensors = {f"w/{name}": value for name, value in checkpoint.weights.items()}
+        base = checkpoint.state.base or {}
+        tensors |= {f"base/{name}": value.clone() for name, value in base.items()}
+        memory = checkpoint.state.memory or {}
+        tensors |= {f"memory/{name}": value.clone() for name, value in memory.items()}
+        state = {
+            "round": checkpoint.round,
+            "sigma": checkpoint.state.sigma,
+            "noisy": checkpoint.state.noisy,
+        }
+        content = save(_contiguous(tensors), metadata={"state": json.dumps(state)})
+        self._write_secret(CHECKPOINT, content)
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left half written; only for whoever writes from now on."""
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+    def write_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Write ``model.safetensors``: w alone, for the party that ordered it."""
+        self._write_secret(MODEL, save(_contiguous(weights)))
+
+    def model(self) -> dict[str, Tensor]:
+        """Return w of the complete run.
+
+        Raises:
+            FedveilError: It is not there yet, damaged, or encrypted under a key not at hand.
+        """
+        path, content = self.secrets.path(MODEL), self.secrets.read(MODEL)
+        if content is None:
+            raise FedveilError(
+                f"{path} is not there: the run is not complete; fedveil train --resume {self.path}"
+            )
+        try:
+            return load(content)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise FedveilError(f"{path} is damaged ({error}); restore it from a copy") from None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``; its presence says that the run is complete."""
+        self._write("summary.json", _json(summary))
+
+    def _write_secret(self, name: str, content: bytes) -> None:
+        self.secrets.check_writable()
+        self._write(self.secrets.path(name).name, self.secrets.closed(name, content), mode=_SECRET)
+
+    def _write(self, name: str, content: bytes, *, mode: int = 0o644) -> None:
+        try:
+            write_atomically(self.path / name, content, mode=mode)
+        except OSError as error:
+            raise FedveilError(
+                f"{self.path / name} could not be written: {error.strerror}; make room or mend the "
+                f"permissions, then fedveil train --resume {self.path}"
+            ) from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of fedveil, Python and the libraries results depend on."""
+    libraries = {name: version(name) for name in _VERSIONED}
+    return {"fedveil": __version__, "python": platform.python_version(), **libraries}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata in the header of a file in the safetensors format."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _round(content: Any) -> RoundRecord:
+    record = _ROUND.validate_python(content)
+    if unknown := sorted(set(content) - {field.name for field in fields(RoundRecord)}):
+        raise ValueError(f"a round has no {unknown[0]!r}")
+    return record
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in tensors.items()}

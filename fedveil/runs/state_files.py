@@ -1,0 +1,60 @@
+"""Files of tensors by name, as users hand them in."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedveil.errors import FedveilError
+from fedveil.runs.directory import RunDirectory
+from fedveil.runs.secrets import MODEL
+
+
+def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
+    """Read a model's state; safetensors, or a PyTorch file of nothing but tensors.
+
+    Args:
+        path: The file; the encrypted model of a run is decrypted.
+        option: What the user knows it by, for messages.
+
+    Raises:
+        FedveilError: It cannot be read, or holds something else.
+    """
+    if path.name == f"{MODEL}.enc":
+        return RunDirectory.open(path.parent).model()
+    try:
+        state = _load(path)
+    except OSError as error:
+        raise FedveilError(
+            f"{option} {path} cannot be read: {error.strerror or error}; give the path of a "
+            ".safetensors file, or of a .pt file of tensors"
+        ) from None
+    except Exception:  # unpickling raises what it likes, and says nothing a user can mend
+        raise FedveilError(
+            f"{option} {path} is damaged or no file of tensors; give a .safetensors file, or a "
+            ".pt file written by torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise FedveilError(
+            f"{option} {path} holds no state dict; write one with "
+            "torch.save(model.state_dict(), FILE) or safetensors"
+        )
+    return state
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    _refuse_compressed(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than it is; ``torch.save`` compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")

@@ -1,0 +1,438 @@
+"""The first paper's figure 3, made anew, beside what its setting leaves out.
+
+Three parts, each in pieces that are kept as soon as they are finished:
+
+* ``figure3.png``: the paper's own comparison (10 clients, one victim, LeNet, DLG by L-BFGS with 100
+  iterations, 8×8 blocks), and beside it the attacker who knows the transformation, and a stronger
+  attack.
+* Leakage against ``keep``: the strongest attack, naive and adaptive, on many images.
+* Accuracy against ``keep``: clients train on transformed images; the delivered model is measured on
+  transformed and on plain test images. Whoever uses the model is no one's victim and knows the
+  transformation, so they may apply it to their own images first: that accuracy is the price of the
+  defence. On plain images the model meets frequencies it was never trained on; that accuracy is
+  what is lost when its user is not told.
+
+CIFAR-10 is often stored as JPEG, whose 8×8 blocks are quantised in this very transformation: such
+images do for accuracy, never for measuring what the transformation removes. The leakage parts
+therefore read another, lossless dataset.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedveil.attacks.inversion import build_attack
+from fedveil.audit.leakage import LeakageSettings
+from fedveil.audit.metrics import psnr
+from fedveil.data import load_dataset
+from fedveil.defenses import parse_defense
+from fedveil.errors import FedveilError
+from fedveil.federation.server_app import prepare_job
+from fedveil.files import check_directory, write_atomically
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
+from fedveil.runs.directory import versions
+from fedveil.studies.study import audited, plain, png, spread, trained, with_interval
+
+KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
+_ALL = 64  # coefficients of a block; to keep them all is to do nothing
+_NONE = "none"
+
+OnPiece = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DctStudy:
+    """What is measured.
+
+    Attributes:
+        images: The victim's images behind each row of the sweep.
+        seeds: Training runs 0, 1, … for each ``keep``.
+        dataset: Images that are attacked; losslessly stored ones.
+        accuracy_dataset: Images that are learnt.
+        keeps: Coefficients kept of a block's 64.
+        attack: The attack of the sweep.
+        figure_attacks: The attacks of figure 3, the published one first.
+        figure_images: Images of figure 3.
+        figure_keep: Coefficients kept in figure 3; the paper does not say how many.
+        clients: Clients, in leakage and in training.
+        victim: Which of them is attacked.
+        model: What is attacked.
+        accuracy_model: What is trained.
+        rounds: Rounds of a training run, all clients in each.
+        epochs: Local epochs a round.
+        learning_rate: Of the local steps.
+
+    Raises:
+        FedveilError: Nothing to measure, or a ``keep`` out of range.
+    """
+
+    images: int = 100
+    seeds: int = 3
+    dataset: str = "cifar100"
+    accuracy_dataset: str = "cifar10"
+    keeps: tuple[int, ...] = KEEPS
+    attack: str = "lm"
+    figure_attacks: tuple[str, ...] = ("dlg", "lm")
+    figure_images: int = 4
+    figure_keep: int = 6
+    clients: int = 10
+    victim: int = 3
+    model: str = "lenet"
+    accuracy_model: str = "cnn"
+    rounds: int = 20
+    epochs: int = 1
+    learning_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise FedveilError(f"--seeds {self.seeds} is out of range: give at least 1")
+        if self.figure_images < 1:
+            raise FedveilError(
+                f"--figure-images {self.figure_images} is out of range: give at least 1"
+            )
+        if not self.keeps or len(set(self.keeps)) < len(self.keeps):
+            raise FedveilError("name at least one --keep, and none twice")
+        for keep in (*self.keeps, self.figure_keep):
+            parse_defense(_defense(keep))
+        for attack in (self.attack, *self.figure_attacks):
+            build_attack(attack)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        keeps = "" if self.keeps == KEEPS else "".join(f" --keep {keep}" for keep in self.keeps)
+        return (
+            f"fedveil reproduce dct --out DIR --images {self.images} --seeds {self.seeds} "
+            f"--dataset {self.dataset} --accuracy-dataset {self.accuracy_dataset}{keeps} "
+            f"--figure-images {self.figure_images} --figure-keep {self.figure_keep} "
+            f"--rounds {self.rounds} --epochs {self.epochs}"
+        )
+
+    @property
+    def figure_audits(self) -> dict[str, LeakageSettings]:
+        """Directory of each audit of figure 3 to what it audits."""
+        return {
+            f"figure3-{attack}-{_slug(defense)}": self._audit(attack, defense, self.figure_images)
+            for attack in self.figure_attacks
+            for defense in (_NONE, _defense(self.figure_keep))
+        }
+
+    @property
+    def sweep_audits(self) -> dict[str, LeakageSettings]:
+        """Directory of each audit of the sweep to what it audits, no defence first."""
+        defenses = (_NONE, *map(_defense, self.keeps))
+        return {
+            f"{self.attack}-{_slug(defense)}": self._audit(self.attack, defense, self.images)
+            for defense in defenses
+        }
+
+    def sweep_audit(self, defense: str) -> str:
+        """Return the directory of the sweep's audit of one defence."""
+        return f"{self.attack}-{_slug(defense)}"
+
+    def training(self, defense: str, seed: int) -> TrainConfig:
+        """Return the settings of one training run."""
+        return TrainConfig.check(
+            {
+                "dataset": self.accuracy_dataset,
+                "model": self.accuracy_model,
+                "defense": defense,
+                "clients": self.clients,
+                "fraction": 1.0,
+                "rounds": self.rounds,
+                "epochs": self.epochs,
+                "learning_rate": self.learning_rate,
+                "strategy": "fedavg",
+                "report_images": 500,  # each round; the last counts on all
+                "seed": seed,
+            }
+        )
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Directory of each training run to its settings."""
+        # A transformation that removes nothing needs no runs of its own.
+        defenses = (_NONE, *(_defense(keep) for keep in self.keeps if keep < _ALL))
+        return {
+            f"{_slug(defense)}-{seed}": self.training(defense, seed)
+            for defense in defenses
+            for seed in range(self.seeds)
+        }
+
+    def _audit(self, attack: str, defense: str, images: int) -> LeakageSettings:
+        return LeakageSettings(
+            dataset=self.dataset,
+            model=self.model,
+            clients=self.clients,
+            victim=self.victim,
+            images=images,
+            attacks=(attack,),
+            defenses=(defense,),
+        )
+
+
+def reproduce(
+    study: DctStudy, out: Path, *, on_piece: OnPiece = lambda name, done, total: None
+) -> dict[str, Any]:
+    """Measure what is missing of a study, then write dct.json, dct.png, dct.md and figure3.png.
+
+    Every audit has its directory under ``out/leakage``, every training run its directory under
+    ``out/runs`` and its result in ``out/accuracy``. What is complete is not done again; a training
+    run that was cut short goes on from its last round, an audit begins again.
+
+    Args:
+        study: What to measure.
+        out: Directory of the study.
+        on_piece: Called before each piece as ``on_piece(name, pieces done, pieces in all)``.
+
+    Returns:
+        The content of ``dct.json``.
+
+    Raises:
+        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
+    """
+    _check(study, out)
+    (out / "accuracy").mkdir(parents=True, exist_ok=True)
+    audits = study.figure_audits | study.sweep_audits
+    total = len(audits) + len(study.trainings)
+    leaks: dict[str, list[dict[str, Any]]] = {}
+    accuracies: dict[str, dict[str, Any]] = {}
+    for name, settings in audits.items():
+        on_piece(f"leakage: {name}", len(leaks), total)
+        leaks[name] = audited(settings, out / "leakage" / name)
+    for name, config in study.trainings.items():
+        on_piece(f"accuracy: {name}", len(leaks) + len(accuracies), total)
+        accuracies[name] = trained(config, out, name)
+    return _report(study, out, leaks, accuracies)
+
+
+def _report(
+    study: DctStudy,
+    out: Path,
+    leaks: Mapping[str, Sequence[Mapping[str, Any]]],
+    accuracies: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    rows = [_row(study, defense, leaks, accuracies) for defense in _defenses(study)]
+    result = {
+        "command": study.command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "seeds": list(range(study.seeds)),
+        "settings": plain(asdict(study)),
+        "rows": rows,
+        "figure3": [row for name in study.figure_audits for row in leaks[name]],
+    }
+    write_atomically(out / "figure3.png", _draw_figure3(study, out / "leakage"))
+    write_atomically(out / "dct.png", _draw(rows))
+    write_atomically(out / "dct.md", _table(rows).encode())
+    write_atomically(out / "dct.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _check(study: DctStudy, out: Path) -> None:
+    """Refuse before anything is written what would fail hours later."""
+    check_directory(out)
+    data = load_dataset(study.dataset)
+    for settings in (*study.figure_audits.values(), *study.sweep_audits.values()):
+        settings.federation.ground_truth(data)
+    prepare_job(study.training(_NONE, 0))
+
+
+def _defense(keep: int) -> str:
+    return f"dct:keep={keep}"
+
+
+def _defenses(study: DctStudy) -> tuple[str, ...]:
+    return (_NONE, *map(_defense, study.keeps))
+
+
+def _slug(defense: str) -> str:
+    return defense.removeprefix("dct:").replace("=", "-")
+
+
+def _row(
+    study: DctStudy,
+    defense: str,
+    leaks: Mapping[str, Sequence[Mapping[str, Any]]],
+    accuracies: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    found = leaks[study.sweep_audit(defense)]
+    naive = next(row for row in found if not row["adaptive"])
+    adaptive = next((row for row in found if row["adaptive"]), naive)
+    keep = _ALL if defense == _NONE else int(defense.partition("=")[2])
+    learnt = _NONE if keep == _ALL else defense
+    runs = [accuracies[f"{_slug(learnt)}-{seed}"] for seed in range(study.seeds)]
+    return {
+        "defense": defense,
+        "keep": keep,
+        "ceiling": naive["psnr_ceiling"],
+        "ceiling_low": naive["psnr_ceiling_low"],
+        "ceiling_high": naive["psnr_ceiling_high"],
+        "naive": dict(naive),
+        "adaptive": dict(adaptive),
+        "trained_with": learnt,
+        "accuracy_transformed": spread([run["transformed"] for run in runs]),
+        "accuracy_plain": spread([run["plain"] for run in runs]),
+    }
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), dpi=130, layout="constrained")
+    distance, recognised, learnt = figure.subplots(1, 3)
+    swept = [row for row in rows if row["defense"] != _NONE]
+    keeps = [row["keep"] for row in swept]
+    _line(distance, swept, "naive", "psnr_original", ORANGE, "to x, naive attack", "s--")
+    _line(distance, swept, "adaptive", "psnr_original", BLUE, "to x, attack knows T", "o-")
+    # The ceiling of a transformation that removes nothing is endless.
+    hiding = [row for row in swept if row["keep"] < _ALL]
+    ceilings = [row["ceiling"] for row in hiding]
+    distance.plot(
+        [row["keep"] for row in hiding], ceilings, ":", color=BLACK, label="ceiling: T(x) itself"
+    )
+    _line(distance, swept, "adaptive", "psnr_trained", GREEN, "to T(x), attack knows T", "^:")
+    distance.set(ylabel="PSNR, dB (median)", title="What the server rebuilds")
+    _line(recognised, swept, "naive", "identified", ORANGE, "own original found, naive", "s--")
+    _line(recognised, swept, "adaptive", "identified", BLUE, "own original found, knows T", "o-")
+    _line(recognised, swept, "adaptive", "exact", GREEN, "T(x) exactly, knows T", "^:")
+    recognised.set(ylabel="share of images", ylim=(-0.03, 1.03), title="What that gives away")
+    for name, color, style, label in (
+        ("accuracy_transformed", BLUE, "o-", "on transformed images"),
+        ("accuracy_plain", ORANGE, "s--", "on plain images"),
+    ):
+        spread = [row[name] for row in swept]
+        learnt.errorbar(
+            keeps,
+            [s["mean"] for s in spread],
+            [s["sd"] for s in spread],
+            fmt=style,
+            color=color,
+            capsize=3,
+            label=label,
+        )
+    learnt.axhline(
+        rows[0]["accuracy_plain"]["mean"], color=GREY, linestyle=":", label="without transformation"
+    )
+    learnt.set(ylabel="test accuracy (mean, sd over seeds)", title="What it costs")
+    for axes in (distance, recognised, learnt):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(keeps, [str(keep) for keep in keeps])
+        axes.set_xlabel("DCT coefficients kept of 64")
+        axes.grid(alpha=0.2)
+        axes.legend(fontsize=8)
+    return png(figure)
+
+
+def _line(
+    axes: Any,
+    rows: Sequence[Mapping[str, Any]],
+    kind: str,
+    column: str,
+    color: str,
+    label: str,
+    style: str,
+) -> None:
+    keeps = [row["keep"] for row in rows]
+    # Hollow and larger, so that what lies beneath another line is seen around it.
+    size, fill = (9, "none") if kind == "naive" else (5, color)
+    values = [row[kind][column] for row in rows]
+    axes.plot(keeps, values, style, color=color, label=label, markersize=size, mfc=fill)
+    low = [row[kind][f"{column}_low"] for row in rows]
+    high = [row[kind][f"{column}_high"] for row in rows]
+    axes.fill_between(keeps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _draw_figure3(study: DctStudy, folder: Path) -> bytes:
+    from matplotlib.figure import Figure
+
+    columns = _figure3_columns(study, folder)
+    count = study.figure_images
+    figure = Figure(figsize=(1.5 * len(columns), 1.65 * count + 0.6), dpi=130, layout="constrained")
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    originals = columns[0][1]
+    for place, (title, images) in enumerate(columns):
+        grid[0][place].set_title(title, fontsize=8)
+        scores = psnr(images.clamp(0, 1), originals).tolist()
+        for index in range(count):
+            axes = grid[index][place]
+            pixels = images[index].clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if place:
+                axes.set_xlabel(f"{scores[index]:.1f} dB", fontsize=7)
+    return png(figure)
+
+
+def _figure3_columns(study: DctStudy, folder: Path) -> list[tuple[str, Tensor]]:
+    """Return titles and images, the originals first; PSNR is to these."""
+    defense = _defense(study.figure_keep)
+    columns: list[tuple[str, Tensor]] = []
+    for attack in study.figure_attacks:
+        plain = _arrays(folder / f"figure3-{attack}-{_NONE}")
+        hidden = _arrays(folder / f"figure3-{attack}-{_slug(defense)}")
+        if not columns:
+            columns = [
+                ("original", plain["originals"]),
+                (f"transformed,\nkeep {study.figure_keep}", hidden[f"trained/{defense}"]),
+            ]
+        columns += [
+            (f"{attack} on\noriginal", plain[f"images/{attack}/{_NONE}/naive"]),
+            (f"{attack} on\ntransformed", hidden[f"images/{attack}/{defense}/naive"]),
+            (f"{attack},\nknows T", hidden[f"images/{attack}/{defense}/adaptive"]),
+        ]
+    return columns
+
+
+def _arrays(folder: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(folder / "reconstructions.npz") as stored:
+            return {name: torch.from_numpy(stored[name]) for name in stored.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise FedveilError(
+            f"{folder / 'reconstructions.npz'} is damaged ({error}); remove {folder} to attack anew"
+        ) from None
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| keep | ceiling, dB | attacker | dB to original | dB to T(x) | T(x) exactly "
+        "| identified | labels | accuracy on T(x) | accuracy on x |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        naive = row["defense"] == _NONE
+        kinds = ("naive",) if naive else ("naive", "adaptive")
+        lines += [_table_line(row, kind, first=kind == "naive") for kind in kinds]
+    return "\n".join(lines) + "\n"
+
+
+def _table_line(row: Mapping[str, Any], kind: str, *, first: bool) -> str:
+    scores = row[kind]
+    # A ceiling where nothing is removed is the rounding of the transformation, no finding.
+    endless = row["keep"] == _ALL
+    keep = "none" if row["defense"] == _NONE else str(row["keep"])
+    ceiling = "none" if endless else f"{row['ceiling']:.1f}"
+    transformed, plain = row["accuracy_transformed"], row["accuracy_plain"]
+    cells = [
+        keep if first else "",
+        ceiling if first else "",
+        "knows T" if kind == "adaptive" else "naive",
+        with_interval(scores, "psnr_original", ".1f"),
+        with_interval(scores, "psnr_trained", ".1f"),
+        with_interval(scores, "exact", ".0%"),
+        with_interval(scores, "identified", ".0%"),
+        f"{scores['label_accuracy']:.0%}",
+        f"{transformed['mean']:.1%} ± {transformed['sd']:.1%}" if first else "",
+        f"{plain['mean']:.1%} ± {plain['sd']:.1%}" if first else "",
+    ]
+    return f"| {' | '.join(cells)} |"

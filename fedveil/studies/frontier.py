@@ -1,0 +1,500 @@
+"""Accuracy against leakage, for every defence and strength: what to deploy.
+
+Accuracy comes from federations that train to their end. Leakage comes from the best attack of the
+suite, naive or adaptive, in three scenarios:
+
+* ``worst``: a freshly initialised LeNet, one image a round, its gradient on the wire;
+* ``round``: the model that the clients have trained under the same defence, a batch of 16 images,
+  one local epoch, weights on the wire;
+* ``sum``: the same where secure aggregation shows the server the sum over all clients only.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedveil.attacks.inversion import build_attack
+from fedveil.audit.adaptive import adaptive_for
+from fedveil.audit.leakage import LeakageSettings
+from fedveil.data import load_dataset
+from fedveil.defenses import check_defense, parse_defense
+from fedveil.errors import FedveilError
+from fedveil.federation.server_app import prepare_job
+from fedveil.federation.strategies.fedsgd import Update
+from fedveil.files import check_directory, write_atomically
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import versions
+from fedveil.runs.secrets import MODEL, RunSecrets
+from fedveil.studies.study import (
+    Piece,
+    audited,
+    plain,
+    png,
+    run_pieces,
+    spread,
+    trained,
+    with_interval,
+)
+
+DEFENSES = (
+    "none",
+    *(f"dct:keep={keep}" for keep in (3, 6, 10, 21)),
+    *(f"dct-random:drop={drop}" for drop in (0.5, 0.8, 0.95)),
+    *(f"jpeg:quality={quality}" for quality in (5, 20, 60)),
+    *(f"blur:sigma={sigma}" for sigma in (0.7, 1.5, 3)),
+    *(f"down:factor={factor}" for factor in (2, 4)),
+    *(f"prune:share={share}" for share in (0.7, 0.9, 0.99)),
+    "clip:norm=1",
+    *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
+    *(f"soteria:share={share}" for share in (0.2, 0.8)),
+    *(f"dp-sgd:noise={noise}" for noise in (0.3, 1, 3)),
+)
+# A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
+_UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
+SCENARIOS = tuple(_UPDATES)
+_REFUSED = "refused.json"
+_MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
+
+OnPiece = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierStudy:
+    """What is measured.
+
+    Attributes:
+        dataset: What is learnt, and attacked in the realistic round.
+        leakage_dataset: What is attacked in the worst case; None for the same. Images stored as
+            JPEG, as CIFAR-10's sometimes are, have lost part of what transformations remove.
+        images: The victim's images behind each row.
+        sum_images: Images behind each row under a sum, of all clients together; None for a batch of
+            each.
+        scenarios: Which of ``SCENARIOS`` are attacked.
+        seeds: Training runs 0, 1, … for each defence.
+        rounds: Rounds of a training run, all clients in each.
+        defenses: As ``fedveil.defenses.parse_defense`` reads them; ``none`` is the reference.
+        worst_attacks: Attacks of the worst case, as ``build_attack`` reads them.
+        round_attacks: Attacks of the realistic round, and of the sum.
+        inverse: Whether a network also learns to undo each transformation.
+        model: What is trained, and attacked in the realistic round.
+        worst_model: What is attacked in the worst case.
+        clients: Clients.
+        victim: Which of them is attacked.
+        batch: Images of the realistic round.
+        batch_size: Images a local step, in training; the realistic round has one step of ``batch``.
+        learning_rate: Of the local steps.
+        clip: Largest norm of a local gradient; None for no limit.
+        private_batch_size: Images a local step under DP-SGD, whose noise they share.
+        private_learning_rate: Of those steps. Both were chosen on another fold's images.
+
+    Raises:
+        FedveilError: Nothing to measure, or a defence or attack that cannot be.
+    """
+
+    dataset: str = "cifar10"
+    leakage_dataset: str | None = None
+    images: int = 96
+    sum_images: int | None = None
+    scenarios: tuple[str, ...] = SCENARIOS
+    seeds: int = 3
+    rounds: int = 20
+    defenses: tuple[str, ...] = DEFENSES
+    worst_attacks: tuple[str, ...] = ("lm", "ig")
+    round_attacks: tuple[str, ...] = ("ig",)
+    inverse: bool = True
+    model: str = "cnn"
+    worst_model: str = "lenet"
+    clients: int = 10
+    victim: int = 3
+    batch: int = 16
+    batch_size: int = 10
+    learning_rate: float = 0.05
+    clip: float | None = 20.0
+    private_batch_size: int = 250
+    private_learning_rate: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise FedveilError(f"--seeds {self.seeds} is out of range: give at least 1")
+        if self.images < 1 or self.images % self.batch:
+            raise FedveilError(
+                f"--images {self.images} is no multiple of the {self.batch} images of a round: "
+                f"give {max(1, -(-self.images // self.batch)) * self.batch}"
+            )
+        if self.sum_images is not None and (
+            self.sum_images < 1 or self.sum_images % (self.batch * self.clients)
+        ):
+            whole = self.batch * self.clients
+            raise FedveilError(
+                f"--sum-images {self.sum_images} is no multiple of the {whole} images of a sum: "
+                f"give {max(1, -(-self.sum_images // whole)) * whole}"
+            )
+        if not self.scenarios or not set(self.scenarios) <= set(SCENARIOS):
+            raise FedveilError(
+                f"--scenario {', '.join(self.scenarios) or 'nothing'} cannot be; allowed: "
+                f"{', '.join(SCENARIOS)}"
+            )
+        if not self.defenses or len(set(self.defenses)) < len(self.defenses):
+            raise FedveilError("name at least one --defense, and none twice")
+        for defense in self.defenses:
+            adaptive_for(parse_defense(defense))
+        for attack in (*self.worst_attacks, *self.round_attacks):
+            build_attack(attack)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        several = (
+            ("defense", () if self.defenses == DEFENSES else self.defenses),
+            ("attack", self.worst_attacks),
+            ("round-attack", self.round_attacks),
+            ("scenario", () if self.scenarios == SCENARIOS else self.scenarios),
+        )
+        summed = f" --sum-images {self.sum_images}" if self.sum_images else ""
+        leakage = f" --leakage-dataset {self.leakage_dataset}" if self.leakage_dataset else ""
+        repeated = "".join(f" --{name} {value}" for name, values in several for value in values)
+        return (
+            f"fedveil frontier --out DIR --dataset {self.dataset}{leakage} --images {self.images}"
+            f"{summed} --seeds {self.seeds} --rounds {self.rounds} --batch {self.batch}"
+            f"{'' if self.inverse else ' --no-inverse'}{repeated}"
+        )
+
+    def attacks(self, scenario: str) -> tuple[str, ...]:
+        """Return the attacks of a scenario."""
+        return self.worst_attacks if scenario == "worst" else self.round_attacks
+
+    def audit(self, scenario: str, defense: str, attack: str) -> LeakageSettings:
+        """Return the settings of one audit."""
+        worst, added_up = scenario == "worst", self.clients if scenario == "sum" else 1
+        return LeakageSettings(
+            dataset=(self.leakage_dataset or self.dataset) if worst else self.dataset,
+            model=self.worst_model if worst else self.model,
+            clients=self.clients,
+            victim=self.victim,
+            images=(self.sum_images or self.batch * added_up) if added_up > 1 else self.images,
+            batch=1 if worst else self.batch,
+            aggregate=added_up,
+            batch_size=self.batch,
+            attacks=(attack,),
+            defenses=(defense,),
+            update=_UPDATES[scenario],
+            learning_rate=1.0 if worst else self.learning_rate,
+            inverse=self.inverse,
+            workers=1,
+        )
+
+    def training(self, defense: str, seed: int) -> TrainConfig:
+        """Return the settings of one training run."""
+        private = parse_defense(defense).privacy is not None
+        return TrainConfig.check(
+            {
+                "dataset": self.dataset,
+                "model": self.model,
+                "defense": defense,
+                "clients": self.clients,
+                "fraction": 1.0,
+                "rounds": self.rounds,
+                "batch_size": self.private_batch_size if private else self.batch_size,
+                "learning_rate": self.private_learning_rate if private else self.learning_rate,
+                "clip": self.clip,
+                "strategy": "fedavg",
+                "report_images": 500,  # each round; the last counts on all
+                "seed": seed,
+                "workers": 1,
+            }
+        )
+
+
+def measure(
+    study: FrontierStudy,
+    out: Path,
+    *,
+    workers: int = 1,
+    on_piece: OnPiece = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Measure what is missing of a study, then write frontier.json, frontier.png and frontier.md.
+
+    Every training run and every audit is a piece of its own, kept as soon as it is finished, so an
+    interrupted study goes on where it stopped. An attack that does not apply to a model or a batch
+    is noted as such.
+
+    Args:
+        study: What to measure.
+        out: Directory of the study.
+        workers: Processes side by side.
+        on_piece: Called when a piece begins: ``on_piece(name, pieces begun, pieces in all)``.
+
+    Returns:
+        The content of ``frontier.json``.
+
+    Raises:
+        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
+    """
+    if workers < 1:
+        raise FedveilError(f"--workers {workers} is out of range: give at least 1")
+    _check(study, out)
+    (out / "accuracy").mkdir(parents=True, exist_ok=True)
+    trainings = [
+        Piece(f"accuracy of {defense}, seed {seed}", _train, (study, defense, seed, out))
+        for seed in range(study.seeds)
+        for defense in study.defenses
+    ]
+    audits = {
+        scenario: [
+            Piece(f"{scenario}: {attack} on {d}", _attack, (study, scenario, d, attack, out))
+            for d in study.defenses
+            for attack in study.attacks(scenario)
+        ]
+        for scenario in study.scenarios
+    }
+    first = [*trainings, *audits.get("worst", [])]
+    later = [*audits.get("round", []), *audits.get("sum", [])]
+    total = len(first) + len(later)
+    run_pieces(first, workers=workers, on_piece=lambda name, done, _: on_piece(name, done, total))
+    # These attack models that the trainings before have made.
+    run_pieces(
+        later,
+        workers=workers,
+        on_piece=lambda name, done, _: on_piece(name, len(first) + done, total),
+    )
+    return _report(study, out)
+
+
+def _check(study: FrontierStudy, out: Path) -> None:
+    """Refuse before anything is written what would fail hours later."""
+    check_directory(out)
+    for scenario in study.scenarios:
+        settings = study.audit(scenario, "none", study.attacks(scenario)[0])
+        settings.federation.ground_truth(load_dataset(settings.dataset))
+    job = prepare_job(study.training("none", 0))
+    for defense in study.defenses:
+        check_defense(parse_defense(defense), job.model, job.dataset.shape)
+
+
+def _train(study: FrontierStudy, defense: str, seed: int, out: Path) -> dict[str, Any]:
+    return trained(study.training(defense, seed), out, f"{_slug(defense)}-{seed}")
+
+
+def _attack(
+    study: FrontierStudy, scenario: str, defense: str, attack: str, out: Path
+) -> list[dict[str, Any]]:
+    path = out / "leakage" / f"{scenario}-{_slug(attack)}-{_slug(defense)}"
+    if (path / _REFUSED).exists():
+        return []
+    weights = RunSecrets(out / "runs" / f"{_slug(defense)}-0").path(MODEL)
+    try:
+        return audited(
+            study.audit(scenario, defense, attack),
+            path,
+            checkpoint=None if scenario == "worst" else weights,
+        )
+    except FedveilError as error:
+        if not _inapplicable(attack, error):
+            raise
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / _REFUSED, (json.dumps({"reason": str(error)}) + "\n").encode())
+        return []
+
+
+def _inapplicable(attack: str, error: FedveilError) -> bool:
+    """Return whether an attack said of itself that it does not fit the model or the batch."""
+    name = attack.partition(":")[0]
+    return any(phrase in str(error) for phrase in (f"attack {name}", f"--attack {name} handles"))
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
+
+
+def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
+    rows = [
+        row
+        for defense in study.defenses
+        for accuracy in [_accuracy(study, defense, out)]
+        for scenario in study.scenarios
+        for row in _rows(study, scenario, defense, accuracy, out)
+    ]
+    result = {
+        "command": study.command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "seeds": list(range(study.seeds)),
+        "settings": plain(asdict(study)),
+        "rows": rows,
+        "refused": _refusals(out),
+    }
+    write_atomically(out / "frontier.png", _draw(rows))
+    write_atomically(out / "frontier.md", _table(rows).encode())
+    write_atomically(out / "frontier.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _accuracy(study: FrontierStudy, defense: str, out: Path) -> dict[str, Any]:
+    runs = [_train(study, defense, seed, out) for seed in range(study.seeds)]
+    return {
+        # Whoever uses the model knows the transformation and may apply it to their own images.
+        **spread([run["transformed"] for run in runs]),
+        "plain": spread([run["plain"] for run in runs]),
+        "privacy": runs[0]["privacy"],
+    }
+
+
+def _rows(
+    study: FrontierStudy, scenario: str, defense: str, accuracy: Mapping[str, Any], out: Path
+) -> list[dict[str, Any]]:
+    parsed = parse_defense(defense)
+    found = [
+        row
+        for attack in study.attacks(scenario)
+        for row in _attack(study, scenario, defense, attack, out)
+    ]
+    if not found:
+        raise FedveilError(
+            f"no attack applies to {defense} in the scenario {scenario}, so its leakage is "
+            "unknown; name another --attack or --round-attack"
+        )
+    best = max(found, key=lambda row: (row["identified"], row["psnr_original"]))
+    closest = max(found, key=lambda row: row.get("recognised", 0))
+    return [
+        {
+            "defense": defense,
+            "family": parsed.family,
+            "strength": parsed.strength,
+            "scenario": scenario,
+            "accuracy": accuracy["mean"],
+            "accuracy_sd": accuracy["sd"],
+            "accuracy_plain": accuracy["plain"]["mean"],
+            "privacy": accuracy["privacy"],
+            **{key: value for key, value in row.items() if key != "defense"},
+            "best": row is best,
+            "best_membership": row is closest,
+        }
+        for row in found
+    ]
+
+
+def _refusals(out: Path) -> dict[str, str]:
+    return {
+        path.parent.name: json.loads(path.read_text())["reason"]
+        for path in sorted((out / "leakage").glob(f"*/{_REFUSED}"))
+    }
+
+
+# Okabe and Ito's colours and as many shapes, so that no family hangs on colour alone.
+_LOOK = {
+    "none": ("#000000", "*"),
+    "dct": ("#0072B2", "o"),
+    "dct-random": ("#56B4E9", "D"),
+    "jpeg": ("#E69F00", "s"),
+    "blur": ("#D55E00", "^"),
+    "down": ("#CC79A7", "v"),
+    "prune": ("#009E73", "P"),
+    "clip": ("#666666", "X"),
+    "noise": ("#B8A800", "<"),
+    "soteria": ("#7A4FA3", ">"),
+    "dp-sgd": ("#8C510A", "h"),
+}
+_STRENGTHS = re.compile(r"=([^,+]+(?:,[^+]+)?)")
+_TITLES = {
+    "worst": "Worst case: untrained LeNet, one image",
+    "round": "Realistic round: trained model, a batch",
+    "sum": "The same, the sum of all clients",
+}
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    figure = Figure(figsize=(7 * len(scenarios), 13), dpi=90, layout="constrained")
+    panels = figure.subplots(3, len(scenarios), squeeze=False)
+    for column, scenario in enumerate(scenarios):
+        own = [row for row in rows if row["scenario"] == scenario]
+        best = [row for row in own if row["best"]]
+        member = [row for row in own if row["best_membership"] and "recognised" in row]
+        found, near, picked = panels[0][column], panels[1][column], panels[2][column]
+        _panel(found, best, "identified", "reconstruction matched to its original among 100")
+        _panel(near, best, "psnr_original", f"PSNR to the original, dB (median, up to {_MOST_DB})")
+        _panel(picked, member, "recognised", "picked out of 100 candidates by its gradient")
+        found.set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
+        picked.set(ylim=(-0.05, 1.05))
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    figure.suptitle("Best attack of the suite. Better is right and below.", fontsize=10)
+    return png(figure)
+
+
+def _look(family: str) -> tuple[str, str]:
+    """Return colour and marker; of two joined the colour of the first and the second's marker."""
+    parts = family.split("+")
+    return _LOOK[parts[0]][0], _LOOK[parts[-1]][1]
+
+
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = sorted(
+            (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
+        )
+        color, marker = _look(family)
+        x = [row["accuracy"] for row in own]
+        y, lowest, highest = (
+            [min(_MOST_DB, row[f"{column}{end}"]) for row in own] for end in ("", "_low", "_high")
+        )
+        low = [value - end for value, end in zip(y, lowest, strict=True)]
+        high = [end - value for value, end in zip(y, highest, strict=True)]
+        axes.errorbar(
+            x,
+            y,
+            xerr=[row["accuracy_sd"] for row in own],
+            yerr=[[max(0, v) for v in low], [max(0, v) for v in high]],
+            color=color,
+            marker=marker,
+            markersize=12 if family == "none" else 7,
+            linewidth=1,
+            elinewidth=0.6,
+            alpha=0.9,
+            label=family,
+        )
+        for row, across, up in zip(own, x, y, strict=True):
+            text = " + ".join(_STRENGTHS.findall(row["defense"])) or "none"
+            axes.annotate(
+                text, (across, up), (4, 4), textcoords="offset points", fontsize=7, color=color
+            )
+    axes.set(xlabel="test accuracy (mean, sd over seeds)", ylabel=label)
+    axes.grid(alpha=0.2)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| defence | strength | accuracy | scenario | best attack | identified | dB to original "
+        "| picked out by gradient |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    closest = {
+        (row["defense"], row["scenario"]): row
+        for row in rows
+        if row["best_membership"] and "recognised" in row
+    }
+    for row in rows:
+        if not row["best"]:
+            continue
+        accuracy = f"{row['accuracy']:.1%} ± {row['accuracy_sd']:.1%}"
+        if row["privacy"]:
+            accuracy += f", ε = {row['privacy']['epsilon']:.3g}"
+        member = closest.get((row["defense"], row["scenario"]))
+        cells = [
+            f"`{row['defense']}`",
+            f"{row['strength']:.3g}",
+            accuracy,
+            row["scenario"],
+            f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
+            with_interval(row, "identified", ".0%"),
+            with_interval(row, "psnr_original", ".1f"),
+            with_interval(member, "recognised", ".0%") if member else "not measured",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

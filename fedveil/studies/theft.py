@@ -1,0 +1,478 @@
+"""Every protection's price in accuracy against what clients can still steal."""
+
+import io
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points
+from fedveil.audit.theft_run import run_theft_audit
+from fedveil.errors import FedveilError
+from fedveil.federation.server_app import prepare_job
+from fedveil.files import check_directory, write_atomically
+from fedveil.runs.curves import BLUE, GREEN, GREY, ORANGE
+from fedveil.runs.directory import versions
+from fedveil.studies.noise import (
+    Arm,
+    Study,
+    arm_directory,
+    final_accuracy,
+    train_arm,
+)
+from fedveil.studies.noise import select as select_arms
+
+_NEAR = 0.05  # of a figure's height, which a name takes
+OnPiece = Callable[[str, int, int], None]
+_Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheftStudy:
+    """What is trained and audited.
+
+    Attributes:
+        trainings: A comparison of arms for each dataset; the first arm of each partition is its
+            baseline. A run each arm and seed, audited by ``thieves`` thieves.
+        labels: As of ``TheftSettings``.
+        colluders: As of ``TheftSettings``.
+        thieves: Thieves of each run; seeds and thieves together are the samples of an interval.
+        command: The command that runs this study.
+    """
+
+    trainings: tuple[Study, ...]
+    labels: tuple[int, ...] = (10, 50, 100, 600)
+    colluders: tuple[int, ...] = (1, 2, 5)
+    thieves: int = 1
+    command: str = "fedveil reproduce theft --out DIR"
+
+    @property
+    def pieces(self) -> tuple[tuple[Study, Arm, int], ...]:
+        """Every run of the study."""
+        return tuple(
+            (study, arm, seed)
+            for study in self.trainings
+            for arm in study.arms
+            for seed in study.seeds
+        )
+
+    def audit(self, run: Path) -> TheftSettings:
+        """Return the audit of one run."""
+        return TheftSettings(
+            run=run, labels=self.labels, colluders=self.colluders, thieves=self.thieves
+        )
+
+
+_COMMON = {"model": "cnn", "clients": 100, "fraction": 0.1, "cap": 0.6, "rounds": 20}
+_PAIR = {
+    "strategy": "noise-pair",
+    "noise": "first-conv",
+    "learning_rate": 0.05,
+    "clip": 1.0,
+    "sigma_start": 0.1,
+    "sigma_step": 0.0,
+    "sigma_factor": 1.5,
+    "sigma_limit": 1e4,
+}
+# What a client that trains alone needs to come far; the baseline trains alike.
+_LONG = {
+    "batch_size": 20,
+    "learning_rate": 0.1,
+    "decay": True,
+    "momentum": 0.9,
+    "clip": 1.0,
+}
+_PROTECTED = {"strategy": "protected", "distillation_steps": 120}
+
+
+def _arms(
+    iid_rate: float, shards_rate: float, *, augment: str, label_share: float
+) -> tuple[Arm, ...]:
+    iid = {"learning_rate": iid_rate, "clip": 20.0}
+    shards = {"learning_rate": shards_rate, "clip": 20.0}
+    long = {**_LONG, "epochs": 30, "augment": augment}
+    # A client of two classes needs fewer steps, and has two images in each of them.
+    short = {**long, "epochs": 5}
+    taught = {**_PROTECTED, "label_share": label_share}
+    unlabelled = Arm("protected, no labels", "iid", {**long, **_PROTECTED})
+    bias = {"noise": "output.bias", "temperature": 1.0, "smoothing": 0.8, "sigma_limit": 1e6}
+    return (
+        Arm("fedavg", "iid", {**iid, "strategy": "fedavg"}),
+        Arm("fedavg, trained alike", "iid", {**long, "strategy": "fedavg"}),
+        # What the server's labelled images are worth without any client: its training is ignored.
+        Arm("server alone", "iid", {**long, "epochs": 1, **_PROTECTED, "label_share": 1.0}),
+        Arm("protected", "iid", {**long, **taught}),
+        *([unlabelled] if label_share else []),
+        Arm("protected, 3 shared rounds", "iid", {**long, **taught, "shared_rounds": 3}),
+        Arm("noise-delta", "iid", {**iid, "strategy": "noise-delta"}),
+        Arm("fedavg", "shards:2", {**shards, "strategy": "fedavg"}),
+        Arm("fedavg, trained alike", "shards:2", {**short, "strategy": "fedavg"}),
+        Arm("protected", "shards:2", {**short, **taught, "share_unlabelled": True}),
+        Arm("noise-delta", "shards:2", {**shards, **bias, "strategy": "noise-delta"}),
+        Arm("noise-pair", "iid", _PAIR),
+        Arm("noise-pair", "shards:2", _PAIR),
+    )
+
+
+# The rates of fedavg and of the noise arms are those of the noise study; those of protected were
+# chosen on mnist@1+6/12, which shares no image with the folds reported here, and on cifar10@1/6,
+# which is training images. Images of MNIST alternate between two sources of writers, so one fold
+# of each is joined.
+THEFT = TheftStudy(
+    trainings=(
+        Study(
+            common={**_COMMON, "dataset": "mnist@4+5/12"},
+            arms=_arms(0.2, 0.05, augment="crop:2,rotate:15,zoom:0.15,shear:0.15", label_share=0.0),
+            prefix="mnist ",
+        ),
+        Study(
+            common={**_COMMON, "dataset": "cifar10"},
+            arms=_arms(0.1, 0.05, augment="crop:4,flip", label_share=0.9),
+            prefix="cifar10 ",
+        ),
+    )
+)
+
+
+def select(
+    study: TheftStudy,
+    *,
+    datasets: Sequence[str] | None,
+    partitions: Sequence[str] | None,
+    arms: Sequence[str] | None,
+    rounds: int | None,
+    seeds: tuple[int, ...],
+    thieves: int,
+    colluders: tuple[int, ...] | None,
+) -> TheftStudy:
+    """Return a part of a study, or with other rounds, seeds or thieves.
+
+    Args:
+        study: The whole.
+        datasets: Names of the datasets to keep; None for all.
+        partitions: Ways to share them out to keep; None for all.
+        arms: Names of the protections to keep beside ``fedavg``; None for all.
+        rounds: Rounds of each run; None for the study's own.
+        seeds: Runs of each arm.
+        thieves: Thieves of each run.
+        colluders: How many collude, each at least 1; None for the study's own.
+
+    Raises:
+        FedveilError: The study has no such dataset, partition or protection.
+    """
+    known = [training.common["dataset"] for training in study.trainings]
+    shares = list(dict.fromkeys(arm.partition for t in study.trainings for arm in t.arms))
+    _check_known("--dataset", datasets, known)
+    _check_known("--partition", partitions, shares)
+    changed = {} if rounds is None else {"rounds": rounds}
+    kept = (t for t in study.trainings if datasets is None or t.common["dataset"] in datasets)
+    return replace(
+        study,
+        trainings=tuple(
+            replace(
+                select_arms(training, arms).on(partitions or shares),
+                common={**training.common, **changed},
+                seeds=seeds,
+            )
+            for training in kept
+        ),
+        thieves=thieves,
+        colluders=colluders or study.colluders,
+        command=_command(
+            study.command,
+            ("dataset", datasets or ()),
+            ("partition", partitions or ()),
+            ("arm", arms or ()),
+            ("rounds", () if rounds is None else (rounds,)),
+            ("seeds", (len(seeds),)),
+            ("thieves", (thieves,)),
+            ("colluders", colluders or ()),
+        ),
+    )
+
+
+def _check_known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise FedveilError(
+                f"{option} {name!r} is not in the study; allowed: {', '.join(known)}"
+            )
+
+
+def _command(start: str, *options: tuple[str, Sequence[object]]) -> str:
+    words = (f"--{name} {shlex.quote(str(value))}" for name, values in options for value in values)
+    return " ".join((start, *words))
+
+
+def reproduce(
+    study: TheftStudy,
+    out: Path,
+    *,
+    workers: int | None = None,
+    on_piece: OnPiece = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Train and audit what is missing, then write theft-study.json, .png and .md.
+
+    Every run has its directory under ``out/runs``, its audit one under ``out/audits``; what is
+    complete is not done again, and what was cut short goes on.
+
+    Args:
+        study: What to measure.
+        out: Directory of the study.
+        workers: Worker processes of an audit.
+        on_piece: Called before each run as ``on_piece(name, runs done, runs in all)``.
+
+    Returns:
+        The content of ``theft-study.json``.
+
+    Raises:
+        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
+    """
+    check_directory(out)
+    for training, arm, seed in study.pieces:
+        if seed == training.seeds[0]:
+            prepare_job(training.config(arm, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    reports: dict[_Key, TheftReport] = {}
+    finals: dict[_Key, float] = {}
+    for number, (training, arm, seed) in enumerate(study.pieces):
+        path = arm_directory(training, arm, seed, out)
+        on_piece(path.name, number, len(study.pieces))
+        rounds = train_arm(training, arm, seed, out)
+        finals[_key(training, arm, seed)] = final_accuracy(training, arm, seed, out, rounds)
+        if _is_audited(arm):
+            audited = out / "audits" / path.name
+            report = run_theft_audit(study.audit(path), out=audited, workers=workers)
+            reports[_key(training, arm, seed)] = report
+    rows = [
+        _row(training, arm, reports, finals)
+        for training in study.trainings
+        for arm in training.arms
+    ]
+    result = {
+        "command": study.command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "settings": {
+            "labels": list(study.labels),
+            "colluders": list(study.colluders),
+            "thieves": study.thieves,
+            "trainings": [
+                {"common": dict(t.common), "seeds": list(t.seeds)} for t in study.trainings
+            ],
+        },
+        "rows": rows,
+    }
+    write_atomically(out / "theft-study.png", _draw(rows))
+    write_atomically(out / "theft-study.md", _table(study, rows).encode())
+    write_atomically(out / "theft-study.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _key(training: Study, arm: Arm, seed: int) -> _Key:
+    return f"{training.prefix}{arm.partition}", arm.name, seed
+
+
+def _is_audited(arm: Arm) -> bool:
+    """Return False for plain averaging, whose clients are sent w itself, and for no clients."""
+    return _unaudited(arm.settings) is None
+
+
+def _unaudited(settings: Mapping[str, Any]) -> str | None:
+    """Return why there is nothing to audit, in the table's words."""
+    if settings["strategy"] == "fedavg":
+        return "sent w itself"
+    return "learnt from no client" if settings.get("label_share") == 1.0 else None
+
+
+def _row(
+    training: Study,
+    arm: Arm,
+    reports: Mapping[_Key, TheftReport],
+    accuracies: Mapping[_Key, float],
+) -> dict[str, Any]:
+    keys = [_key(training, arm, seed) for seed in training.seeds]
+    finals = [accuracies[key] for key in keys]
+    return {
+        "dataset": training.common["dataset"],
+        "partition": arm.partition,
+        "arm": arm.name,
+        "settings": dict(arm.settings),
+        "final": finals,
+        "final_mean": float(np.mean(finals)),
+        "final_sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0,
+        "theft": _pooled([reports[key] for key in keys]).rows() if _is_audited(arm) else [],
+    }
+
+
+def _pooled(audits: Sequence[TheftReport]) -> TheftReport:
+    return TheftReport(
+        settings=audits[0].settings,
+        reference=float(np.mean([audit.reference for audit in audits])),
+        thefts=tuple(theft for audit in audits for theft in audit.thefts),
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A column of the table and a colour of the figure: the worst advantage of some audits."""
+
+    title: str
+    colluders: int
+    least: int
+    most: int
+    color: str
+    marker: str
+
+
+_CASES = (
+    _Case("one thief, up to 49 labels", 1, 0, 49, ORANGE, "s"),
+    _Case("one thief, 50 labels and more", 1, 50, 10**9, BLUE, "o"),
+    _Case("two colluders, 50 labels and more", 2, 50, 10**9, GREEN, "^"),
+)
+
+
+def _worst(row: Mapping[str, Any], case: _Case) -> Mapping[str, Any] | None:
+    """Return the greatest advantage of a case by the owner's view; None where none was audited."""
+    found = [
+        theft
+        for theft in row["theft"]
+        if theft["attack"] == OWNER
+        and theft["colluders"] == case.colluders
+        and case.least <= theft["labels"] <= case.most
+    ]
+    return max(found, key=lambda theft: theft["advantage"], default=None)
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row["dataset"], row["partition"]) for row in rows))
+    figure = Figure(figsize=(4.4 * len(panels) + 0.6, 4.4), dpi=130, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (dataset, partition) in zip(grid, panels, strict=True):
+        here = [row for row in rows if (row["dataset"], row["partition"]) == (dataset, partition)]
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        for case in _CASES:
+            _draw_case(axes, here, case)
+        _name_rows(axes, here)
+        axes.set(title=f"{dataset}, {partition}", xlabel="theft advantage, the owner's view")
+        axes.grid(alpha=0.2)
+    grid[0].set_ylabel("final accuracy of w")
+    handles, names = grid[0].get_legend_handles_labels()
+    columns = 3 if len(panels) > 1 else 1
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _name_rows(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Mark each arm's accuracy by a line, with its name above it or below the name before."""
+    bottom, top = axes.get_ylim()
+    place = float("inf")
+    for row in sorted(rows, key=lambda row: row["final_mean"], reverse=True):
+        accuracy = row["final_mean"]
+        place = min(accuracy, place - (top - bottom) * _NEAR)
+        axes.annotate(
+            row["arm"],
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+        )
+        axes.axhline(accuracy, color=GREY, linewidth=0.5, linestyle=":")
+
+
+def _draw_case(axes: Any, rows: Sequence[Mapping[str, Any]], case: _Case) -> None:
+    found = [(row, worst) for row in rows if (worst := _worst(row, case))]
+    if not found:
+        return
+    advantages = [worst["advantage"] for _, worst in found]
+    ends = [
+        [worst["advantage"] - worst["advantage_low"] for _, worst in found],
+        [worst["advantage_high"] - worst["advantage"] for _, worst in found],
+    ]
+    axes.errorbar(
+        advantages,
+        [row["final_mean"] for row, _ in found],
+        yerr=[row["final_sd"] for row, _ in found],
+        xerr=np.maximum(ends, 0),
+        fmt=case.marker,
+        color=case.color,
+        markersize=5,
+        capsize=2,
+        label=case.title,
+    )
+
+
+def _table(study: TheftStudy, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return two tables: the frontier, and the whole audit of every arm."""
+    titles = " | ".join(case.title for case in _CASES)
+    lines = [
+        "Worst theft advantage, by the owner's view:",
+        "",
+        f"| dataset | partition | protection | final accuracy of w | {titles} |",
+        "|---" * (4 + len(_CASES)) + "|",
+    ]
+    for row in rows:
+        cells = [_advantage(row, case) for case in _CASES]
+        lines.append(
+            f"| {row['dataset']} | {row['partition']} | {row['arm']} "
+            f"| {row['final_mean']:.1%} ± {row['final_sd']:.1%} | {' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        "The whole audit:",
+        "",
+        "| dataset | partition | protection | colluders | labels | alone | direct "
+        "| thief's choice | advantage | owner's view | advantage | attack |",
+        "|---" * 12 + "|",
+    ]
+    for row in rows:
+        lines += [
+            _audit_line(row, labels, colluders)
+            for colluders in study.colluders
+            for labels in study.labels
+            if row["theft"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _audit_line(row: Mapping[str, Any], labels: int, colluders: int) -> str:
+    direct, thief, owner = (
+        next(
+            theft
+            for theft in row["theft"]
+            if (theft["attack"], theft["labels"], theft["colluders"]) == (name, labels, colluders)
+        )
+        for name in ("direct", THIEF, OWNER)
+    )
+    cells = [
+        row["dataset"],
+        row["partition"],
+        row["arm"],
+        str(colluders),
+        str(labels),
+        f"{thief['alone']:.1%}",
+        f"{direct['accuracy']:.1%}",
+        f"{thief['accuracy']:.1%}",
+        points(thief),
+        f"{owner['accuracy']:.1%}",
+        points(owner),
+        owner["chosen"][0],
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _advantage(row: Mapping[str, Any], case: _Case) -> str:
+    worst = _worst(row, case)
+    return points(worst) if worst else _unaudited(row["settings"]) or "not audited"

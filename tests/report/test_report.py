@@ -1,0 +1,537 @@
+"""The report: its verdict follows from the numbers, and its page gives nothing away."""
+
+import io
+import json
+import re
+import sys
+import zipfile
+from base64 import b64decode
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import html5lib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedveil.errors import FedveilError
+from fedveil.report import build_page, read_artifacts, verdict, write_report
+from fedveil.report.artifacts import (
+    Artifacts,
+    LeakageAudit,
+    LeakageRow,
+    RoundLine,
+    Run,
+    RunSummary,
+    TheftAudit,
+    TheftRow,
+)
+from fedveil.report.svg import Chart, Series, counts, draw, shares
+from fedveil.report.verdict import percent
+from tests.report.report_material import (
+    CANARY,
+    NASTY,
+    configuration,
+    leakage_row,
+    make_frontier,
+    make_leakage,
+    make_run,
+    make_theft,
+    theft_row,
+)
+
+NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+
+
+def plain(text):
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def sentences(*directories):
+    return [plain(f.sentence) for f in verdict(read_artifacts(directories))]
+
+
+def marks(*directories):
+    return [(f.kind, plain(f.mark)) for f in verdict(read_artifacts(directories))]
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """One of each kind, under names that are not fit for HTML."""
+    root = tmp_path / NASTY.replace("/", "∕")
+    make_run(root / "run", dataset=NASTY, noise_key=CANARY)
+    make_run(root / "plain", strategy="fedavg", copies=(0.5,) * 60, accuracy=0.95)
+    make_leakage(root / "leakage", dataset=NASTY)
+    make_theft(root / "theft", [theft_row(NASTY), theft_row("direct use", labels=50)])
+    make_frontier(root / "frontier")
+    return root
+
+
+@pytest.fixture
+def page(everything):
+    return build_page(read_artifacts([everything]), title=NASTY, now=NOW)
+
+
+# The verdict
+
+
+def test_a_cap_that_held(tmp_path):
+    found = sentences(make_run(tmp_path / "run"))
+    assert found[0] == (
+        "In all 3 rounds of the run every copy stayed at or below the accuracy cap (at most 55 %, "
+        "the cap being 60 %, on 500 images a round that the noise was not set on), while the "
+        "owner's model reached 90.0 %; such a cap bounds direct use of a copy and does not bound "
+        "theft."
+    )
+    assert "was not measured" in found[1]
+    assert "does not show that theft fails" in found[1]
+    assert "was not measured" in found[2]
+
+
+def test_one_copy_over_the_cap_is_said(tmp_path):
+    held = make_run(tmp_path / "held")
+    broken = make_run(tmp_path / "broken", copies=(0.3, 0.601, 0.5), report_images=50)
+    assert marks(held, broken)[0] == ("bad", "Cap passed")
+    assert (
+        "In 1 of 6 rounds of the 2 runs that have a cap a copy passed" in sentences(held, broken)[0]
+    )
+
+
+def test_the_cap_itself_is_not_over_the_cap(tmp_path):
+    assert marks(make_run(tmp_path / "run", copies=(0.6, 0.6)))[0] == ("good", "Cap held")
+
+
+def test_training_without_a_cap_is_no_success(tmp_path):
+    run = make_run(tmp_path / "run", strategy="fedavg", copies=(0.5, 0.97))
+    assert marks(run)[0] == ("bad", "No cap")
+    assert "copies of up to 97.0 % accuracy" in sentences(run)[0]
+
+
+def test_the_strongest_theft_is_named_by_its_gain_not_its_accuracy(tmp_path):
+    found = sentences(make_theft(tmp_path / "theft"))
+    assert "gains up to 20.0 points (95 % interval 18.0 to 22.0)" in found[1]
+    assert "“retrain the first layer” with 10 labelled images and one client" in found[1]
+    assert "80 % where training alone on them gives 60 %" in found[1]
+    assert "may gain more" in found[1]
+
+
+def test_no_gain_is_not_called_a_defence(tmp_path):
+    rows = [theft_row(accuracy=0.5), theft_row("direct use", accuracy=0.4)]
+    directory = make_theft(tmp_path / "theft", rows)
+    assert marks(directory)[1] == ("good", "No gain found")
+    assert "None of the 2 thefts tried gained" in sentences(directory)[1]
+    assert "may do better" in sentences(directory)[1]
+
+
+def test_a_naive_attack_that_fails_is_no_defence_that_works(tmp_path):
+    rows = [leakage_row(), leakage_row(defense="dct:keep=1", identified=0.0)]
+    found = sentences(make_leakage(tmp_path / "a", rows))
+    assert "without a defence the strongest attack tried (lm) rebuilt 100 % of 4" in found[2]
+    assert "dct:keep=1 was attacked only by those who do not know it" in found[2]
+    assert "shows nothing about what it withstands" in found[2]
+    assert marks(make_leakage(tmp_path / "b", rows[1:]))[2] == ("unknown", "Not tested")
+
+
+def test_a_defence_is_judged_by_its_strongest_attack(tmp_path):
+    found = sentences(make_leakage(tmp_path / "leakage"))
+    assert "under dct:keep=3 the strongest attack tried (lm) let 75 %" in found[2]
+    assert "(95 % interval 65 % to 80 %), knowing it" in found[2]
+    assert "25 %" not in found[2]
+
+
+def test_what_hides_a_reconstruction_is_no_defence_where_candidates_are_picked_out(tmp_path):
+    rows = [
+        leakage_row(images=100, recognised=1.0),
+        leakage_row(defense="a", adaptive=True, identified=0.0, images=100, recognised=0.4),
+    ]
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2] == ("bad", "40 % picked out")
+    assert "40 % to be picked out among candidates by their gradients" in sentences(directory)[2]
+
+
+def test_the_best_of_several_defences_is_the_one_whose_strongest_attack_gets_least(tmp_path):
+    rows = [
+        leakage_row(defense="a", adaptive=True, identified=0.9),
+        leakage_row(defense="b", identified=0.5),
+        leakage_row(defense="b", adaptive=True, identified=0.3),
+        leakage_row(defense="c", identified=0.0),
+    ]
+    found = sentences(make_leakage(tmp_path / "leakage", rows))
+    assert "under b, of the defences tried the one that leaks least," in found[2]
+    assert "let 50 %" in found[2]
+    assert "not even knowing it" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("plain_rate", "images", "kind", "words"),
+    [
+        (1.0, 100, "good", "stronger attacks may exist"),
+        (1.0, 8, "unknown", "8 images are too few to call that rare"),
+        (0.02, 100, "unknown", "show nothing about one"),
+        (None, 100, "unknown", "whether these attacks succeed at all"),
+    ],
+)
+def test_an_attack_must_work_before_its_failure_counts(tmp_path, plain_rate, images, kind, words):
+    rows = [leakage_row(defense="a", adaptive=True, identified=0.0, images=images)]
+    if plain_rate is not None:
+        rows.append(leakage_row(identified=plain_rate, images=images))
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2][0] == kind
+    assert words in sentences(directory)[2]
+
+
+def test_a_frontier_speaks_only_where_there_is_no_audit_and_gives_the_accuracy(tmp_path):
+    frontier = make_frontier(tmp_path / "frontier")
+    assert "under dct at 3" in sentences(frontier)[2]
+    assert "let 20 %" in sentences(frontier)[2]
+    assert "the model being 60 % accurate" in sentences(frontier)[2]
+    assert "dct at 3" not in sentences(frontier, make_leakage(tmp_path / "leakage"))[2]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1.0, "100 %"), (0.9999, "over 99.9 %"), (0.0, "0 %"), (0.0001, "under 0.1 %")],
+)
+def test_a_share_is_never_rounded_to_all_or_nothing(share, text):
+    assert plain(percent(share)) == text
+
+
+share = st.floats(0, 1, allow_nan=False)
+gain = st.floats(-1, 1, allow_nan=False)
+runs = st.builds(
+    lambda cap, strategy, copies, accuracy: Run(
+        "run",
+        RunSummary(
+            accuracy=accuracy,
+            report_images=100,
+            configuration=configuration(cap=cap, strategy=strategy, rounds=len(copies)),
+        ),
+        tuple(
+            RoundLine(round=n, accuracy=accuracy, copies=(c,), sigma=0, seconds=1)
+            for n, c in enumerate(copies, start=1)
+        ),
+    ),
+    st.floats(0.1, 0.9),
+    st.sampled_from(["fedavg", "noise-delta"]),
+    st.lists(share, min_size=1, max_size=4),
+    share,
+)
+thefts = st.builds(
+    lambda rows: TheftAudit("theft", {}, tuple(rows)),
+    st.lists(
+        st.builds(
+            lambda a, g: TheftRow(
+                attack="x", labels=10, colluders=1, accuracy=a, alone=a, advantage=g
+            ),
+            share,
+            gain,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+leakages = st.builds(
+    lambda rows: LeakageAudit("leakage", {}, tuple(rows), None),
+    st.lists(
+        st.builds(
+            lambda defense, adaptive, identified, psnr: LeakageRow(
+                attack="lm",
+                defense=defense,
+                adaptive=adaptive,
+                images=60,
+                exact=identified,
+                identified=identified,
+                psnr_original=psnr,
+            ),
+            st.sampled_from(["none", "dct:keep=3", "jpeg:5"]),
+            st.booleans(),
+            share,
+            st.floats(allow_nan=False),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.builds(
+        Artifacts,
+        runs=st.lists(runs, max_size=3).map(tuple),
+        leakages=st.lists(leakages, max_size=2).map(tuple),
+        thefts=st.lists(thefts, max_size=2).map(tuple),
+    )
+)
+def test_a_verdict_never_says_more_than_was_measured(artifacts):
+    copies, theft, images = verdict(artifacts)
+    for finding in (copies, theft, images):
+        assert finding.sentence.endswith(".")
+        assert not re.search(r"\b(secure|safe|protected|guarantee|impossible|prevents?)\b",
+                             finding.sentence)  # fmt: skip
+    capped = [run for run in artifacts.runs if run.cap is not None]
+    over = any(max(r.copies) > run.cap for run in capped for r in run.rounds)
+    assert (copies.kind == "good") == (bool(capped) and not over)
+    if capped:
+        assert "not bound theft" in copies.sentence
+    gains = [row.advantage for audit in artifacts.thefts for row in audit.rows]
+    assert (theft.kind == "good") == (bool(gains) and max(gains) <= 0)
+    rows = [row for audit in artifacts.leakages for row in audit.rows]
+    if (
+        images.kind == "good"
+    ):  # then some strongest attack, on a tested defence or on none, got <5 %
+        assert max(row.identified for row in rows if row.defense == "none") > 0.5
+        informed = {row.defense for row in rows if row.adaptive} - {"none"}
+        strongest = [max(r.identified for r in rows if r.defense == name) for name in informed]
+        assert min(strongest) <= 0.05
+
+
+# The page
+
+
+class Tags(HTMLParser):
+    """A second, independent reader of the page: every start tag with its attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def tags(text, *names):
+    return [attrs for tag, attrs in Tags(text).found if tag in names]
+
+
+def test_the_page_is_valid_html(page):
+    parser = html5lib.HTMLParser(strict=True)
+    parser.parse(page)
+    assert parser.errors == []
+
+
+def test_nothing_from_a_file_becomes_markup(page):
+    document = html5lib.parse(page, namespaceHTMLElements=False)
+    scripts = list(document.iter("script"))
+    assert len(scripts) == 1
+    assert "alert" not in (scripts[0].text or "")
+    assert not [name for _, attrs in Tags(page).found for name in attrs if name.startswith("on")]
+    assert document.find(".//h1").text == NASTY
+    assert "49" not in document.find(".//h1").text  # {{7*7}} is text, not a template
+    text = "".join(document.itertext())
+    assert text.count("<script>alert('x')<") >= 5
+
+
+def test_the_page_loads_nothing(page):
+    links = [attrs["href"] for attrs in tags(page, "a", "link", "use") if "href" in attrs]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert all(attrs["src"].startswith("data:image/png;base64,") for attrs in tags(page, "img"))
+    assert not tags(page, "link", "iframe", "object", "embed", "base", "form")
+    style = html5lib.parse(page, namespaceHTMLElements=False).find(".//style").text
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a["content"] for a in tags(page, "meta") if "content-security" in
+                  a.get("http-equiv", "").lower())  # fmt: skip
+    assert policy.startswith("default-src 'none'")
+
+
+def test_the_page_can_be_used_without_seeing_it(page):
+    ids = [attrs["id"] for _, attrs in Tags(page).found if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in Tags(page).found:
+        assert set(attrs.get("aria-labelledby", "").split()) <= set(ids)
+        if attrs.get("href", "").startswith("#"):
+            assert attrs["href"][1:] in ids
+    assert tags(page, "html")[0]["lang"] == "en"
+    assert [len(tags(page, name)) for name in ("main", "header", "footer", "h1")] == [1, 1, 1, 1]
+    assert all(attrs.get("alt") for attrs in tags(page, "img"))
+    assert all(attrs.get("aria-label") for attrs in tags(page, "input", "nav"))
+    assert all("scope" in attrs for attrs in tags(page, "th"))
+    charts = [attrs for attrs in tags(page, "svg") if attrs.get("class") == "chart"]
+    assert len(charts) == 5
+    assert all(attrs["role"] == "img" for attrs in charts)
+    assert all(a.get("tabindex") == "0" for a in tags(page, "div") if a.get("class") == "scroll")
+    levels = [int(tag[1]) for tag, _ in Tags(page).found if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def _luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one, other):
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_stand_out_in_light_and_dark(page):
+    style = html5lib.parse(page, namespaceHTMLElements=False).find(".//style").text
+    themes = [
+        dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
+    ]
+    for theme in themes:
+        for text in ("ink", "soft", "link", "good", "bad", "unknown"):
+            for ground in ("page", "panel"):  # WCAG 2.2, 1.4.3: 4.5
+                assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
+        for series in range(6):  # 1.4.11: 3
+            assert _contrast(theme[f"s{series}"], theme["page"]) >= 3, series
+    assert themes[0]["page"] != themes[1]["page"]
+
+
+def test_keys_checkpoints_and_archives_stay_shut(everything, tmp_path):
+    opened = []
+    watching = True
+
+    def note(event, arguments):
+        if watching and event == "open" and str(arguments[0]).startswith(str(everything)):
+            opened.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)
+    write_report([everything], tmp_path / "report.html")
+    watching = False
+    allowed = {"summary.json", "rounds.jsonl", "reconstructions.npz"}
+    allowed |= {f"{kind}.json" for kind in ("leakage", "theft", "frontier")}
+    assert set(opened) == allowed
+    page = (tmp_path / "report.html").read_text()
+    assert CANARY not in page
+    assert "withheld" in page
+
+
+def test_pictures_are_bounded_in_number_and_size(tmp_path):
+    rows = [leakage_row(f"attack{n}") for n in range(10)]
+    audit = make_leakage(tmp_path / "leakage", rows, side=260)
+    page = build_page(read_artifacts([audit]), title="t", now=NOW)
+    assert len(tags(page, "img")) == 8 * 4 * 2
+    assert len(page) < 30e6
+    assert "only 4 images" in page
+
+
+def test_a_slider_shows_what_the_attack_made_of_that_very_image(tmp_path):
+    audit = make_leakage(tmp_path / "leakage")
+    page = build_page(read_artifacts([audit]), title="t", now=NOW)
+    pictures = np.load(audit / "reconstructions.npz")
+    made = pictures["images/lm/dct:keep=3/adaptive"][3].clip(0, 1)
+    shown = tags(page, "img")
+    wanted = [a for a in shown if a["alt"].startswith("Image 4 as lm rebuilt it under dct")][1]
+    content = b64decode(wanted["src"].partition(",")[2])
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(pixels, np.rint(made * 255).astype(np.uint8).transpose(1, 2, 0))
+    error = np.mean((made.astype(float) - pictures["originals"][3]) ** 2)
+    assert f"{-10 * np.log10(error):.0f} dB" in wanted["alt"]
+
+
+def test_a_curve_stands_where_its_numbers_are():
+    chart = Chart("t", "d", counts("round", 3), shares("accuracy"),
+                  (Series("one", ((1.0, 0.0), (2.0, 0.5), (3.0, 1.0))),))  # fmt: skip
+    svg = str(draw(chart, "c"))
+    path = re.search(r'class="line" d="M([^"]*)"', svg).group(1)
+    points = [tuple(map(float, part.split())) for part in path.split("L")]
+    ticks = {
+        text: float(y) for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d]+ %)<', svg)
+    }
+    assert points[0][1] + 4.5 == pytest.approx(ticks["0 %"])
+    assert points[2][1] + 4.5 == pytest.approx(ticks["100 %"])
+    assert points[1] == pytest.approx(np.mean([points[0], points[2]], axis=0), abs=0.1)
+
+
+def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path):
+    make_run(tmp_path / "all/training")
+    make_leakage(tmp_path / "all/leakage")
+    (tmp_path / "all/summary.json").write_text("{}")
+    found = read_artifacts([tmp_path / "all", tmp_path / "all/training"])
+    assert len(found.runs) == 1
+    assert len(found.leakages) == 1
+
+
+# What is refused
+
+
+def _cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def _write(path, text):
+    path.write_text(text)
+
+
+DAMAGE = {
+    "half a summary": (make_run, "summary.json", _cut, "damaged or half-written"),
+    "half a round": (make_run, "rounds.jsonl", lambda p: _cut(p, 0.8), "line 3 is damaged"),
+    "no rounds": (make_run, "rounds.jsonl", lambda p: _write(p, ""), "is empty"),
+    "a round less": (
+        make_run,
+        "rounds.jsonl",
+        lambda p: _write(p, "".join(p.read_text().splitlines(keepends=True)[:2])),
+        "holds 2 rounds and summary.json speaks of 3",
+    ),
+    "rounds in disorder": (
+        make_run,
+        "rounds.jsonl",
+        lambda p: _write(p, "".join(reversed(p.read_text().splitlines(keepends=True)))),
+        "does not hold rounds 1 to 3 in order",
+    ),
+    "no summary": (make_run, "summary.json", Path.unlink, "has not ended"),
+    "bytes": (make_run, "summary.json", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
+    "half an audit": (make_leakage, "leakage.json", _cut, "damaged or half-written"),
+    "half its pictures": (make_leakage, "reconstructions.npz", _cut, "is damaged or of another"),
+    "no rows": (make_theft, "theft.json", lambda p: _write(p, '{"rows": []}'), "not what fedveil"),
+    "a list": (make_frontier, "frontier.json", lambda p: _write(p, "[1]"), "not what fedveil"),
+    "depth": (make_theft, "theft.json", lambda p: _write(p, "[" * 100_000), "damaged"),
+    "a share of 2": (
+        make_theft,
+        "theft.json",
+        lambda p: _write(p, json.dumps({"rows": [theft_row(accuracy=2.0, alone=1.5)]})),
+        "rows.0.accuracy",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_directory_is_named_and_nothing_is_written(tmp_path, case):
+    make, name, harm, words = DAMAGE[case]
+    directory = make(tmp_path / "it")
+    harm(directory / name)
+    with pytest.raises(FedveilError, match=words) as refused:
+        write_report([directory], tmp_path / "report.html")
+    assert str(directory) in str(refused.value)
+    assert not list(tmp_path.glob("*.html"))
+
+
+@pytest.mark.parametrize("foreign", ["missing", "a file", "empty"])
+def test_a_directory_of_something_else_is_refused(tmp_path, foreign):
+    path = tmp_path / "it"
+    if foreign == "a file":
+        path.write_text("x")
+    if foreign == "empty":
+        path.mkdir()
+    with pytest.raises(FedveilError, match="name the --out directory"):
+        read_artifacts([path])
+
+
+def _bomb(path, header):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("originals", "images/lm/none/naive"):
+            archive.writestr(f"{name}.npy", header + bytes(1000))
+
+
+@pytest.mark.parametrize("shape", [(10**6, 3, 1000, 1000), (4, 3, 8, 8), (0, 3, 8, 8)])
+def test_a_header_that_promises_more_than_there_is(tmp_path, shape):
+    audit = make_leakage(tmp_path / "leakage", [leakage_row()])
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
+    _bomb(audit / "reconstructions.npz", buffer.getvalue())
+    with pytest.raises(FedveilError, match=r"larger than|cut short|is empty"):
+        build_page(read_artifacts([audit]), title="t", now=NOW)
