@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedveil.runs.directory import RoundRecord
 from fedveil.files import write_atomically
+from fedveil.runs.directory import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

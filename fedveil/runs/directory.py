@@ -27,10 +27,10 @@ from torch import Tensor
 from fedveil import __version__
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
-from fedveil.runs.config import TrainConfig
 from fedveil.federation.strategies.fedavg import StrategyState
-from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.files import write_atomically
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.sealing import OperatorKey
 
 _SECRET = 0o600

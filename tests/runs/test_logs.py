@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.errors import FedveilError
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.logs import check_log, round_log
 from fedveil.runs.directory import RoundRecord, RunDirectory
+from fedveil.runs.logs import check_log, round_log
 
 MEASURES = ("accuracy", "best_copy", "sigma", "seconds")
 

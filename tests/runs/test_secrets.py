@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
-from fedveil.runs.archive import Archive
 from fedveil.federation.engines.deployed import environment
+from fedveil.runs.archive import Archive
 from fedveil.runs.directory import RunDirectory
 from fedveil.sealing import (
     KEY_FILE,
