@@ -216,7 +216,7 @@ def _parquet_seeds() -> list[bytes]:
 
 
 def _report_seeds(name: str) -> list[bytes]:
-    from tests.audit import report_material as material
+    from tests.report import report_material as material
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "it"
@@ -468,7 +468,7 @@ def _dataset(content: bytes, folder: Path) -> object:
 def _report(name: str) -> Parse:
     def parse(content: bytes, folder: Path) -> object:
         from fedveil.report import build_page, read_artifacts
-        from tests.audit import report_material as material
+        from tests.report import report_material as material
 
         place = folder / "it"
         if name in ("leakage.json", "reconstructions.npz"):
