@@ -239,6 +239,7 @@ def _mutated(place, byte, name):
 
 
 def _write_for_ever(path):
+    torch.set_num_threads(1)  # a forked process has none of its parent's other threads
     directory = RunDirectory(path)
     number = directory.checkpoint().round
     while True:
