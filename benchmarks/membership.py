@@ -1,4 +1,4 @@
-r"""Candidates picked out by their gradients, against how many images are behind an update.
+r"""Candidates picked out by membership attacks, against how many images are behind an update.
 
 Real local training on the images of a round: minibatches, one epoch, weights on the wire. The model
 is that of a run, since what an image's gradient tells depends on what the model has learnt:
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 
-from fedveil.audit.membership import picked_out
+from fedveil.attacks.membership import ATTACKS
+from fedveil.audit.membership import Recognition, picked_out
+from fedveil.audit.metrics import over_updates
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
@@ -64,37 +65,48 @@ def rows(
     for images in sizes:
         for clients in (1, run.config.clients):
             for spec in defenses:
-                found = [
+                updates = [
                     picked(watched(run, images, clients, seed), model, data, spec)
                     for seed in range(draws)
                 ]
-                low, high = interval(found)
-                yield {
-                    "images": images,
-                    "clients": clients,
-                    "defense": spec,
-                    "recognised": statistics.fmean(found),
-                    "recognised_low": low,
-                    "recognised_high": high,
-                    "updates": found,
-                }
+                for attack in ATTACKS:
+                    found = [update[attack] for update in updates if attack in update]
+                    if found:
+                        yield {
+                            "images": images,
+                            "clients": clients,
+                            "defense": spec,
+                            "attack": attack,
+                            **summary(found),
+                        }
 
 
-def picked(federation: WatchedFederation, model: nn.Module, data: Dataset, spec: str) -> float:
-    """Return the share of one update's images that are picked out."""
+def picked(
+    federation: WatchedFederation, model: nn.Module, data: Dataset, spec: str
+) -> dict[str, Recognition]:
+    """Return what each attack that knows the defence recognises of one update."""
     defense, used = parse_defense(spec), federation.ground_truth(data)
     informed = federation.observe(model, data, defense)
     found = picked_out(defense, informed, data, used, seed=federation.seed, scored=_SCORED)
-    return float(found[True].mean())
+    return {one.attack: one for one in found if one.adaptive}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return Student's 95 % interval of the mean, within 0 and 1."""
-    if len(values) < 2:
-        return 0.0, 1.0
-    wide = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    mean = statistics.fmean(values)
-    return max(0.0, mean - wide), min(1.0, mean + wide)
+def summary(found: list[Recognition]) -> dict[str, Any]:
+    """Return means over updates; Student's 95 % interval of the share picked out."""
+    shares = [float(one.picked.mean()) for one in found]
+    interval = over_updates(torch.tensor(shares, dtype=torch.float64)[:, None].repeat(1, 2))
+    return {
+        "recognised": interval.value,
+        "recognised_low": interval.low,
+        "recognised_high": interval.high,
+        "auc": statistics.fmean(one.strangers.auc for one in found),
+        "tpr_at_1": statistics.fmean(one.strangers.tpr_at_1 for one in found),
+        "tpr_at_01": statistics.fmean(one.strangers.tpr_at_01 for one in found),
+        "auc_unseen": statistics.fmean(one.unseen.auc for one in found if one.unseen),
+        "certain": statistics.fmean(one.certain or 0.0 for one in found),
+        "mistaken": sum(one.mistaken for one in found),
+        "updates": shares,
+    }
 
 
 def main() -> None:
@@ -114,7 +126,8 @@ def main() -> None:
         found.append(row)
         print(
             f"{row['clients']:3} clients, {row['images']:5} images each, {row['defense']:15}"
-            f"{row['recognised']:7.1%} [{row['recognised_low']:.1%}, {row['recognised_high']:.1%}]",
+            f"{row['attack']:15}{row['recognised']:7.1%} "
+            f"[{row['recognised_low']:.1%}, {row['recognised_high']:.1%}]",
             flush=True,
         )
     result = {

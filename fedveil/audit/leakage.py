@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
 from fedveil.audit.adaptive import adaptive_for, attackers
-from fedveil.audit.membership import picked_out
+from fedveil.audit.membership import Recognition, best, picked_out
 from fedveil.audit.metrics import (
     CANDIDATES,
     bootstrap,
@@ -22,9 +22,9 @@ from fedveil.audit.metrics import (
     label_accuracy,
     match,
     median,
+    over_updates,
     psnr,
     ssim,
-    wilson,
 )
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, Images
@@ -166,7 +166,12 @@ class Row:
             "images": len(self.reconstructions),
         }
         for name, values in self.scores.items():
-            interval = wilson(values) if name in _SHARES else bootstrap(values, statistic=median)
+            # A round's images are recovered together, so each update is one draw.
+            updates = values.view(len(self.loss), -1)
+            middles = updates.median(dim=1).values if len(updates) > 1 else values
+            interval = (
+                over_updates(updates) if name in _SHARES else bootstrap(middles, statistic=median)
+            )
             row[name] = interval.value
             row[f"{name}_low"], row[f"{name}_high"] = interval.low, interval.high
         return row
@@ -184,18 +189,25 @@ class LeakageReport:
         originals: [M, C, H, W], the victim's images.
         trained: Defence to [M, C, H, W], what the victim trained on under it.
         rows: One for each attack, defence and kind of attacker.
+        membership: Defence to what membership attacks, which rebuild nothing, recognise.
     """
 
     settings: LeakageSettings
     originals: Tensor
     trained: dict[str, Tensor]
     rows: tuple[Row, ...]
+    membership: dict[str, tuple[Recognition, ...]]
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``leakage.json``."""
         return {
             "settings": asdict(self.settings),
             "rows": [row.summary() for row in self.rows],
+            "membership": [
+                {"defense": defense, **one.as_json()}
+                for defense, found in self.membership.items()
+                for one in found
+            ],
         }
 
     def table(self) -> str:
@@ -281,6 +293,7 @@ def audit_leakage(
     victims, candidates = _truth(dataset, used, settings.seed)
     originals = victims.pixels
     trained: dict[str, Tensor] = {}
+    membership: dict[str, tuple[Recognition, ...]] = {}
     rows = []
     for defense in defenses:
         transform = defense.transform
@@ -289,6 +302,7 @@ def audit_leakage(
         trained[defense.label] = transformed[: len(originals)]
         informed = federation.observe(model, dataset, defense)
         told = picked_out(defense, informed, dataset, used, seed=settings.seed)
+        membership[defense.label] = told
         undo = _inverse(dataset, defense, settings, progress)
         for name, attack in attacks.items():
             found: dict[int, Inversion] = {}
@@ -309,12 +323,13 @@ def audit_leakage(
                     transformed,
                     knows=attacker.adaptive and not attacker.inverse and transform is not None,
                 )
-                if told:
-                    scores["recognised"] = told[attacker.adaptive]
+                closest = best(told, adaptive=attacker.adaptive)
+                if closest is not None:
+                    scores["recognised"] = closest.picked
                 rows.append(
                     Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
                 )
-    report = LeakageReport(settings, originals, trained, tuple(rows))
+    report = LeakageReport(settings, originals, trained, tuple(rows), membership)
     if out is not None:
         report.write(out)
     return report

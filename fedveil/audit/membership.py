@@ -1,16 +1,68 @@
 """How many images behind an update a server picks out among candidates, rebuilding none."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion import Observation
-from fedveil.attacks.membership.gradients import GradientMembership
-from fedveil.audit.adaptive import MEMBERSHIP, attackers
-from fedveil.audit.metrics import CANDIDATES, recognised
+from fedveil.attacks.membership import ATTACKS, Span
+from fedveil.audit.adaptive import MEMBERSHIP, Attacker, attackers
+from fedveil.audit.metrics import Roc, recognised, roc
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
+from fedveil.errors import FedveilError
 
-_OTHERS = 5 * (CANDIDATES - 1)
+_STRANGERS = 1_000
+_PUBLIC = 512
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """How well one attack tells the images that were used from others.
+
+    Attributes:
+        attack: Its name.
+        adaptive: Whether the attacker knows the defence.
+        picked: Float64 [M], the probability that each image scores above 99 strangers.
+        strangers: Against training images of other clients or rounds, which no model knows worse
+            than those that were used.
+        unseen: Against test images that no model was ever trained on; None where there are none
+            beside those that the attacker learns from.
+        certain: Share of images that the attack calls used beyond doubt; None if it never says so.
+        mistaken: How many strangers it called so.
+    """
+
+    attack: str
+    adaptive: bool
+    picked: Tensor
+    strangers: Roc
+    unseen: Roc | None
+    certain: float | None = None
+    mistaken: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a row of ``membership`` in ``leakage.json``."""
+        return {
+            "attack": self.attack,
+            "adaptive": self.adaptive,
+            "picked_out": float(self.picked.mean()),
+            "strangers": asdict(self.strangers),
+            "unseen": None if self.unseen is None else asdict(self.unseen),
+            "certain": self.certain,
+            "mistaken": self.mistaken,
+        }
+
+
+def best(found: Sequence[Recognition], *, adaptive: bool) -> Recognition | None:
+    """Return the attack that picks out most, of those by an attacker who knows the defence or not.
+
+    A defence is scored by the best attack of the suite, so the choice is made on what is reported.
+    """
+    own = [one for one in found if one.adaptive == adaptive]
+    return max(own, key=lambda one: float(one.picked.mean()), default=None)
 
 
 def picked_out(
@@ -21,50 +73,103 @@ def picked_out(
     *,
     seed: int,
     scored: int | None = None,
-) -> dict[bool, Tensor]:
-    """Return how surely each image stands out among 100 candidates, 99 of which were not used.
+) -> tuple[Recognition, ...]:
+    """Run every membership attack on an observation and score it.
 
-    The others are training images like those that were used, in other clients' shares or in other
-    rounds', so that no model knows one kind better than the other.
+    The strangers are training images like those that were used, in other clients' shares or in
+    other rounds'.
 
     Args:
         defense: What the clients do.
         informed: The observation, with all public knowledge.
-        data: What is learnt; its test images are the attacker's own.
+        data: What is learnt; its first test images are the attacker's own.
         used: Int64 [M], which training images are behind the updates, one victim after the other.
         seed: Seeds the choice of the others, and of those that are scored.
         scored: How many images of each victim are scored, drawn at random; None for all.
 
     Returns:
-        Whether the attacker knows the defence to the probabilities, float64 [M], that an image
-        scores above 99 others drawn from up to 495; empty where every training image was used.
+        One for each attack and kind of attacker; none where every training image was used. An
+        attack that the model gives nothing to work on is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)
-    others = order[~torch.isin(order, used)][:_OTHERS]
+    others = order[~torch.isin(order, used)][:_STRANGERS]
     if not len(others):
-        return {}
-    attack, found = GradientMembership(), {}
+        return ()
     members = used.reshape(informed.victims, -1)
     if scored is not None:
         members = members[:, torch.randperm(members.shape[1], generator=generator)[:scored]]
-    suspects = data.train[torch.cat([members.flatten(), others])]
-    public, batches = data.test[: attack.public], torch.arange(members.numel()).view_as(members)
-    for attacker in attackers(defense, informed, MEMBERSHIP, inverse=False):
-        known = defense.transform if attacker.adaptive else None
-        scores = attack(
-            attacker.observation, _as_trained(suspects, known), _as_trained(public, known)
+    lineup = _Lineup(
+        data.train[torch.cat([members.flatten(), others])],
+        data.test[_PUBLIC : _PUBLIC + _STRANGERS // 2],
+        data.test[:_PUBLIC],
+        victims=len(members),
+        scored=members.numel(),
+    )
+    known = defense.transform
+    return tuple(
+        found
+        for attacker in _both(attackers(defense, informed, MEMBERSHIP, inverse=False))
+        for name in ATTACKS
+        if (found := _run(name, attacker, lineup.treated(known if attacker.adaptive else None)))
+    )
+
+
+def _both(found: Sequence[Attacker]) -> list[Attacker]:
+    """Return a naive attacker and one who knows; without anything to know they are one."""
+    return [*found] if len(found) > 1 else [found[0], Attacker(found[0].observation, adaptive=True)]
+
+
+@dataclass(frozen=True)
+class _Lineup:
+    """Images to be told apart: those used in each update first, then strangers."""
+
+    suspects: Images
+    unseen: Images
+    public: Images
+    victims: int
+    scored: int
+
+    def treated(self, transform: nn.Module | None) -> "_Lineup":
+        """Return the images as a client would have trained on them."""
+        if transform is None:
+            return self
+        return replace(
+            self,
+            suspects=_as_trained(self.suspects, transform),
+            unseen=_as_trained(self.unseen, transform),
+            public=_as_trained(self.public, transform),
         )
-        above = [
-            recognised(own[batch], own[members.numel() :])
-            for own, batch in zip(scores, batches, strict=True)
-        ]
-        found[attacker.adaptive] = torch.cat(above)
-    return {False: found[False], True: found.get(True, found[False])}
+
+    def members(self, values: Tensor) -> Tensor:
+        """Return of values [V, M + S] those of each update's own images, [V, M / V]."""
+        own = torch.arange(self.scored).view(self.victims, -1)
+        return values.gather(1, own)
 
 
-def _as_trained(images: Images, transform: nn.Module | None) -> Images:
-    if transform is None:
+def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
+    attack, seen = ATTACKS[name], attacker.observation
+    try:
+        scores = attack(seen, lineup.suspects, lineup.public)
+    except FedveilError:
+        return None
+    own, others = lineup.members(scores), scores[:, lineup.scored :]
+    picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
+    unseen = None
+    if len(lineup.unseen):
+        unseen = roc(own, attack(seen, lineup.unseen, lineup.public))
+    certain, mistaken = None, 0
+    if isinstance(attack, Span):
+        sure = attack.certain(seen, lineup.suspects, lineup.public)
+        certain = float(lineup.members(sure).double().mean())
+        mistaken = int(sure[:, lineup.scored :].sum())
+    return Recognition(
+        name, attacker.adaptive, torch.cat(picked), roc(own, others), unseen, certain, mistaken
+    )
+
+
+def _as_trained(images: Images, transform: nn.Module) -> Images:
+    if not len(images):
         return images
     with torch.no_grad():
         return Images(transform(images.pixels), images.labels)

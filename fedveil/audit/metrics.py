@@ -118,6 +118,45 @@ def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -
     return ((below[:, None] - steps).clamp_min(0).double() / (count - steps)).prod(dim=1)
 
 
+@dataclass(frozen=True)
+class Roc:
+    """How well scores part images that were used from images that were not.
+
+    Attributes:
+        auc: Probability that a member scores above a stranger, ties counted half.
+        tpr_at_1: Share of members found where at most 1 % of strangers are called members.
+        tpr_at_01: The same at 0.1 %; with fewer than 1,000 strangers, above all of them.
+        strangers: How many there were.
+    """
+
+    auc: float
+    tpr_at_1: float
+    tpr_at_01: float
+    strangers: int
+
+
+def roc(members: Tensor, strangers: Tensor) -> Roc:
+    """Return the operating points that tell whether anybody is recognised with confidence.
+
+    Source: Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022,
+    section III: attacks are compared at low false-positive rates.
+
+    Args:
+        members: [V, N], scores of images used in each of V updates.
+        strangers: [V, S], of images that were not. Updates are scored one by one and averaged.
+    """
+
+    def found(rate: float) -> float:
+        allowed = int(rate * strangers.shape[1])
+        threshold = strangers.sort(dim=1, descending=True).values[:, allowed]
+        return float((members > threshold[:, None]).double().mean())
+
+    above = (members[:, :, None] > strangers[:, None]).double()
+    equal = (members[:, :, None] == strangers[:, None]).double()
+    auc = float((above + equal / 2).mean())
+    return Roc(auc, found(0.01), found(0.001), strangers.shape[1])
+
+
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:
     """Return the share of each batch's labels that was inferred, in any order.
 
@@ -163,6 +202,27 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+def over_updates(values: Tensor) -> Interval:
+    """Return the mean of shares with Student's 95 % interval over the updates they come from.
+
+    Images that share an update are recovered or recognised together, so that they are one draw.
+
+    Args:
+        values: [V, N] in [0, 1], of N images in each of V updates. With one image an update it is
+            Wilson's interval; of a single update nothing is known beyond it, so 0 to 1.
+    """
+    if values.shape[1] == 1:
+        return wilson(values[:, 0])
+    means = values.double().mean(dim=1)
+    if len(means) < 2:
+        return Interval(float(means.mean()), 0.0, 1.0)
+    from scipy import stats
+
+    mean = float(means.mean())
+    wide = float(stats.t.ppf(0.975, len(means) - 1)) * float(means.std()) / len(means) ** 0.5
+    return Interval(mean, max(0.0, mean - wide), min(1.0, mean + wide))
 
 
 def bootstrap(

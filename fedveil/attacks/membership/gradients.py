@@ -1,18 +1,14 @@
 """Which of some candidate images a client trained on, told from its update, none rebuilt."""
 
-import copy
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import vmap
+from torch import Tensor
 
-from fedveil.attacks.inversion.gradients import GradientMap, survived
 from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.membership.per_image import MOST_NUMBERS, PerImageGradients
 from fedveil.data.images import Images
 
-_MOST_NUMBERS = 2**29  # of public gradients held at once: 2 GiB
 _TINY = 1e-12
 
 
@@ -60,8 +56,8 @@ class GradientMembership:
             public: Images that nobody trained on, treated in the same way.
         """
         device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        gradients = _Gradients.of(observation, device)
-        count = min(self.public, max(1, _MOST_NUMBERS // gradients.length))
+        gradients = PerImageGradients.of(observation, public, device)
+        count = min(self.public, max(1, MOST_NUMBERS // gradients.length))
         regressors = torch.cat([*gradients.each(public[:count], self.together)])
         every = torch.arange(observation.victims)
         # What was sent differs from victim to victim; where all was sent, one regression serves.
@@ -77,54 +73,6 @@ class GradientMembership:
             ],
             dim=1,
         ).cpu()
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """The gradient of single images, as rows of numbers.
-
-    Attributes:
-        map: From an image to its gradient, in evaluation mode: alone in a batch it has no
-            statistics.
-        names: Of the parameters, in the order of a row.
-        device: Where rows are.
-    """
-
-    map: GradientMap
-    names: tuple[str, ...]
-    device: torch.device
-
-    @classmethod
-    def of(cls, observation: Observation, device: torch.device) -> "_Gradients":
-        model: nn.Module = copy.deepcopy(observation.model).eval()
-        alone = GradientMap.of(
-            Observation(model, observation.gradients, observation.shape, observation.classes),
-            dtype=torch.float32,
-            device=device,
-        )
-        return cls(alone, tuple(alone.parameters), device)
-
-    @property
-    def length(self) -> int:
-        return sum(value.numel() for value in self.map.parameters.values())
-
-    def each(self, images: Images, together: int) -> Iterator[Tensor]:
-        """Yield the gradients of some images at a time, float32 [n, D]."""
-
-        def one(pixels: Tensor, label: Tensor) -> Tensor:
-            found = self.map(pixels[None], label[None])
-            return torch.cat([found[name].flatten() for name in self.names])
-
-        for start in range(0, len(images), together):
-            part = images[start : start + together]
-            pixels, labels = part.pixels.to(self.device), part.labels.to(self.device)
-            with torch.no_grad():
-                yield vmap(one)(pixels, labels)
-
-    def rows(self, updates: Mapping[str, Tensor]) -> Tensor:
-        """Return updates, parameter name to [V, ...], as float32 [V, D]."""
-        parts = [updates[name].flatten(1).to(self.device, torch.float32) for name in self.names]
-        return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -147,13 +95,15 @@ class _Regression:
 
     @classmethod
     def of(
-        cls, gradients: _Gradients, observation: Observation, regressors: Tensor, ridge: float
+        cls,
+        gradients: PerImageGradients,
+        observation: Observation,
+        regressors: Tensor,
+        ridge: float,
     ) -> "_Regression":
-        updates, sent, left = gradients.rows(observation.gradients), None, regressors
-        if observation.sanitizer is not None:
-            own = {name: value[0] for name, value in observation.gradients.items()}
-            told = survived(own, observation.sanitizer)
-            sent = gradients.rows({name: value[None] for name, value in told.items()})
+        updates, left = gradients.rows(observation.gradients), regressors
+        sent = gradients.sent(observation)
+        if sent is not None:
             left, updates = regressors * sent, updates * sent
         lengths = left.norm(dim=1).clamp_min(_TINY)
         gram = (left @ regressors.T / lengths[:, None] / lengths).double()

@@ -1,0 +1,155 @@
+"""What each of some images would have put into an update, alone."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from fedveil.attacks.inversion.gradients import GradientMap, differentiable_attention, survived
+from fedveil.attacks.inversion.observation import Observation
+from fedveil.data.images import Images
+
+MOST_NUMBERS = 2**29
+"""Of gradients held at once: 2 GiB."""
+
+_COMPANIONS = 15
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class PerImageGradients:
+    """The gradient of single images, as rows of numbers, in the mode the client trains in.
+
+    Where batch normalisation takes its statistics from the batch, an image alone has not the
+    gradient that it has among others. It is then joined by public images, as many as it had beside
+    it, whose loss does not count; a batch of one image has none.
+
+    Attributes:
+        map: Where the model and its weights are.
+        names: Of the parameters, in the order of a row.
+        companions: Float [B, C, H, W], public images that complete a batch; B = 0 without batch
+            statistics.
+        device: Where rows are.
+    """
+
+    map: GradientMap
+    names: tuple[str, ...]
+    companions: Tensor
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, observation: Observation, public: Images, device: torch.device
+    ) -> "PerImageGradients":
+        """Return the gradients of the observed model.
+
+        Args:
+            observation: Of any batch and any local training.
+            public: Images that may stand beside a candidate in its batch.
+            device: Where to compute.
+        """
+        model: nn.Module = copy.deepcopy(observation.model)
+        together = _takes_batch_statistics(model)
+        for module in model.modules():
+            # Dropout draws anew for whoever asks; nothing but batch statistics is repeatable.
+            if not isinstance(module, _BATCH_NORMS):
+                module.training = False
+        alone = GradientMap.of(
+            Observation(model, observation.gradients, observation.shape, observation.classes),
+            dtype=torch.float32,
+            device=device,
+        )
+        beside = min(_COMPANIONS, observation.images - 1) if together else 0
+        companions = public[:beside].pixels.to(device)
+        return cls(alone, tuple(alone.parameters), companions, device)
+
+    @property
+    def length(self) -> int:
+        """Numbers in a row."""
+        return sum(value.numel() for value in self.map.parameters.values())
+
+    def each(self, images: Images, together: int) -> Iterator[Tensor]:
+        """Yield the gradients of ``together`` images at a time, float32 [n, D]."""
+
+        def loss(parameters: dict[str, Tensor], pixels: Tensor, label: Tensor) -> Tensor:
+            batch = torch.cat([pixels[None], self.companions])
+            logits = functional_call(self.map.model, {**parameters, **self.map.constants}, (batch,))
+            return F.cross_entropy(logits[:1], label[None])
+
+        def one(pixels: Tensor, label: Tensor) -> Tensor:
+            with differentiable_attention():
+                found = grad(loss)(dict(self.map.parameters), pixels, label)
+            return torch.cat([found[name].flatten() for name in self.names])
+
+        for start in range(0, len(images), together):
+            part = images[start : start + together]
+            pixels, labels = part.pixels.to(self.device), part.labels.to(self.device)
+            with torch.no_grad():
+                yield vmap(one)(pixels, labels)
+
+    def rows(self, updates: Mapping[str, Tensor]) -> Tensor:
+        """Return updates, parameter name to [V, ...], as float32 [V, D]."""
+        parts = [updates[name].flatten(1).to(self.device, torch.float32) for name in self.names]
+        return torch.cat(parts, dim=1)
+
+    def sent(self, observation: Observation) -> Tensor | None:
+        """Return where one victim's update tells something, float32 [1, D] of 0 and 1.
+
+        Returns:
+            None where all of it does.
+        """
+        if observation.sanitizer is None:
+            return None
+        own = {name: value[0] for name, value in observation.gradients.items()}
+        told = survived(own, observation.sanitizer)
+        return self.rows({name: value[None] for name, value in told.items()})
+
+    def matrices(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return rows [n, D] as one matrix a parameter and row, name to [n, out, in].
+
+        A bias, or any other vector, is a matrix of one row.
+        """
+        found, start = {}, 0
+        for name in self.names:
+            weight = self.map.parameters[name]
+            height = len(weight) if weight.ndim > 1 else 1
+            part = rows[:, start : start + weight.numel()]
+            found[name] = part.reshape(len(rows), height, weight.numel() // height)
+            start += weight.numel()
+        return found
+
+    def inputs(self, layer: str, images: Images) -> Tensor:
+        """Return what a linear layer is given of each image, float32 [N, in].
+
+        Args:
+            layer: Name of a module that sees one row an image.
+            images: Any.
+        """
+        given: list[Tensor] = []
+        module: Any = self.map.model.get_submodule(layer)
+        hook = module.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[0]))
+        state = {**self.map.parameters, **self.map.constants}
+        step = 1 if len(self.companions) else 256
+        try:
+            with torch.no_grad():
+                for start in range(0, len(images), step):
+                    pixels = images[start : start + step].pixels.to(self.device)
+                    batch = torch.cat([pixels, self.companions])
+                    functional_call(self.map.model, state, (batch,))
+                    given[-1] = given[-1][: len(pixels)]
+        finally:
+            hook.remove()
+        return torch.cat(given)
+
+
+def _takes_batch_statistics(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, _BATCH_NORMS)
+        and (module.training or not getattr(module, "track_running_stats", True))
+        for module in model.modules()
+    )

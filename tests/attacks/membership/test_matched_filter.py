@@ -1,0 +1,124 @@
+"""The matched filter: against a Gaussian likelihood ratio by hand, and on a sum of clients."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedveil.attacks.inversion import Observation
+from fedveil.attacks.membership import ATTACKS, GradientMembership, MatchedFilter
+from fedveil.audit.membership import best, picked_out
+from fedveil.audit.metrics import recognised
+from fedveil.audit.watch import WatchedFederation
+from fedveil.data import Images, load_dataset
+from fedveil.defenses import parse_defense
+from fedveil.models import build_model
+
+SHAPE, CLASSES = (1, 3, 4), 3
+
+
+class Scaled(nn.Module):
+    """A model whose one parameter is a vector, so that its covariance needs no product form."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.scale = nn.Parameter(torch.rand(12, generator=generator))
+        self.register_buffer("mix", torch.randn(12, CLASSES, generator=generator))
+
+    def forward(self, x):
+        return (x.flatten(1) * self.scale) @ self.mix
+
+
+def _images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, *SHAPE, generator=generator)
+    return Images(pixels, torch.randint(CLASSES, (count,), generator=generator))
+
+
+def _gradient(model, images):
+    loss = F.cross_entropy(model(images.pixels), images.labels)
+    return torch.autograd.grad(loss, [model.scale])[0]
+
+
+def test_scores_are_a_gaussian_likelihood_ratio():
+    model, public, candidates = Scaled(), _images(60, 1), _images(7, 2)
+    batch = _images(4, 3)
+    update = _gradient(model, batch)
+    observation = Observation(model, {"scale": update[None]}, SHAPE, CLASSES, 4)
+    found = MatchedFilter(damping=0.05)(observation, candidates, public)[0].numpy()
+
+    known = np.stack([_gradient(model, public[i : i + 1]).double().numpy() for i in range(60)])
+    mean, covariance = known.mean(0), np.cov(known.T, bias=True)
+    covariance += 0.05 * np.trace(covariance) / 12 * np.eye(12)
+    inverse = np.linalg.inv(covariance)
+    rows = np.stack([_gradient(model, candidates[i : i + 1]).double().numpy() for i in range(7)])
+    own, seen = rows - mean, update.double().numpy() - mean
+    expected = own @ inverse @ seen / np.sqrt(np.einsum("ij,jk,ik->i", own, inverse, own))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_what_all_images_have_in_common_hides_nothing():
+    """Strong common directions drown a plain cosine; the filter gives them little weight."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(60, 144, generator=generator) * 6
+
+    def photographs(count):
+        rows = torch.randn(count, 60, generator=generator) @ common / 8
+        rows += torch.randn(count, 144, generator=generator)
+        return Images(rows.view(count, 1, 12, 12), torch.randint(3, (count,), generator=generator))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.Tanh(), nn.Linear(24, 3))
+    used, others, public = photographs(60), photographs(300), photographs(400)
+    named = dict(model.named_parameters())
+    loss = F.cross_entropy(model(used.pixels), used.labels)
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    update = {name: g[None] for name, g in zip(named, gradients, strict=True)}
+    seen = Observation(model, update, (1, 12, 12), 3, 60)
+    share = {}
+    for name, attack in ATTACKS.items():
+        members, strangers = attack(seen, used, public)[0], attack(seen, others, public)[0]
+        share[name] = float(recognised(members, strangers).mean())
+    assert share["matched-filter"] > share["gradient"] + 0.2, share
+    assert share["span"] > share["gradient"] + 0.2, share
+
+
+def test_every_attack_runs_in_the_audit_and_the_best_is_named():
+    digits, noise = load_dataset("digits"), parse_defense("noise:ratio=1")
+    model = build_model("cnn", digits.shape, 10, seed=0)
+    watched = WatchedFederation(
+        "digits", "cnn", clients=4, victim=0, rounds=2, batch_size=8, update="step"
+    )
+    found = picked_out(
+        noise, watched.observe(model, digits, noise), digits, watched.ground_truth(digits), seed=0
+    )
+    known = {one.attack: one for one in found if one.adaptive}
+    assert set(known) == set(ATTACKS)
+    for one in known.values():
+        assert len(one.picked) == 16
+        assert 0 <= one.strangers.tpr_at_01 <= one.strangers.tpr_at_1 <= 1
+        assert one.unseen is None  # digits has no test images beside the attacker's own
+        assert float(best(found, adaptive=True).picked.mean()) >= float(one.picked.mean())
+    assert known["span"].certain == known["span"].mistaken == 0  # noise leaves nothing certain
+
+
+@pytest.mark.parametrize("attack", [GradientMembership(), MatchedFilter()])
+def test_batch_normalisation_is_scored_in_the_mode_the_client_trains_in(attack):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)
+    )
+    model[1].running_mean.fill_(5.0)  # of no use to a client that trains on its batch's own
+    candidates, public = _images(60, 5), _images(60, 6)
+    places = []
+    for used in range(8):
+        one = candidates[used : used + 1]
+        loss = F.cross_entropy(model.train()(one.pixels), one.labels)
+        named = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        update = {name: g[None] for name, g in zip(named, gradients, strict=True)}
+        scores = attack(Observation(model, update, SHAPE, 3, 1), candidates, public)[0]
+        places.append(int(scores.argmax()) == used)
+    assert sum(places) >= 7
