@@ -213,6 +213,10 @@ def train(
         float | None,
         typer.Option(help="Refuse changes longer than so many medians of the round; 0: none."),
     ] = None,
+    weight_limit: Annotated[
+        float | None,
+        typer.Option(help="Count a client for so many medians of all claims at most; 0: no limit."),
+    ] = None,
     average: Annotated[
         Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
     ] = None,

@@ -28,7 +28,9 @@ def reestimate_batch_norm(
     """
     state = dict(weights)
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats
     }
     modes = {name: (layer.training, layer.momentum) for name, layer in layers.items()}
     for name, layer in layers.items():

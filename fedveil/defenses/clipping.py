@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedveil.defenses.protocol import Tensors
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Clipping:
         """1 / norm."""
         return 1 / self.norm
 
-    def __call__(self, update: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, update: Tensors, generator: SecureGenerator) -> dict[str, Tensor]:
         """Return the clipped update."""
         return self._clip(update)
 

@@ -1,7 +1,8 @@
 """DP-SGD: local training with differential privacy for single images."""
 
+import copy
 import math
-import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
+from fedveil.models.inspect import BATCH_NORMS
+from fedveil.secure_random import SecureGenerator
+
+# Of Rényi divergences; the large ones are what much noise needs.
+_ORDERS = [1 + x / 10 for x in range(1, 100)] + [*range(12, 64), 80, 128, 192, 256, 384, 512, 1024]
+
+ADJACENCY = (
+    "one image of a client added or removed; how many images a client has is taken as public"
+)
+"""What two neighbouring data sets are, for which ε and δ hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +73,78 @@ class DPSGD:
         Returns:
             ε; infinite without noise, 0 without a step.
         """
+        return self.spent([(images, steps)], batch_size=batch_size)
+
+    def spent(self, releases: Iterable[tuple[int, int]], *, batch_size: int) -> float:
+        """Return ε of several releases of one client together.
+
+        Args:
+            releases: Of each the images the client held then, and the steps it took.
+            batch_size: Expected images a step, B.
+
+        Returns:
+            As ``epsilon``.
+        """
         from opacus.accountants import RDPAccountant
 
-        if not steps:
+        taken = [(images, steps) for images, steps in releases if steps]
+        if not taken:
             return 0.0
         if not self.noise:
             return math.inf
         accountant = RDPAccountant()
-        rate = min(1.0, batch_size / images)
-        accountant.history = [(self.noise, rate, steps)]
-        return float(accountant.get_epsilon(delta=self.delta))
+        rates: dict[float, int] = {}
+        for images, steps in taken:
+            rate = min(1.0, batch_size / images)
+            rates[rate] = rates.get(rate, 0) + steps
+        accountant.history = [(self.noise, rate, steps) for rate, steps in rates.items()]
+        return float(accountant.get_epsilon(delta=self.delta, alphas=_ORDERS))
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that mixes the images of a batch.
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Refuse a model for which the promise would not hold, or that opacus cannot train.
+
+        The promise is of single images, so what leaves must be a sum over images of what each
+        gives alone: batch normalisation of any kind (frozen, without weights, without statistics)
+        and anything else that mixes a batch is refused, and so is any module that carries numbers
+        from image to image in a buffer, whose content no noise covers.
+
+        Args:
+            model: What clients train; its weights stay.
+            shape: (C, H, W) of an image.
 
         Raises:
-            FedveilError: It does.
+            FedveilError: Names the module or the buffer, and what to do.
         """
-        with _PerImage(model):
-            pass
+        for name, module in model.named_modules():
+            if isinstance(module, BATCH_NORMS):
+                raise FedveilError(
+                    f"DP-SGD cannot train {name or 'the model'}, a {type(module).__name__}: it "
+                    "mixes the images of a batch, so no noise is enough; use group normalisation "
+                    "(--model resnet-gn has it)"
+                )
+        own = copy.deepcopy(model).train()
+        pixels = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+        _check_no_memory(own, pixels[:2])
+        _check_no_mixing(own, pixels)
+        self._check_trainable(own, pixels[:2])
+
+    def _check_trainable(self, model: nn.Module, pixels: Tensor) -> None:
+        try:
+            self.gradients(model, pixels, torch.zeros(len(pixels), dtype=torch.int64), expected=2)
+        except FedveilError:
+            raise
+        except Exception as error:  # whatever opacus's hooks make of somebody's model
+            reason = " ".join(str(error).split())[:200]
+            raise FedveilError(
+                f"DP-SGD cannot train model {type(model).__name__}: {type(error).__name__}: "
+                f"{reason}; in-place operations must not be (inplace=False), and layers be those "
+                "that opacus knows"
+            ) from None
 
     def gradients(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, *, expected: int
-    ) -> tuple[dict[str, Tensor], float]:
-        """Return one private gradient by parameter name, and the mean loss before it.
-
-        The randomness is seeded by the operating system: whoever knew a seed could subtract the
-        noise.
+    ) -> dict[str, Tensor]:
+        """Return one private gradient by parameter name.
 
         Args:
             model: In the mode it trains in, without batch normalisation.
@@ -100,11 +156,11 @@ class DPSGD:
             FedveilError: The model mixes the images of a batch.
         """
         with _PerImage(model) as wrapped:
-            loss = F.cross_entropy(wrapped(pixels), labels) if len(labels) else torch.zeros(())
             if len(labels):
+                loss = F.cross_entropy(wrapped(pixels), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
             self._privatise(model, expected, len(labels))
-            return _taken(model), float(loss.detach())
+            return _taken(model)
 
     def _privatise(self, model: nn.Module, expected: int, images: int) -> None:
         from opacus.optimizers import DPOptimizer
@@ -118,12 +174,59 @@ class DPSGD:
                 )
         optimiser = DPOptimizer(
             torch.optim.SGD(trained, lr=1.0),
-            noise_multiplier=self.noise,
+            noise_multiplier=0.0,
             max_grad_norm=self.clip,
             expected_batch_size=expected,
-            generator=torch.Generator(trained[0].device).manual_seed(secrets.randbits(63)),
         )
         optimiser.pre_step()
+        # Not opacus's own noise: its generator has 32 bits of seed on a CPU.
+        generator, length = SecureGenerator(), self.noise * self.clip / expected
+        for parameter in trained:
+            noise = generator.normal(*parameter.shape).to(parameter.device)
+            assert parameter.grad is not None
+            parameter.grad = (parameter.grad.double() + length * noise).to(parameter.dtype)
+
+
+def _check_no_memory(model: nn.Module, pixels: Tensor) -> None:
+    before = {name: value.clone() for name, value in _tensors(model)}
+    with torch.no_grad():
+        _forward(model, pixels)
+    for name, value in _tensors(model):
+        held = before.get(name)
+        if held is None or value.shape != held.shape or not _equal(value, held):
+            raise FedveilError(
+                f"DP-SGD cannot train this model: its {name} changes when images pass, and "
+                "what it holds of them no noise covers; leave that module out, or use one without "
+                "running statistics"
+            )
+
+
+def _check_no_mixing(model: nn.Module, pixels: Tensor) -> None:
+    first, second, third = pixels[:1], pixels[1:2], pixels[2:]
+    with torch.no_grad():
+        one = _forward(model, torch.cat([first, second]))[0]
+        other = _forward(model, torch.cat([first, third]))[0]
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise FedveilError(
+            f"DP-SGD cannot train model {type(model).__name__}: its answer to an image depends on "
+            "the others in the batch, so no noise is enough; use layers that see each image alone"
+        )
+
+
+def _forward(model: nn.Module, pixels: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that dropout is the same in each try
+        logits: Tensor = model(pixels)
+    return logits
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    state = model.state_dict()
+    return [(name, value) for name, value in state.items() if isinstance(value, Tensor)]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)))
 
 
 class _PerImage:

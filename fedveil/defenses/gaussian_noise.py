@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedveil.defenses.protocol import Tensors, difference
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,15 @@ class GaussianNoise:
         """Standard deviation over the update's root mean square."""
         return self.ratio
 
-    def __call__(self, update: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, update: Tensors, generator: SecureGenerator) -> dict[str, Tensor]:
         """Return the noisy update."""
         squares = sum(float(value.double().square().sum()) for value in update.values())
         count = sum(value.numel() for value in update.values())
         sigma = self.ratio * math.sqrt(squares / count)
         return {
-            name: value + sigma * torch.randn(value.shape, generator=generator).to(value)
+            name: (value.double() + sigma * generator.normal(*value.shape).to(value.device)).to(
+                value.dtype
+            )
             for name, value in update.items()
         }
 

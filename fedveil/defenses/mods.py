@@ -1,11 +1,9 @@
 """Defences as Flower client mods, for apps that this package did not write."""
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from fedveil.defenses.protocol import Defense, Sanitizer
 from fedveil.defenses.soteria import Soteria
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 _TRAIN = "train"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -45,8 +44,9 @@ def defense_mods(defense: Defense, *, returned: Returned = "weights") -> list[Mo
 def sanitize_update(sanitizer: Sanitizer, *, returned: Returned = "weights") -> Mod:
     """Return a mod that sanitises what a client answers a train message with.
 
-    Batch statistics and tensors of integers pass as they are. Noise is seeded by the operating
-    system, never by the message: whoever knew the seed could subtract it.
+    Batch statistics and tensors of integers pass as they are. Noise comes from a
+    cryptographic stream under fresh bits, never from the message: whoever found its seed could
+    subtract it.
 
     Args:
         sanitizer: For example ``Pruning(share=0.9)``.
@@ -72,7 +72,7 @@ def sanitize_update(sanitizer: Sanitizer, *, returned: Returned = "weights") -> 
             )
         sent = _counterpart(received, answers[0]) if returned == "weights" else {}
         name = next(iter(reply.content.array_records))
-        generator = torch.Generator().manual_seed(secrets.randbits(63))
+        generator = SecureGenerator()
         reply.content[name] = ArrayRecord(_sanitized(sanitizer, sent, answers[0], generator))
         return reply
 
@@ -113,7 +113,7 @@ def _sanitized(
     sanitizer: Sanitizer,
     sent: dict[str, Tensor],
     answer: dict[str, Tensor],
-    generator: torch.Generator,
+    generator: SecureGenerator,
 ) -> dict[str, Tensor]:
     update = {
         name: value - sent[name] if sent else value
@@ -186,4 +186,4 @@ def _transformed(transform: nn.Module) -> Iterator[None]:
 
 
 def _is_images(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and torch.is_floating_point(value)
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()

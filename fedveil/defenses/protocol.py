@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
+
+from fedveil.secure_random import SecureGenerator
 
 if TYPE_CHECKING:
     from fedveil.defenses.dp_sgd import DPSGD
@@ -56,7 +57,7 @@ class Sanitizer(Protocol):
         """One number, larger where less of an update is left; its unit is the sanitiser's."""
         ...
 
-    def __call__(self, update: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, update: Tensors, generator: SecureGenerator) -> dict[str, Tensor]:
         """Return the update that leaves the client; the given one is not changed.
 
         Args:

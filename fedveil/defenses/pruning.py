@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedveil.defenses.protocol import Tensors
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Pruning:
         """Share of the entries that is lost."""
         return self.share
 
-    def __call__(self, update: Tensors, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, update: Tensors, generator: SecureGenerator) -> dict[str, Tensor]:
         """Return the pruned update."""
         return {name: self._prune(value) for name, value in update.items()}
 

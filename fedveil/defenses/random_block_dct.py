@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedveil.defenses.block_dct import BlockDCT, zigzag_mask
 from fedveil.defenses.protocol import Transformation
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 
 class RandomBlockDCT(Transformation):
@@ -59,7 +60,7 @@ class RandomBlockDCT(Transformation):
     def forward(self, images: Tensor) -> Tensor:
         """Return the images without the coefficients drawn for each."""
         flat = images.reshape(-1, *images.shape[-3:])
-        draws = [torch.rand(self.candidates.shape, generator=self._seeded(i)) for i in flat]
+        draws = [self._seeded(i).uniform(*self.candidates.shape) for i in flat]
         return self.project(flat, torch.stack(draws).to(flat.device)).reshape(images.shape)
 
     def project(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -76,10 +77,10 @@ class RandomBlockDCT(Transformation):
         found = self._dct.from_coefficients(self._dct.coefficients(images) * masks)
         return found[..., : images.shape[-2], : images.shape[-1]]
 
-    def _seeded(self, image: Tensor) -> torch.Generator:
+    def _seeded(self, image: Tensor) -> SecureGenerator:
         raw = image.detach().mul(255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
         digest = hashlib.sha256(f"{self.seed}".encode() + raw.numpy().tobytes()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return SecureGenerator(digest)
 
 
 class _Drawn(nn.Module):

@@ -163,4 +163,4 @@ def check_defense(defense: Defense, model: nn.Module, shape: tuple[int, int, int
     if defense.soteria is not None:
         defense.soteria.on(model, shape)
     if defense.privacy is not None:
-        defense.privacy.check(model)
+        defense.privacy.check(model, shape)

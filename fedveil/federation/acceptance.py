@@ -1,16 +1,16 @@
 """What keeps one client's answer from moving the model further than the others'."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
+from statistics import median, median_low
 
 import numpy as np
 import torch
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from torch import Tensor
 
-from fedveil.federation.replies import Refusal, Update
-from fedveil.federation.roster import Client
+from fedveil.federation.replies import Update
+from fedveil.federation.roster import Client, Refusal
 
 Weights = Mapping[str, Tensor]
 Terms = Sequence[tuple[Weights, float]]
@@ -31,6 +31,9 @@ class Acceptance:
         average: The weighted mean, or one of Flower's two robust averages coordinate by coordinate,
             in which every client counts the same: the median, or the mean without the lowest and
             the highest fifth.
+        weight_limit: A client counts for no more images than this many times the median of what
+            all clients say they have; ``None``: for as many as it says. How many images a client
+            has is its word alone, and an unbounded word is the mean.
 
     The limit bounds what one client can do by scale, not what it can do by direction; the robust
     averages are from Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
@@ -39,6 +42,7 @@ class Acceptance:
 
     norm_limit: float | None = None
     average: str = "mean"
+    weight_limit: float | None = 3.0
 
 
 def refuse_large(
@@ -68,6 +72,37 @@ def refuse_large(
         if norm > limit * middle
     ]
     return stay, refusals
+
+
+def weight_bound(clients: Sequence[Client], limit: float | None) -> int | None:
+    """Return for how many images a client counts at most.
+
+    The median is the lower one, so that of two clients the larger claim bounds nothing.
+
+    Args:
+        clients: All of the federation that answered the first query.
+        limit: As ``Acceptance.weight_limit``.
+
+    Returns:
+        At least 1; None for no bound, where none is asked for or nobody said.
+    """
+    claims = [client.examples for client in clients if client.examples is not None]
+    if limit is None or not claims:
+        return None
+    return max(1, int(limit * median_low(claims)))
+
+
+def bounded(updates: Sequence[Update], bound: int | None) -> tuple[list[Update], tuple[str, ...]]:
+    """Return the updates with no weight over the bound, and who claimed more, in words."""
+    if bound is None:
+        return list(updates), ()
+    over = tuple(
+        f"node {update.client.node}: says it has {update.examples} images, counted as {bound}, the "
+        "most that the median claim allows (--weight-limit)"
+        for update in updates
+        if update.examples > bound
+    )
+    return [replace(update, examples=min(update.examples, bound)) for update in updates], over
 
 
 def _length(update: Update, sent: Weights) -> float:

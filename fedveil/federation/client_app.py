@@ -79,6 +79,8 @@ def _train_on(message: Message, context: Context, images: Images) -> Message:
     model = _model_for(task)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
     privacy, strangers = _defense(task.defense).privacy, _strangers(message, images, task)
+    received = _untrained(model)
+    loss: float | None = None
     if privacy is None:
         loss = train_locally(
             model,
@@ -88,16 +90,31 @@ def _train_on(message: Message, context: Context, images: Images) -> Message:
             strangers=strangers,
         )
     elif strangers is None:
-        loss = train_privately(model, images, task.training, privacy)
+        train_privately(model, images, task.training, privacy)
     else:
         raise FedveilError(
             "DP-SGD cannot learn from the server's unlabelled images besides; leave out either"
         )
-    metrics = MetricRecord(
-        {"num-examples": len(images), "loss": loss, "server-round": task.server_round}
-    )
-    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+    state = model.state_dict()
+    if privacy is not None:
+        # The accountant covers what is trained alone: the rest goes back as it came.
+        state |= received
+    metrics = _metrics(len(images), loss, task)
+    content = RecordDict({"arrays": ArrayRecord(state), "metrics": metrics})
     return Message(content, reply_to=message)
+
+
+def _untrained(model: nn.Module) -> dict[str, Tensor]:
+    named = model.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    state = model.state_dict()
+    return {name: value.clone() for name, value in state.items() if name not in trained}
+
+
+def _metrics(images: int, loss: float | None, task: ClientTask) -> MetricRecord:
+    """Return what a client says besides: no loss where privacy is promised."""
+    told = {} if loss is None else {"loss": loss}
+    return MetricRecord({"num-examples": images, "server-round": task.server_round, **told})
 
 
 @app.train("gradient", mods=[defense_mod])
@@ -139,22 +156,17 @@ def _one_minibatch(
         name: answer(parameter.detach(), gradients[name], task.learning_rate)
         for name, parameter in model.named_parameters()
     }
-    metrics = MetricRecord(
-        {
-            "num-examples": len(batch),
-            "loss": loss,
-            "server-round": task.server_round,
-        }
-    )
+    metrics = _metrics(len(batch), loss, task)
     content = RecordDict({"arrays": ArrayRecord(answers), "metrics": metrics})
     return Message(content, reply_to=message)
 
 
 def _gradients(
     model: nn.Module, batch: Images, defense: Defense
-) -> tuple[dict[str, Tensor], float]:
+) -> tuple[dict[str, Tensor], float | None]:
     if defense.privacy is not None:
-        return defense.privacy.gradients(model, batch.pixels, batch.labels, expected=len(batch))
+        private = defense.privacy.gradients(model, batch.pixels, batch.labels, expected=len(batch))
+        return private, None
     loss = F.cross_entropy(model(batch.pixels), batch.labels)
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()))

@@ -1,5 +1,6 @@
 """What a client sends back, checked before it can enter a mean."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -7,11 +8,12 @@ import torch
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from fedveil.federation.roster import Client
+from fedveil.federation.roster import Client, Refusal
 
 _HEADER = 4096  # more than numpy writes before an array's numbers
 # Of a client that did not say how many images it has.
 _MOST_EXAMPLES = 10_000_000
+_LARGEST_LOSS = 1e9
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,13 @@ class Update:
         client: Who sent it.
         weights: The model it returned, by name.
         examples: Number of images it trained on, its weight in the mean.
-        loss: Mean training loss it reports.
+        loss: Mean training loss it reports; None where it tells none, as under DP-SGD.
     """
 
     client: Client
     weights: Mapping[str, Tensor]
     examples: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A reply that is left out of the mean, and why."""
-
-    node: int
-    reason: str
+    loss: float | None
 
 
 def read_replies(
@@ -85,12 +79,12 @@ def _read(
     metric = next(iter(metrics.values()))
     if metric.get("server-round", round_number) != round_number:
         return f"its answer is for round {metric.get('server-round')}, not {round_number}"
-    examples, loss = metric.get("num-examples"), metric.get("loss", float("nan"))
+    examples, loss = metric.get("num-examples"), metric.get("loss")
     most = _MOST_EXAMPLES if client.examples is None else client.examples
-    if not isinstance(examples, int) or not 0 < examples <= most:
+    if type(examples) is not int or not 0 < examples <= most:
         return f"num-examples is {examples!r}; allowed: 1 to {most}"
-    if isinstance(loss, list):
-        return "its loss is a list, not a number"
+    if loss is not None and not _is_loss(loss):
+        return f"its loss is {loss!r}; allowed: a finite number up to {_LARGEST_LOSS:g}, or none"
     sent = next(iter(arrays.values()))
     if large := _too_large(sent, expected):
         return large
@@ -98,7 +92,14 @@ def _read(
         weights = sent.to_torch_state_dict()
     except Exception as error:  # whatever numpy makes of bytes that a stranger chose
         return f"its arrays cannot be read ({type(error).__name__})"
-    return _fault(weights, expected) or Update(client, weights, examples, float(loss))
+    told = None if loss is None else float(loss)  # type: ignore[arg-type]
+    return _fault(weights, expected) or Update(client, weights, examples, told)
+
+
+def _is_loss(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and abs(value) <= _LARGEST_LOSS
 
 
 def _too_large(arrays: ArrayRecord, expected: Mapping[str, Tensor]) -> str | None:
@@ -118,6 +119,18 @@ def _fault(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
                 f"{name} is {value.dtype} {tuple(value.shape)}, "
                 f"not {expected[name].dtype} {tuple(expected[name].shape)}"
             )
-        if not bool(torch.isfinite(value).all()):
-            return f"{name} holds NaN or infinity"
+        if odd_place := _not_finite(value, expected[name]):
+            return f"{name} holds {odd_place}"
+        if name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+            return f"{name} is a variance and holds {float(value.min()):g}; allowed: 0 or more"
     return None
+
+
+def _not_finite(value: Tensor, expected: Tensor) -> str | None:
+    """Say so where a number is not finite that was finite when it was sent."""
+    if not value.is_floating_point():
+        return None
+    # A model may hold infinities of its own, an attention mask's: they come back as they went.
+    if bool((torch.isfinite(value) | (value == expected)).all()):
+        return None
+    return "NaN or infinity"

@@ -6,7 +6,8 @@ query round asks every node before the first training round.
 
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -15,6 +16,17 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedveil.errors import FedveilError
+
+_MOST_CLIENTS = 1_000_000
+_MOST_EXAMPLES = 2**53  # up to which a float64 counts exactly
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer that is left out, and why."""
+
+    node: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ def query_roster(
         order of their ids.
 
     Raises:
-        FedveilError: Too few nodes came, nobody answered, or two nodes claim one partition.
+        FedveilError: Too few nodes came, or no answer was usable.
     """
     _wait_for_nodes(grid, min_clients, timeout)
     content = RecordDict({"config": config})
@@ -58,7 +70,9 @@ def query_roster(
         for node in grid.get_node_ids()
     ]
     replies = list(grid.send_and_receive(messages, timeout=timeout))
-    clients = [_client(reply) for reply in replies if not reply.has_error()]
+    clients, refusals = _read(replies)
+    for refusal in refusals:
+        log(WARNING, "node %d takes no part: %s", refusal.node, refusal.reason)
     if clients:
         _name_missing(messages, replies)
     if not clients and replies and all(_has_no_query(reply) for reply in replies):
@@ -66,15 +80,36 @@ def query_roster(
         return tuple(Client(number, node, None) for number, node in enumerate(nodes))
     if not clients:
         reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
+        reasons |= {f"node {refusal.node}: {refusal.reason}" for refusal in refusals}
         raise FedveilError(
-            f"none of {len(messages)} clients answered the first query"
+            f"none of {len(messages)} clients gave a usable answer to the first query"
             + (f": {'; '.join(sorted(reasons))}" if reasons else f" within {timeout:g} seconds")
         )
-    if len({client.partition for client in clients}) < len(clients):
-        raise FedveilError(
-            "two nodes claim the same partition-id; give every node its own --node-config"
-        )
     return tuple(sorted(clients, key=lambda client: client.partition))
+
+
+def _read(replies: Iterable[Message]) -> tuple[list[Client], list[Refusal]]:
+    """Sort the first answers into clients and nodes that take no part.
+
+    Of two that claim one partition nobody can tell whose it is, so neither takes part.
+    """
+    clients: list[Client] = []
+    refusals: list[Refusal] = []
+    for reply in replies:
+        if reply.has_error():
+            continue
+        read = _client(reply)
+        if isinstance(read, str):
+            refusals.append(Refusal(reply.metadata.src_node_id, read))
+        else:
+            clients.append(read)
+    claims = Counter(client.partition for client in clients)
+    refusals += [
+        Refusal(client.node, f"{claims[client.partition]} nodes claim partition {client.partition}")
+        for client in clients
+        if claims[client.partition] > 1
+    ]
+    return [client for client in clients if claims[client.partition] == 1], refusals
 
 
 def _name_missing(messages: Sequence[Message], replies: Sequence[Message]) -> None:
@@ -106,13 +141,21 @@ def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> None:
         time.sleep(0.05)
 
 
-def _client(reply: Message) -> Client:
-    metrics = next(iter(reply.content.metric_records.values()))
-    return Client(
-        partition=int(metrics["partition-id"]),  # type: ignore[arg-type]
-        node=reply.metadata.src_node_id,
-        examples=int(metrics["num-examples"]),  # type: ignore[arg-type]
-    )
+def _client(reply: Message) -> Client | str:
+    """Return who a node is, or what is wrong with what it says."""
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        return f"its first answer holds {len(records)} records of metrics; allowed: one"
+    partition, examples = (records[0].get(key) for key in ("partition-id", "num-examples"))
+    for key, value, least, most in (
+        ("partition-id", partition, 0, _MOST_CLIENTS - 1),
+        ("num-examples", examples, 1, _MOST_EXAMPLES),
+    ):
+        if type(value) is not int or not least <= value <= most:
+            return f"its {key} is {value!r}; allowed: a whole number from {least} to {most}"
+    assert type(partition) is int
+    assert type(examples) is int
+    return Client(partition, reply.metadata.src_node_id, examples)
 
 
 def sample_clients(

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
+from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
 from fedveil.data.augmentation import parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.defenses import check_defense, parse_defense
+from fedveil.defenses.dp_sgd import ADJACENCY, DPSGD
 from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.roster import round_size
+from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.strategies.fedavg import (
@@ -37,7 +40,7 @@ from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.strategies.noisy_fedavg import Cap
 from fedveil.federation.task import ClientTask
-from fedveil.models import build_model
+from fedveil.models import build_model, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, versions
@@ -45,6 +48,7 @@ from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, versio
 OnRound = Callable[[RoundRecord], None]
 
 _EVALUATION_BLOCK = 1_000
+_STATISTICS_IMAGES = 500
 _WITHOUT_FINGERPRINT = ("fedavg", "noise-pair", "protected")
 
 
@@ -125,7 +129,9 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
 def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
     strategy = _STRATEGIES[job.config.strategy](job, resume, key)
-    strategy.acceptance = Acceptance(job.config.norm_limit or None, job.config.average)
+    strategy.acceptance = Acceptance(
+        job.config.norm_limit or None, job.config.average, job.config.weight_limit or None
+    )
     strategy.secure = _secure(job.config)
     return strategy
 
@@ -147,7 +153,17 @@ def _sampling(config: TrainConfig) -> Sampling:
 
 
 def _fedavg(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    return SeededFedAvg(sampling=_sampling(job.config), resume=resume)
+    return SeededFedAvg(
+        sampling=_sampling(job.config),
+        resume=resume,
+        statistics=partial(_measured, job) if has_batch_norm(job.model) else None,
+    )
+
+
+def _measured(job: Job, weights: Weights) -> Weights:
+    """Return the weights with batch statistics of the server's images: nobody's word for them."""
+    pixels = job.evaluation.calibration[:_STATISTICS_IMAGES].pixels
+    return reestimate_batch_norm(job.model, weights, pixels)
 
 
 def _noise_pair(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
@@ -270,6 +286,7 @@ class Recorder:
             loss=self.strategy.loss,
             clients=self.strategy.averaged,
             refused=self.strategy.refused,
+            bounded=self.strategy.bounded,
         )
 
     def _copies(self, sent: Distribution, images: int) -> tuple[float, ...]:
@@ -295,6 +312,8 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     strategy = build_strategy(job, Resume(last.round, last.state), key)
     strategy.fingerprint = _fingerprint(job, key)
     strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
+    if parse_defense(job.config.defense).privacy is not None:
+        strategy.started = partial(_note_release, directory)
     recorder = Recorder(job, directory, strategy, on_round)
     if last.round < job.config.rounds:
         strategy.start(
@@ -307,10 +326,19 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
         )
         last = directory.checkpoint() or last
     directory.write_model(last.weights)
-    directory.write_summary(summarise(job, last.weights, recorder.rounds))
+    directory.write_summary(summarise(job, last.weights, recorder.rounds, directory.releases()))
 
 
-def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str, Any]:
+def _note_release(directory: RunDirectory, _: int, clients: Sequence[Client]) -> None:
+    directory.note_release({client.partition: client.examples for client in clients})
+
+
+def summarise(
+    job: Job,
+    weights: Weights,
+    rounds: list[RoundRecord],
+    releases: Sequence[Mapping[int, int | None]] = (),
+) -> dict[str, Any]:
     """Return the content of ``summary.json``; accuracy is on all report images."""
     cap = job.config.cap
     noisy = [record for record in rounds if record.calibration_evaluations]
@@ -323,7 +351,7 @@ def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str
         "calibration_share_of_time": sum(r.calibration_seconds for r in rounds)
         / sum(r.seconds for r in rounds),
         "seconds": sum(record.seconds for record in rounds),
-        "privacy": _privacy(job, rounds),
+        "privacy": _privacy(job, releases),
         "report_images": len(job.evaluation.report),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,
@@ -332,28 +360,46 @@ def summarise(job: Job, weights: Weights, rounds: list[RoundRecord]) -> dict[str
     }
 
 
-def _privacy(job: Job, rounds: list[RoundRecord]) -> dict[str, float] | None:
-    """Return (ε, δ) of DP-SGD for an image of the client that gave most away."""
+def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str | None:
+    if not privacy.noise:
+        return "no noise was added"
+    if not held:
+        return "it was not noted who was asked for updates"
+    if any(None in counts for counts in held.values()):
+        return "a client did not say how many images it has"
+    return None
+
+
+def _privacy(job: Job, releases: Sequence[Mapping[int, int | None]]) -> dict[str, Any] | None:
+    """Return (ε, δ) of DP-SGD for an image of each client, and of the one that gave most away.
+
+    Every update that a client was asked for counts, averaged, refused, or asked for again after a
+    kill: it may have left its client. How many images a client holds is its own word, and where one
+    gave none there is no ε.
+    """
     config = job.config
     privacy = parse_defense(config.defense).privacy
     if privacy is None:
         return None
-    scheme = parse_partition(config.partition)
-    labels = job.dataset.train.labels
-    shares = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
-    # An answer that was refused had left its client all the same, and nobody noted whose it was.
-    unknown = sum(bool(record.refused) for record in rounds)
-    taken = [unknown + sum(c in record.clients for record in rounds) for c in range(len(shares))]
-    seen = {(len(share), count) for share, count in zip(shares, taken, strict=True)}
-    epsilon = max(
-        privacy.epsilon(
-            images=images,
-            batch_size=config.batch_size,
-            steps=count * config.epochs * math.ceil(images / config.batch_size),
-        )
-        for images, count in seen
-    )
-    return {"epsilon": epsilon, "delta": privacy.delta}
+    told: dict[str, Any] = {"delta": privacy.delta, "adjacency": ADJACENCY}
+    held: dict[int, list[int | None]] = {}
+    for release in releases:
+        for client, images in release.items():
+            held.setdefault(client, []).append(images)
+    if unknown := _no_epsilon(privacy, held):
+        return {"epsilon": None, "reason": unknown, **told}
+
+    def spent(counts: Sequence[int | None]) -> float:
+        known = [count for count in counts if count is not None]
+        taken = [(n, config.epochs * math.ceil(n / config.batch_size)) for n in known]
+        return privacy.spent(taken, batch_size=config.batch_size)
+
+    distinct = {tuple(sorted(counts)): spent(counts) for counts in held.values()}  # type: ignore[type-var]
+    clients = {
+        str(client): distinct[tuple(sorted(counts))]  # type: ignore[type-var]
+        for client, counts in sorted(held.items())
+    }
+    return {"epsilon": max(clients.values()), **told, "clients": clients}
 
 
 app = ServerApp()

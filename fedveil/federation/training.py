@@ -1,7 +1,6 @@
 """What a client computes: stochastic gradient descent on its own images, on one thread."""
 
 import math
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.defenses.dp_sgd import DPSGD
+from fedveil.secure_random import SecureGenerator
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,10 @@ def _loss(logits: Tensor, labels: Tensor, held: Tensor) -> Tensor:
 
 def train_privately(
     model: nn.Module, images: Images, settings: LocalTraining, privacy: DPSGD
-) -> float:
-    """Train ``model`` in place by DP-SGD and return the mean cross entropy on the way.
+) -> None:
+    """Train ``model`` in place by DP-SGD.
+
+    No loss is returned: what images cost the model is theirs, and no accountant covers it.
 
     An epoch has as many steps as ``train_locally`` makes of it; each takes every image with
     probability B/n, as the accountant assumes, so no order of images is shuffled by a seed that the
@@ -157,18 +159,16 @@ def train_privately(
     steps = settings.epochs * math.ceil(len(images) / settings.batch_size)
     step = _optimiser_step(parameters, settings, steps)
     expected = min(settings.batch_size, len(images))
-    generator = torch.Generator().manual_seed(secrets.randbits(63))
-    total, seen = 0.0, 0
+    draws, changes = SecureGenerator(), torch.Generator()  # how images are turned is no secret
+    changes.seed()
     for _ in range(steps):
-        taken = torch.rand(len(images), generator=generator) < expected / len(images)
+        taken = draws.uniform(len(images)) < expected / len(images)
         batch = images[taken]
-        pixels = settings.augmentation(batch.pixels, generator) if len(batch) else batch.pixels
-        gradients, loss = privacy.gradients(model, pixels, batch.labels, expected=expected)
+        pixels = settings.augmentation(batch.pixels, changes) if len(batch) else batch.pixels
+        gradients = privacy.gradients(model, pixels, batch.labels, expected=expected)
         for name, gradient in gradients.items():
             model.get_parameter(name).grad = gradient
         step()
-        total, seen = total + loss * len(batch), seen + len(batch)
-    return total / max(seen, 1)
 
 
 @contextmanager

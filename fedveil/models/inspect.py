@@ -6,7 +6,7 @@ from torch import nn
 from fedveil.errors import FedveilError
 
 _FIRST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # what all of them, lazy ones too, are made of
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -87,6 +87,12 @@ class TrainConfig(BaseModel):
     norm_limit: float = Field(
         default=10.0, ge=0, le=1e9, description="of a change, in medians of the round; 0: none"
     )
+    weight_limit: float = Field(
+        default=3.0,
+        ge=0,
+        le=1e9,
+        description="for how many images a client counts, in medians of all claims; 0: no limit",
+    )
     average: Literal["mean", "median", "trimmed-mean"] = "mean"
     secure_aggregation: bool = Field(
         default=False, description="the server learns the sum of the changes only, by SecAgg+"

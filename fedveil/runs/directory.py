@@ -4,6 +4,7 @@
 ``rounds.jsonl``        a line a round
 ``checkpoint.safetensors``  w, base and the strategy's state after the last whole round (0600)
 ``noise.key``           the run's secret key (0600)
+``releases.jsonl``      under DP-SGD, who was asked for an update in each round that was started
 ``archive/``            what each client was sent in each round, encrypted under that key
 ``model.safetensors``   w, once the run is complete (0600)
 ``summary.json``, ``curves.png``
@@ -34,6 +35,7 @@ from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.sealing import OperatorKey
 
 _SECRET = 0o600
+_RELEASES = "releases.jsonl"
 _VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
 
 
@@ -51,9 +53,11 @@ class RoundRecord:
         calibration_images: Images those took in all.
         calibration_seconds: Time from the base model to the finished copies.
         seconds: Time of the round, without the report's own evaluations.
-        loss: Mean training loss the clients report.
+        loss: Mean training loss the clients report; None where none does, as under DP-SGD.
         clients: Partitions of the clients whose answers were averaged.
         refused: Answers that were left out, and why.
+        bounded: Clients that said they have far more images than the others, and as how many they
+            counted.
     """
 
     round: int
@@ -64,12 +68,14 @@ class RoundRecord:
     calibration_images: int
     calibration_seconds: float
     seconds: float
-    loss: float
+    loss: float | None
     clients: tuple[int, ...]
     refused: tuple[str, ...] = ()
+    bounded: tuple[str, ...] = ()
 
 
 _ROUND = TypeAdapter(RoundRecord)
+_RELEASE = TypeAdapter(dict[int, int | None])
 
 
 @dataclass(frozen=True)
@@ -214,9 +220,37 @@ class RunDirectory:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise FedveilError(f"{path} is damaged: {error}") from None
 
+    def note_release(self, images: Mapping[int, int | None]) -> None:
+        """Note, before it leaves, who is asked for an update; a repeated round is noted again.
+
+        Args:
+            images: Partition of each client to the number of images it says it has, if it does.
+
+        Raises:
+            FedveilError: It could not be written.
+        """
+        noted = [*self.releases(), images]
+        text = "".join(json.dumps({str(k): v for k, v in one.items()}) + "\n" for one in noted)
+        self._write(_RELEASES, text.encode())
+
+    def releases(self) -> list[dict[int, int | None]]:
+        """Return what ``note_release`` noted, every started round, repeated ones too.
+
+        Raises:
+            FedveilError: The file is damaged.
+        """
+        path = self.path / _RELEASES
+        if not path.exists():
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [_RELEASE.validate_python(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise FedveilError(f"{path} is damaged: {error}") from None
+
     def write_rounds(self, rounds: list[RoundRecord]) -> None:
         """Write ``rounds.jsonl`` anew, so that no crash leaves half a line."""
-        text = "".join(json.dumps(asdict(record)) + "\n" for record in rounds)
+        text = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in rounds)
         self._write("rounds.jsonl", text.encode())
 
     def checkpoint(self) -> Checkpoint | None:
@@ -313,7 +347,7 @@ def versions() -> dict[str, str]:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _metadata(content: bytes) -> dict[str, str]:

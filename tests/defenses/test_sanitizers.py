@@ -16,6 +16,7 @@ from torch.func import jvp, vmap
 from fedveil.defenses import parse_defense
 from fedveil.defenses.mods import defense_mods
 from fedveil.errors import FedveilError
+from fedveil.secure_random import SecureGenerator
 
 SPECS = ["prune:share=0.9", "clip:norm=0.5", "noise:ratio=0.1"]
 
@@ -34,7 +35,7 @@ def _length(update):
 @given(st.floats(0, 0.999), st.integers(0, 100))
 def test_pruning_keeps_the_largest(share, seed):
     before = _update(seed)
-    after = parse_defense(f"prune:share={share}").sanitizer(before, torch.Generator())
+    after = parse_defense(f"prune:share={share}").sanitizer(before, SecureGenerator())
     for name, value in before.items():
         kept = after[name] != 0
         assert int(kept.sum()) == max(1, round(value.numel() * (1 - share)))
@@ -47,7 +48,7 @@ def test_pruning_keeps_the_largest(share, seed):
 @given(st.floats(0.01, 100), st.floats(0.001, 10))
 def test_clipping_limits_the_length_and_keeps_the_direction(norm, scale):
     before = _update(scale=scale)
-    after = parse_defense(f"clip:norm={norm}").sanitizer(before, torch.Generator())
+    after = parse_defense(f"clip:norm={norm}").sanitizer(before, SecureGenerator())
     assert _length(after) == pytest.approx(min(norm, _length(before)), rel=1e-4)
     factor = _length(after) / _length(before)
     for name in before:
@@ -57,7 +58,7 @@ def test_clipping_limits_the_length_and_keeps_the_direction(norm, scale):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_noise_is_normal_in_units_of_the_update(scale):
     before = {"w": torch.randn(200, 200) * scale, "b": torch.zeros(10_000)}
-    noisy = parse_defense("noise:ratio=0.5").sanitizer(before, torch.Generator().manual_seed(1))
+    noisy = parse_defense("noise:ratio=0.5").sanitizer(before, SecureGenerator(bytes(32)))
     added = torch.cat([(noisy[k] - before[k]).flatten() for k in before]).double()
     rms = scale * math.sqrt(0.8)
     assert float(added.std()) == pytest.approx(0.5 * rms, rel=0.02)
@@ -69,7 +70,7 @@ def test_noise_is_normal_in_units_of_the_update(scale):
 def test_the_true_update_leaves_no_residual_but_the_noise(spec):
     sanitizer = parse_defense(spec).sanitizer
     true = _update()
-    observed = sanitizer(true, torch.Generator())
+    observed = sanitizer(true, SecureGenerator())
     left = _length(sanitizer.residual(true, observed))
     assert left < 0.11 * _length(true) if "noise" in spec else left < 1e-5
     other = sanitizer.residual(_update(seed=9), observed)
@@ -79,7 +80,7 @@ def test_the_true_update_leaves_no_residual_but_the_noise(spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_residuals_pass_through_function_transforms(spec):
     sanitizer = parse_defense(spec).sanitizer
-    observed = sanitizer(_update(), torch.Generator())
+    observed = sanitizer(_update(), SecureGenerator())
     dummies = {k: torch.stack([_update(i)[k] for i in range(3)]) for k in observed}
     together = vmap(lambda dummy: sanitizer.residual(dummy, observed))(dummies)
     for i in range(3):
@@ -138,7 +139,7 @@ def test_a_mod_sanitises_the_change_of_the_weights_and_not_the_weights():
     got = _ask(_app(defense_mods(defense), _trained), sent)
     plain = _ask(_app([], _trained), sent)
     update = {k: plain[k] - sent[k] for k in ("0.weight", "0.bias", "1.weight", "1.bias")}
-    clean = defense.sanitizer(update, torch.Generator())
+    clean = defense.sanitizer(update, SecureGenerator())
     for name, value in clean.items():
         assert torch.allclose(got[name], sent[name] + value, atol=1e-6)
     for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):

@@ -10,6 +10,7 @@ from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.defenses.pruning import Pruning
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.secure_random import SecureGenerator
 
 
 def test_a_plus_joins_a_transformation_and_a_change_of_the_update():
@@ -55,7 +56,7 @@ def test_both_parts_act_on_what_a_federation_returns():
     loss = F.cross_entropy(model(BlockDCT(keep=3)(used.pixels)), used.labels)
     named = dict(model.named_parameters())
     gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-    expected = Pruning(share=0.5)(gradient, torch.Generator())
+    expected = Pruning(share=0.5)(gradient, SecureGenerator())
     for name, value in expected.items():
         torch.testing.assert_close(seen.gradients[name][0], value, atol=1e-6, rtol=1e-4)
     assert seen.knows is not None

@@ -65,7 +65,7 @@ def _add(message: Message, context: Context) -> Message:
     if _silent(message, client):
         raise RuntimeError(f"client {client} is silent")
     arrays = {
-        name: Array(np.asarray(array.numpy() + change(client, array.shape), dtype=np.float32))
+        name: Array(np.asarray(array.numpy() + change(client, array.shape), array.numpy().dtype))
         for name, array in message.content["arrays"].items()
     }
     return _reply(message, client, ArrayRecord(arrays))
@@ -214,6 +214,57 @@ def _two_records(reply):
 
 def _never(reply):
     time.sleep(60)
+
+
+_LIES = {
+    "nan": {"partition-id": float("nan")},
+    "list": {"partition-id": [1]},
+    "negative": {"partition-id": -7},
+    "large": {"partition-id": 2**60},
+    "another's": {"partition-id": 0},
+    "no images": {"num-examples": 0},
+    "less than none": {"num-examples": -3},
+    "half": {"num-examples": 1.5},
+    "many": {"num-examples": 10**12},
+}
+
+liar = ClientApp()
+
+
+@liar.query()
+def _liar_query(message: Message, context: Context) -> Message:
+    """Say of client 1 what the message's lie asks for."""
+    client = int(context.node_config["partition-id"])
+    lie = str(message.content["config"].get("lie", ""))
+    said = {"partition-id": client, "num-examples": 10 + client}
+    if client == 1:
+        said = {} if lie == "empty" else said | _LIES.get(lie, {})
+    content = RecordDict({"metrics": MetricRecord(said)})
+    if client == 1 and lie == "missing":
+        content = RecordDict()
+    return Message(content, reply_to=message)
+
+
+@liar.train()
+def _liar_train(message: Message, context: Context) -> Message:
+    client = int(context.node_config["partition-id"])
+    config = message.content["config"]
+    reply = _add(message, context)
+    reply.content["metrics"]["num-examples"] = 10 + client
+    arrays = reply.content["arrays"]
+    for name in list(arrays):
+        if arrays[name].dtype == "int64":
+            arrays[name] = Array(np.asarray(arrays[name].numpy() + 5))
+    if client == 1:
+        lie = str(config.get("lie", ""))
+        if lie == "many":
+            reply.content["metrics"]["num-examples"] = 10**12
+        if lie.startswith("loss "):
+            reply.content["metrics"]["loss"] = float(lie.split()[1])
+        if lie == "variance":
+            (name,) = (name for name in arrays if name.endswith("running_var"))
+            arrays[name] = Array(np.full(arrays[name].shape, -1.0, dtype=np.float32))
+    return reply
 
 
 sends_infinity, sends_huge, sends_pickle = map(_broken, (_infinite, _huge, _pickled))

@@ -6,11 +6,13 @@ that mod reads the records of Flower's legacy clients, rounds at random, and str
 vector can search; here a mask is the key stream of a cipher under the whole seed.
 """
 
+import json
 import math
 from base64 import urlsafe_b64decode
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, cast
 
 import numpy as np
@@ -37,9 +39,21 @@ from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_
 from numpy.typing import NDArray
 
 from fedveil.errors import FedveilError
+from fedveil.sealing import derive_key
 
 MASKED = "masked"
 """Name of the one array of a masked answer, int32 [D + 1]: the change, and the loss."""
+
+MOST_EXAMPLES = "most_examples"
+"""Key of the first stage's record: for how many images a client counts at most."""
+
+ROUND = "round"
+"""Key of the first stage's record: the round."""
+
+ROSTER = "roster"
+"""Record of the second stage: under ``members`` the digest of each client's node and keys."""
+
+_STORY = "fedveil.secagg"
 
 INSISTS = "require-secure-aggregation"
 """Key of a node config: this node answers no training but under secure aggregation."""
@@ -53,6 +67,7 @@ FEWEST = 3
 
 _MODULUS = 2**32
 _LARGEST_LOSS = 1024.0
+_LARGEST_LIMIT = 1e6
 
 
 @dataclass(frozen=True)
@@ -107,16 +122,39 @@ def mask(seed: bytes, length: int) -> Words:
     return np.frombuffer(stream.update(bytes(4 * length)), dtype="<u4")
 
 
-def pairwise_mask(own_private: bytes, other_public: bytes, length: int) -> Words:
+def pairwise_mask(own_private: bytes, other_public: bytes, story: bytes, length: int) -> Words:
     """Return the mask that two clients share, from one's private and the other's public key.
+
+    It depends on what the two were told, so that masks of clients that a server told different
+    things do not cancel, and their sum stays hidden.
 
     Args:
         own_private: Of either of the two, PEM.
         other_public: Of the other one, PEM.
+        story: As ``story_of`` returns it.
         length: Number of words.
     """
     private, public = bytes_to_private_key(own_private), bytes_to_public_key(other_public)
-    return mask(generate_shared_key(private, public), length)
+    shared = urlsafe_b64decode(generate_shared_key(private, public))
+    return mask(derive_key(shared, f"secagg mask v2 {story.hex()}"), length)
+
+
+def member(node: int, keys: tuple[bytes, bytes]) -> bytes:
+    """Return the digest of a client in a round's roster: of its node and public keys."""
+    parts = (str(node).encode(), *keys)
+    return sha256(b"".join(len(part).to_bytes(8, "big") + part for part in parts)).digest()
+
+
+def story_of(setup: ConfigRecord, roster: Sequence[bytes]) -> bytes:
+    """Return the SHA-256 digest of what a round's clients were told.
+
+    Args:
+        setup: The record of the first stage; the name of the stage does not count.
+        roster: As ``member`` makes it of each client of the round.
+    """
+    told = {key: value for key, value in setup.items() if key != Key.STAGE}
+    content = json.dumps(told, sort_keys=True).encode() + b"".join(sorted(roster))
+    return sha256(content).digest()
 
 
 def floating(tensors: Tensors) -> list[str]:
@@ -150,6 +188,10 @@ def secure_aggregation_mod(
         _check_setup(record)
         # Of a round this client did not see the end of.
         _forget(context)
+        told = {key: value for key, value in record.items() if key != Key.STAGE}
+        context.state.config_records[_STORY] = ConfigRecord(told)
+    if stage == Stage.SHARE_KEYS:
+        _note_roster(message, context, record)
     if stage == Stage.UNMASK:
         _check_unmask(record)
     reply = secaggplus_mod(message, context, call_next)
@@ -160,8 +202,31 @@ def secure_aggregation_mod(
 
 
 def _forget(context: Context) -> None:
-    if RECORD_KEY_STATE in context.state:
-        del context.state[RECORD_KEY_STATE]
+    for key in (RECORD_KEY_STATE, _STORY):
+        if key in context.state:
+            del context.state[key]
+
+
+def _note_roster(message: Message, context: Context, record: ConfigRecord) -> None:
+    """Keep the digest of what this client was told; each neighbour must be in the roster."""
+    roster = message.content.config_records.get(ROSTER)
+    members = roster.get("members") if roster else None
+    if not isinstance(members, list) or not all(isinstance(one, bytes) for one in members):
+        raise FedveilError("the server names no roster of the round; it must be of this version")
+    listed = cast("list[bytes]", members)
+    if len(set(listed)) != len(listed) or len(listed) < FEWEST:
+        raise FedveilError(
+            f"the round's roster has {len(set(listed))} clients in {len(listed)} places; allowed: "
+            f"{FEWEST} and more, each once"
+        )
+    for node, keys in record.items():
+        if node == Key.STAGE:
+            continue
+        pair = cast("list[bytes]", keys)
+        if member(int(node), (pair[0], pair[1])) not in listed:
+            raise FedveilError(f"node {node}'s keys are not those of the round's roster")
+    setup = context.state.config_records[_STORY]
+    setup["digest"] = story_of(setup, listed)
 
 
 def _check_permitted(message: Message, context: Context) -> None:
@@ -179,6 +244,17 @@ def _check_setup(record: ConfigRecord) -> None:
         raise FedveilError(
             f"{threshold!r} clients would do for a sum; hiding an update takes at least {FEWEST}"
         )
+    images, clients = record.get(Key.MAX_WEIGHT), record.get(Key.SAMPLE_NUMBER)
+    most = record.get(MOST_EXAMPLES)
+    whole = all(type(value) is int and value > 0 for value in (clients, most))
+    if not whole or type(images) is not float or not 0 < images <= clients * most:  # type: ignore[operator]
+        raise FedveilError(
+            f"the round is said to hold {images!r} images of {clients!r} clients with {most!r} at "
+            "most; with more than that every other client would be rounded to nothing"
+        )
+    limit = record.get(Key.CLIPPING_RANGE)
+    if type(limit) is not float or not 0 < limit <= _LARGEST_LIMIT:
+        raise FedveilError(f"a change of {limit!r} is to be summed; allowed: to {_LARGEST_LIMIT:g}")
     # With less, a server could tell one half that a client is gone, and the other that it is not.
     if 2 * threshold <= shares:
         raise FedveilError(
@@ -210,14 +286,16 @@ def _collect(
     if reply.has_error():
         return reply
     metrics = _metrics(reply)
-    vector = _weighted(state, sent, _arrays(reply), metrics)
-    masked = _masked(state, partners, FixedPoint(state.clipping_range, state.sample_num), vector)
+    told = context.state.config_records[_STORY]
+    vector = _weighted(state, sent, _arrays(reply), metrics, most=cast("int", told[MOST_EXAMPLES]))
+    code, story = FixedPoint(state.clipping_range, state.sample_num), cast("bytes", told["digest"])
+    masked = _masked(state, partners, story, code, vector)
     context.state.config_records[RECORD_KEY_STATE] = ConfigRecord(state.to_dict())
-    told = {key: metrics[key] for key in ("num-examples", "server-round") if key in metrics}
+    said = {key: metrics[key] for key in ("num-examples", "server-round") if key in metrics}
     content = RecordDict(
         {
             "arrays": ArrayRecord({MASKED: Array(masked.view(np.int32))}),
-            "metrics": MetricRecord(told),
+            "metrics": MetricRecord(said),
         }
     )
     return Message(content, reply_to=message)
@@ -261,6 +339,8 @@ def _weighted(
     sent: Tensors,
     returned: Tensors,
     metrics: MetricRecord,
+    *,
+    most: int,
 ) -> Floats:
     """Return what this client adds to the round's means: its change and its loss, float64 [D + 1].
 
@@ -286,22 +366,31 @@ def _weighted(
         )
     loss = np.nan_to_num(float(metrics.get("loss", 0.0)), nan=_LARGEST_LOSS)  # type: ignore[arg-type]
     scaled = np.clip(loss, 0.0, _LARGEST_LOSS) * state.clipping_range / _LARGEST_LOSS
-    return np.append(change, scaled) * _weight(metrics, state.max_weight)
+    return np.append(change, scaled) * _weight(metrics, state.max_weight, most)
 
 
-def _weight(metrics: MetricRecord, total: float) -> float:
+def _weight(metrics: MetricRecord, total: float, most: int) -> float:
     examples = metrics.get("num-examples")
-    if not isinstance(examples, int) or not 0 < examples <= total:
-        raise FedveilError(f"num-examples is {examples!r}; allowed: 1 to {total:g}, the round's")
-    return examples / total
+    if type(examples) is not int or examples < 1:
+        raise FedveilError(f"num-examples is {examples!r}; allowed: 1 and more")
+    counted = min(examples, most)
+    if counted > total:
+        raise FedveilError(
+            f"this client counts for {counted} images, and the round is said to hold {total:g}"
+        )
+    return counted / total
 
 
 def _masked(
-    state: SecAggPlusState, partners: list[int], code: FixedPoint, weighted: Floats
+    state: SecAggPlusState,
+    partners: list[int],
+    story: bytes,
+    code: FixedPoint,
+    weighted: Floats,
 ) -> Words:
     total = code.encode(weighted) + mask(state.rd_seed, len(weighted))
     for node in partners:
-        shared = pairwise_mask(state.sk1, state.public_keys_dict[node][0], len(weighted))
+        shared = pairwise_mask(state.sk1, state.public_keys_dict[node][0], story, len(weighted))
         total = total + shared if state.nid > node else total - shared
     return total
 

@@ -19,18 +19,23 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 from torch import Tensor
 
 from fedveil.errors import FedveilError
-from fedveil.federation.replies import Refusal, Update, read_replies
-from fedveil.federation.roster import Client
+from fedveil.federation.replies import Update, read_replies
+from fedveil.federation.roster import Client, Refusal
 from fedveil.federation.secagg.client import (
     FEWEST,
     MASKED,
+    MOST_EXAMPLES,
+    ROSTER,
+    ROUND,
     FixedPoint,
     Floats,
     Words,
     floating,
     mask,
     mean_loss,
+    member,
     pairwise_mask,
+    story_of,
 )
 
 Weights = Mapping[str, Tensor]
@@ -68,13 +73,22 @@ class SecureAggregation:
     largest_change: float = 16.0
     timeout: float = 3_600.0
 
-    def agree(self, grid: Grid, clients: Sequence[Client], round_number: int) -> "Agreement":
+    def agree(
+        self,
+        grid: Grid,
+        clients: Sequence[Client],
+        round_number: int,
+        *,
+        most_examples: int | None = None,
+    ) -> "Agreement":
         """Run the first two stages: the clients tell their public keys and share out the others.
 
         Args:
             grid: Connected grid.
             clients: Those of the round, at least three, each with its number of images.
             round_number: The round.
+            most_examples: For how many images a client counts at most; None for as many as the
+                one that says it has most.
 
         Returns:
             What the clients that are still there have agreed on.
@@ -87,12 +101,15 @@ class SecureAggregation:
         neighbours = neighbourhoods([client.node for client in clients], count)
         needed = max(math.ceil(self.threshold * count - 1e-9), FEWEST)
         stages = Stages(grid, round_number, needed, neighbours, self.timeout)
-        images = sum(client.examples or 0 for client in clients)
-        setup = self._setup(len(clients), count, needed, images)
+        most = most_examples or max(client.examples or 1 for client in clients)
+        images = sum(min(client.examples or 0, most) for client in clients)
+        setup = self._setup(round_number, len(clients), count, needed, images, most)
         told, refused = stages.ask(Stage.SETUP, dict.fromkeys(neighbours, setup), _read_public_keys)
         stages.check("told their public keys", told.keys(), told, refused)
         public = {node: _public_keys(neighbours[node] & told.keys(), told) for node in told}
-        shared, silent = stages.ask(Stage.SHARE_KEYS, public, _read_letters)
+        roster = [member(node, keys) for node, keys in told.items()]
+        listed = {ROSTER: ConfigRecord({"members": roster})}
+        shared, silent = stages.ask(Stage.SHARE_KEYS, public, _read_letters, beside=listed)
         stages.check("shared out their keys", shared.keys(), shared, refused + silent)
         return Agreement(
             stages=stages,
@@ -101,12 +118,18 @@ class SecureAggregation:
             letters={node: _addressed_to(node, shared) for node in shared},
             refused=tuple(refused + silent),
             images=images,
+            most=most,
+            story=story_of(setup, roster),
             code=FixedPoint(self.largest_change, len(clients)),
         )
 
-    def _setup(self, clients: int, shares: int, needed: int, images: int) -> ConfigRecord:
+    def _setup(
+        self, round_number: int, clients: int, shares: int, needed: int, images: int, most: int
+    ) -> ConfigRecord:
         return ConfigRecord(
             {
+                ROUND: round_number,
+                MOST_EXAMPLES: most,
                 Key.SAMPLE_NUMBER: clients,
                 Key.SHARE_NUMBER: shares,
                 Key.THRESHOLD: needed,
@@ -141,15 +164,17 @@ class Stages:
         stage: str,
         records: Mapping[int, ConfigRecord],
         read: Callable[[ConfigRecord], Read],
+        *,
+        beside: Mapping[str, ConfigRecord] | None = None,
     ) -> tuple[dict[int, Read], list[Refusal]]:
-        """Send each node its record of a stage.
+        """Send each node its record of a stage, and ``beside`` to all of them.
 
         Returns:
             What ``read`` makes of the answers by node, and who has none that can be read.
         """
         messages = [
             Message(
-                content=RecordDict({RECORD_KEY_CONFIGS: at_stage(stage, record)}),
+                content=RecordDict({RECORD_KEY_CONFIGS: at_stage(stage, record), **(beside or {})}),
                 message_type=MessageType.TRAIN,
                 dst_node_id=node,
                 group_id=str(self.round_number),
@@ -199,7 +224,9 @@ class Agreement:
         letters: For each node the encrypted key shares that its neighbours sent it; they belong
             into its message, as the record ``RECORD_KEY_CONFIGS``.
         refused: Who dropped out so far, and why.
-        images: Images of all clients of the round.
+        images: Images of all clients of the round, as they count.
+        most: For how many images a client counts at most.
+        story: Digest of what every client was told, which their common masks depend on.
         code: How numbers are summed.
     """
 
@@ -209,6 +236,8 @@ class Agreement:
     letters: Mapping[int, ConfigRecord]
     refused: tuple[Refusal, ...]
     images: int
+    most: int
+    story: bytes
     code: FixedPoint
 
     def mean(
@@ -246,7 +275,7 @@ class Agreement:
             total += vector.weights[MASKED].numpy().view(np.uint32)
         for covering in self._masks(self._shares(present, refused), present, layout.length):
             total -= covering
-        weight = sum(vector.examples for vector in vectors) / self.images
+        weight = sum(min(vector.examples, self.most) for vector in vectors) / self.images
         mean = self.code.decode(total) / weight
         return layout.credited(self.code, mean, vectors, received), refused
 
@@ -288,7 +317,7 @@ class Agreement:
                     yield mask(secret, length)
                     continue
                 for other in self.stages.neighbours[node] & present:
-                    shared = pairwise_mask(secret, self.keys[other][0], length)
+                    shared = pairwise_mask(secret, self.keys[other][0], self.story, length)
                     yield shared if other > node else -shared
             except (ValueError, IndexError):
                 raise FedveilError(

@@ -17,12 +17,14 @@ from fedveil.copies.fingerprint import Fingerprint
 from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import (
     Acceptance,
+    bounded,
     coordinate_median,
     refuse_large,
     trimmed_mean,
+    weight_bound,
 )
-from fedveil.federation.replies import Refusal, Update, read_replies
-from fedveil.federation.roster import Client, query_roster, sample_clients
+from fedveil.federation.replies import Update, read_replies
+from fedveil.federation.roster import Client, Refusal, query_roster, sample_clients
 from fedveil.federation.secagg.server import Agreement, SecureAggregation
 from fedveil.runs.archive import Archive, Entry
 
@@ -108,18 +110,26 @@ class SeededFedAvg(FedAvg):
     Args:
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+        statistics: Measures a model's batch statistics anew; None keeps the mean of the clients'.
 
     Attributes:
         archive: Where each round is written down before its models leave; ``None``: nowhere.
         fingerprint: What tells each client's copy from the others'; ``None``: nothing.
         acceptance: Which answers are averaged, and how; may be set before the first round.
+        started: Told of every round and its clients before anything is sent to them.
         secure: How the server learns the sum of the clients' changes and none of them; ``None``:
             it sees each. Acceptance, which needs to see each, is left out then.
     """
 
     acceptance = Acceptance()
 
-    def __init__(self, *, sampling: Sampling | None = None, resume: Resume | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        sampling: Sampling | None = None,
+        resume: Resume | None = None,
+        statistics: Callable[[Weights], Weights] | None = None,
+    ) -> None:
         self.sampling = sampling or Sampling()
         super().__init__(fraction_train=self.sampling.fraction, min_evaluate_nodes=0)
         # Evaluation is the server's: no client is ever sent a model just to be evaluated.
@@ -135,7 +145,10 @@ class SeededFedAvg(FedAvg):
         self.sent: Distribution | None = None
         self.refused: tuple[str, ...] = ()
         self.averaged: tuple[int, ...] = ()
-        self.loss = float("nan")
+        self.bounded: tuple[str, ...] = ()
+        self.started: Callable[[int, Sequence[Client]], None] = lambda _round, _clients: None
+        self._statistics = statistics
+        self.loss: float | None = None
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]
@@ -163,7 +176,13 @@ class SeededFedAvg(FedAvg):
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Return the next w from the checked replies (at least one); here their weighted mean."""
         mean = self.average([(unmarked(update, sent), update.examples) for update in updates])
-        return {name: value.to(sent.copies[0][name].dtype) for name, value in mean.items()}
+        shared = sent.copies[0]
+        # A counter is the server's own: no client's word for it is worth more than another's.
+        state = {
+            name: value.to(shared[name].dtype) if value.is_floating_point() else shared[name]
+            for name, value in mean.items()
+        }
+        return self._statistics(state) if self._statistics else state
 
     def average(self, terms: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
         """Return the average that ``acceptance`` names, of (x, n) pairs."""
@@ -193,7 +212,9 @@ class SeededFedAvg(FedAvg):
         )
         if self.secure:
             # Before any model is made, so that who drops out here was never sent one.
-            self._agreement = self.secure.agree(grid, chosen, round_number)
+            self._agreement = self.secure.agree(
+                grid, chosen, round_number, most_examples=self._weight_bound()
+            )
             chosen = list(self._agreement.clients)
         started = time.perf_counter()
         sent = self.distribute(round_number, arrays.to_torch_state_dict(), chosen)
@@ -201,6 +222,7 @@ class SeededFedAvg(FedAvg):
         self.sent = replace(sent, seconds=time.perf_counter() - started)
         if self.archive:
             self.archive.write(self._entry(round_number, sent))
+        self.started(round_number, chosen)
         config = ConfigRecord({**config, "server-round": round_number})
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
@@ -221,6 +243,9 @@ class SeededFedAvg(FedAvg):
             )
             for client, copy in self.sent.assignment
         ]
+
+    def _weight_bound(self) -> int | None:
+        return weight_bound(self.clients, self.acceptance.weight_limit)
 
     def _addressed(self, content: RecordDict, client: Client) -> RecordDict:
         """Return a message's content with what only this client may read."""
@@ -256,11 +281,22 @@ class SeededFedAvg(FedAvg):
             raise FedveilError(
                 f"round {round_number}: no usable answer from {len(asked)} clients ({reasons})"
             )
+        updates, self.bounded = bounded(updates, self._bound(updates))
+        for claim in self.bounded:
+            log(WARNING, "round %d: %s", round_number, claim)
         weights = self.combine(round_number, self.sent, updates)
-        examples = sum(update.examples for update in updates)
-        self.loss = sum(update.loss * update.examples for update in updates) / examples
+        self.loss = _mean_loss(updates)
         self.averaged = tuple(update.client.partition for update in updates)
-        return ArrayRecord(dict(weights)), MetricRecord({"loss": self.loss})
+        told = MetricRecord() if self.loss is None else MetricRecord({"loss": self.loss})
+        return ArrayRecord(dict(weights)), told
+
+    def _bound(self, updates: Sequence[Update]) -> int | None:
+        """Return the bound on a weight; from the answers themselves where no app said before."""
+        known = self._weight_bound()
+        if known is not None:
+            return known
+        claims = [replace(update.client, examples=update.examples) for update in updates]
+        return weight_bound(claims, self.acceptance.weight_limit)
 
     def _usable(
         self, replies: Iterable[Message], sent: Distribution, round_number: int
@@ -276,6 +312,13 @@ class SeededFedAvg(FedAvg):
         )
         updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
         return updates, refusals + large
+
+
+def _mean_loss(updates: Sequence[Update]) -> float | None:
+    told = [(update.loss, update.examples) for update in updates if update.loss is not None]
+    if not told:
+        return None
+    return sum(loss * examples for loss, examples in told) / sum(count for _, count in told)
 
 
 def unmarked(update: Update, sent: Distribution) -> Weights:

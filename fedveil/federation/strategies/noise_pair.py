@@ -142,6 +142,10 @@ class NoisePair(NoisyFedAvg):
 
     def _server_counts(self, round_number: int, updates: Sequence[Update]) -> list[int]:
         known = [client.examples for client in self.clients if client.examples is not None]
-        drawn_from = known or [update.examples for update in updates]
+        bound = self._bound(updates)
+        drawn_from = [
+            count if bound is None else min(count, bound)
+            for count in known or [update.examples for update in updates]
+        ]
         generator = random.Random(f"fedveil server clients {self.sampling.seed} {round_number}")
         return [generator.choice(drawn_from) for _ in range(self.server_clients)]

@@ -14,6 +14,7 @@ from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model
+from fedveil.secure_random import SecureGenerator
 
 SHAPE, CLASSES = (1, 6, 6), 4
 
@@ -84,7 +85,7 @@ def test_only_what_was_sent_is_compared(model):
     """Scores are those of the masked gradients; what a sanitiser destroyed tells nothing."""
     batch, candidates, public = _images(3, 1), _images(4, 3), _images(5, 4)
     pruning = parse_defense("prune:share=0.7").sanitizer
-    sent = pruning(_gradient(model, batch), torch.Generator())
+    sent = pruning(_gradient(model, batch), SecureGenerator())
     observation = Observation(
         model, {k: v[None] for k, v in sent.items()}, SHAPE, CLASSES, 3, sanitizer=pruning
     )

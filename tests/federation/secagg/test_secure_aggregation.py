@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from scipy import stats
 
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
-from fedveil.federation import NoisyFedAvg, SeededFedAvg
+from fedveil.federation import NoisyFedAvg, Sampling, SeededFedAvg
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.roster import Client
 from fedveil.federation.secagg.client import FixedPoint, mask, secure_aggregation_mod
@@ -332,9 +332,75 @@ def test_a_client_never_helps_to_undo_both_masks_of_another(twice):
 def test_a_client_refuses_terms_that_protect_nobody(shares, threshold, words):
     terms = {"sample_num": 6, "share_num": shares, "threshold": threshold, "max_weight": 60.0}
     terms |= {"clipping_range": 16.0, "target_range": 2**32, "mod_range": 2**32}
+    terms |= {"most_examples": 20, "round": 1}
+    others = {"max_weight": [121.0, 0.0], "most_examples": [0], "clipping_range": [0.0, 1e300]}
     with LocalGrid("tests.federation.apps:secure_add", nodes=1, workers=1) as grid:
-        reply = stage(grid, grid.get_node_ids()[0], "setup", **terms)
+        (node,) = grid.get_node_ids()
+        reply = stage(grid, node, "setup", **terms)
+        good = terms | {"share_num": 6, "threshold": 4}
+        assert not stage(grid, node, "setup", **good).has_error()
+        odd = [
+            stage(grid, node, "setup", **good | {key: value})
+            for key, values in others.items()
+            for value in values
+        ]
     assert words in reply.error.reason
+    for refused in odd:
+        assert "rounded to nothing" in refused.error.reason or "summed" in refused.error.reason
+
+
+class TwoFaced(apps.RecordingGrid):
+    """A server that tells every client but one another story."""
+
+    def __init__(self, inner, victim, told):
+        super().__init__(inner)
+        self.victim, self.told = victim, told
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        for message in messages:
+            record = message.content.config_records.get("secaggplus_configs", {})
+            if message.metadata.dst_node_id != self.inner.get_node_ids()[self.victim]:
+                self.told(message, record)
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def _other_weight(_, record):
+    if record.get("stage") == "setup":  # so large that the others round to nothing
+        record["max_weight"], record["most_examples"] = 1e18, 10**18
+
+
+def _other_roster(message, record):
+    if record.get("stage") == "share_keys":
+        members = message.content["roster"]["members"]
+        message.content["roster"] = ConfigRecord({"members": [*members, bytes(32)]})
+
+
+def _other_round(_, record):
+    if record.get("stage") == "setup":
+        record["round"] = 7
+
+
+@pytest.mark.parametrize("told", [None, _other_weight, _other_roster, _other_round])
+def test_a_server_that_tells_one_client_another_story_reads_noise(model, told):
+    """Before, 10¹⁸ images for all but one gave that one's update as the sum, cosine 1.0000000."""
+    strategy = SeededFedAvg(sampling=Sampling(min_clients=4))
+    strategy.secure = SecureAggregation()
+    history = []
+    with LocalGrid("tests.federation.apps:secure_add", nodes=4, workers=2) as inner:
+        grid = TwoFaced(inner, 2, told) if told else inner
+        strategy.start(
+            grid,
+            ArrayRecord(model.state_dict()),
+            num_rounds=1,
+            timeout=60,
+            evaluate_fn=lambda _, arrays: history.append(arrays.to_torch_state_dict()),
+        )
+    before, after = history
+    change = torch.cat([(after[k].double() - before[k].double()).flatten() for k in before])
+    victims = torch.full_like(change, 0.03)
+    cosine = float(torch.nn.functional.cosine_similarity(change, victims, dim=0))
+    assert cosine > 0.999 if told is None else abs(cosine) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["train", "train.gradient"])
