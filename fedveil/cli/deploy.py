@@ -84,12 +84,13 @@ def sign(
 @deploy.command()
 def gate(directory: _Directory) -> None:
     """Serve the one port that is open to the nodes; start-gate runs this."""
+    from fedveil.deployment.admission import Register
     from fedveil.deployment.gate import Gate, serve
     from fedveil.deployment.layout import Deployment
 
     deployment = Deployment.open(directory)
     serve(
-        Gate(deployment.superlink, authority=directory / "ca.crt"),
+        Gate(deployment.superlink, authority=directory / "ca.crt", register=Register(directory)),
         host=deployment.listen,
         port=deployment.port,
         certificate=directory / "server.crt",

@@ -5,19 +5,29 @@ and that of the ServerApp's own process. Only the first asks who is speaking: wi
 account service anybody who reaches the port can submit a run, register a node, or take the
 ServerApp's task and speak to the clients in its place. So the SuperLink listens on loopback, and
 this gate hands the nodes' requests through to it, over TLS on both sides, and refuses all else.
+Whoever is no node of the deployment is refused by the headers of the request: nothing of it is kept
+or handed on, and it holds no connection that a node could need.
 
 It also shortens the wait of idle nodes: a SuperNode that finds no message asks again after three
 seconds, so an empty answer is held back for a while, in case a message comes.
 """
 
 import asyncio
+import json
+import logging
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import uvicorn
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.supercore.error import ApiErrorCode
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fedveil.deployment.admission import Node, Register, authenticated, objection
 
 _Event = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Event]]
@@ -25,6 +35,9 @@ _Send = Callable[[_Event], Awaitable[None]]
 
 _FLEET = "/v1/fleet/"
 _PULL = f"{_FLEET}pull-messages"
+_PUSH = f"{_FLEET}push-messages"
+_ACTIVATE = f"{_FLEET}activate-node"
+_PUSH_OBJECT = f"{_FLEET}push-object"
 # Neither of Flower's ways for a node to register itself is among them.
 _OPEN = frozenset(
     f"{_FLEET}{name}"
@@ -45,6 +58,17 @@ _OPEN = frozenset(
 _HOLD_SECONDS = 2.5
 _LOOK_EVERY = 0.1
 _LARGEST_QUESTION = 64 * 1024
+# Names and sizes of what an answer consists of, a few hundred bytes for each tensor.
+_LARGEST_LIST = 8 * 1024 * 1024
+# Flower sends tensors in pieces of this size, however large the model is.
+_LARGEST_OBJECT = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 1024 * 1024
+_QUESTION_SECONDS = 20.0
+_SILENCE_SECONDS = 30.0
+_AT_ONCE = 16  # requests of one node
+_REQUEST_SECONDS = 10.0  # until a connection has sent the headers of its first request
+_CONNECTIONS = 256  # from one address; several nodes may share one
+
+_log = logging.getLogger("uvicorn.error")
 _OF_ONE_HOP = frozenset({b"host", b"connection", b"transfer-encoding", b"content-length"}) | {
     b"accept-encoding"
 }
@@ -56,15 +80,20 @@ class Gate:
     Args:
         superlink: host:port of the SuperLink.
         authority: PEM file of the CA that signed its certificate.
+        register: The nodes that may pass.
     """
 
-    def __init__(self, superlink: str, *, authority: Path) -> None:
+    def __init__(self, superlink: str, *, authority: Path, register: Register) -> None:
+        self._register = register
+        self._busy: Counter[int] = Counter()
         self._client = httpx.AsyncClient(
             base_url=f"https://{superlink}",
             verify=ssl.create_default_context(cafile=authority),
             headers={"accept-encoding": "identity"},
             trust_env=False,
             timeout=60,
+            # Only nodes get as far, each with a limit of its own.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
         )
 
     async def __call__(self, scope: _Event, receive: _Receive, send: _Send) -> None:
@@ -73,19 +102,53 @@ class Gate:
             return
         if scope["method"] != "POST" or scope["path"] not in _OPEN:
             await _refuse(send)
-        elif scope["path"] == _PULL:
-            await self._pull(scope, receive, send)
+            return
+        node = authenticated(_text(scope), self._register)
+        if node is None:
+            await _turn_away(scope["path"], send)
+        elif self._busy[node.number] >= _AT_ONCE:
+            await _say(send, 503, "this node asks too much at once")
         else:
-            await self._pass(scope, receive, send)
+            self._busy[node.number] += 1
+            try:
+                await self._admit(node, scope, receive, send)
+            finally:
+                self._busy[node.number] -= 1
 
-    async def _pass(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+    async def _admit(self, node: Node, scope: _Event, receive: _Receive, send: _Send) -> None:
+        path = scope["path"]
+        if path == _PUSH_OBJECT:
+            await self._pass(scope, _limited(receive, _LARGEST_OBJECT), send)
+            return
+        most = _LARGEST_LIST if path == _PUSH else _LARGEST_QUESTION
+        try:
+            async with asyncio.timeout(_QUESTION_SECONDS):
+                question = b"".join([part async for part in _limited(receive, most)])
+        except (TimeoutError, httpx.ReadError):
+            await _say(send, 408, "the request took too long")
+            return
+        except _TooLargeError:
+            await _say(send, 413, "the request is too large")
+            return
+        if wrong := objection(path.removeprefix(_FLEET), question, node):
+            _log.warning("refused %s: %s", path, wrong)
+            await _say(send, 403, wrong)
+        elif path == _PULL:
+            await self._pull(question, scope, receive, send)
+        else:
+            await self._pass(scope, _once(question), send)
+
+    async def _pass(self, scope: _Event, body: AsyncIterator[bytes], send: _Send) -> None:
         request = self._client.build_request(
-            "POST", scope["path"], headers=_headers(scope), content=_body(receive)
+            "POST", scope["path"], headers=_headers(scope), content=body
         )
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError:
             await _unavailable(send)
+            return
+        except _TooLargeError:
+            await _say(send, 413, "the request is too large")
             return
         try:
             await send(_start(answer))
@@ -95,13 +158,7 @@ class Gate:
         finally:
             await answer.aclose()
 
-    async def _pull(self, scope: _Event, receive: _Receive, send: _Send) -> None:
-        question = b""
-        async for part in _body(receive):
-            question += part
-            if len(question) > _LARGEST_QUESTION:
-                await _refuse(send)
-                return
+    async def _pull(self, question: bytes, scope: _Event, receive: _Receive, send: _Send) -> None:
         gone = asyncio.ensure_future(receive())
         deadline = asyncio.get_running_loop().time() + _HOLD_SECONDS
         try:
@@ -126,6 +183,45 @@ class Gate:
         await send({"type": "http.response.body", "body": answer.content})
 
 
+class _TooLargeError(Exception):
+    """A body is longer than its path allows."""
+
+
+class _Patience(H11Protocol):
+    """A connection that must say what it wants before long, and is one of not too many."""
+
+    _open: ClassVar[Counter[str]] = Counter()
+    _counted = False
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection; one too many of its address is closed."""
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        if self._open[address] >= _CONNECTIONS:
+            transport.abort()
+            return
+        self._open[address] += 1
+        self._counted = True
+        self._late = self.loop.call_later(_REQUEST_SECONDS, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take it off the count."""
+        if self._counted:
+            self._counted = False
+            address = self.client[0] if self.client else ""
+            self._open[address] -= 1
+            if not self._open[address]:
+                del self._open[address]
+        if self._late:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
 def serve(gate: Gate, *, host: str, port: int, certificate: Path, key: Path) -> None:
     """Serve a gate over TLS until interrupted.
 
@@ -142,6 +238,8 @@ def serve(gate: Gate, *, host: str, port: int, certificate: Path, key: Path) -> 
         port=port,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
+        http=_Patience,
+        ws="none",
         lifespan="off",
         access_log=False,
         log_level="warning",
@@ -153,14 +251,30 @@ def _headers(scope: _Event) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in scope["headers"] if name not in _OF_ONE_HOP]
 
 
-async def _body(receive: _Receive) -> AsyncIterator[bytes]:
-    more = True
+def _text(scope: _Event) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def _limited(receive: _Receive, most: int) -> AsyncIterator[bytes]:
+    """Yield a body as it comes, at most so many bytes and with no long silence."""
+    more, size = True, 0
     while more:
-        event = await receive()
+        try:
+            async with asyncio.timeout(_SILENCE_SECONDS):
+                event = await receive()
+        except TimeoutError:
+            raise httpx.ReadError("the node sends no more") from None
         if event["type"] == "http.disconnect":
             raise httpx.ReadError("the node is gone")
-        yield event.get("body", b"")
+        part = event.get("body", b"")
+        if (size := size + len(part)) > most:
+            raise _TooLargeError
+        yield part
         more = event.get("more_body", False)
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 def _start(answer: httpx.Response) -> _Event:
@@ -173,15 +287,28 @@ def _start(answer: httpx.Response) -> _Event:
 
 
 async def _refuse(send: _Send) -> None:
-    await _say(send, 404, b"this address is for the nodes of the federation alone\n")
+    await _say(send, 404, "this address is for the nodes of the federation alone")
 
 
 async def _unavailable(send: _Send) -> None:
     # 503 is one of the answers after which a SuperNode tries again.
-    await _say(send, 503, b"the SuperLink does not answer\n")
+    await _say(send, 503, "the SuperLink does not answer")
 
 
-async def _say(send: _Send, status: int, text: bytes) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(text))]
+async def _turn_away(path: str, send: _Send) -> None:
+    told = "only nodes that are registered here are answered: fedveil deploy register"
+    if path == _ACTIVATE:
+        # After a 401 a SuperNode ends without a word; of this it says what it was told.
+        await _say(send, 400, told, code=int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED))
+    else:
+        await _say(send, 401, told)
+
+
+async def _say(send: _Send, status: int, detail: str, **more: int) -> None:
+    # As FastAPI says it: a SuperNode reads no other form.
+    text = json.dumps({"detail": detail, **more}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(text))]
+    # Closed, so that nothing more of what was refused is read.
+    headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})

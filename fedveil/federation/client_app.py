@@ -76,7 +76,7 @@ def train_on_the_rounds_images(message: Message, context: Context) -> Message:
 def _train_on(message: Message, context: Context, images: Images) -> Message:
     torch.set_num_threads(1)
     task = _task(message)
-    model = _model_for(task)
+    model = _model_for(task, context)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
     privacy, strangers = _defense(task.defense).privacy, _strangers(message, images, task)
     received = _untrained(model)
@@ -149,7 +149,7 @@ def _one_minibatch(
 ) -> Message:
     torch.set_num_threads(1)
     task, batch = _task(message), _rounds_images(message, context)
-    model = _model_for(task)
+    model = _model_for(task, context)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
     gradients, loss = _gradients(model, batch, _defense(task.defense))
     answers = {
@@ -274,7 +274,18 @@ def _classes(task: ClientTask) -> int:
     return len(task.classes or _dataset(task.dataset, task.seed).classes)
 
 
-def _model_for(task: ClientTask) -> nn.Module:
+MODELS = "models"
+"""Key of a node config: the models this node trains, separated by commas; no others."""
+
+
+def _model_for(task: ClientTask, context: Context) -> nn.Module:
+    # Before it is built: the name of a model may be that of a module to import.
+    allowed = context.node_config.get(MODELS)
+    if allowed is not None and task.model not in [name.strip() for name in str(allowed).split(",")]:
+        raise FedveilError(
+            f"this node's config allows {MODELS} {allowed}, and the server asked for "
+            f"{task.model!r}; ask the site to allow it, or train another"
+        )
     if task.shape is not None:
         return _model(task.model, task.shape, len(task.classes)).train()
     dataset = _dataset(task.dataset, task.seed)

@@ -5,14 +5,21 @@ Real processes on loopback, started by the scripts that ``fedveil deploy init`` 
 
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from safetensors.torch import load_file, save_file
 
 from fedveil.deployment.control import register, status
@@ -24,6 +31,7 @@ from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.sealing import KEY_FILE, OperatorKey
+from tests.deployment import signed
 from tests.deployment.conftest import NODES, PROGRAMS, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
@@ -233,8 +241,8 @@ def test_a_node_that_was_not_registered_is_turned_away(federation, tmp_path):
             check=False,
             timeout=300,
         )
-    assert done.returncode != 0
     assert "Failed to initialize the connection" in (tmp_path / "log").read_text()
+    assert done.returncode != 0
     assert len(status(federation.home).nodes) == NODES
 
 
@@ -252,3 +260,95 @@ def test_the_status_command_says_it_all(federation):
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("online") == NODES
     assert "DOWN" not in done.stdout
+
+
+def _as_node(federation, number):
+    """Return the gate's port, the CA, a node's signed headers, and the node ids."""
+    port = Deployment.open(federation.home).port
+    known = register(federation.home)
+    key = federation.home / "nodes" / f"node-{number}" / "node.key"
+    return port, federation.home / "ca.crt", signed.headers(key), list(known.values())
+
+
+def test_a_node_speaks_for_itself_alone(federation):
+    port, authority, head, ids = _as_node(federation, 0)
+    own, others = (
+        signed.ask(port, "send-node-heartbeat", signed.heartbeat(n), authority, head)
+        for n in ids[:2]
+    )
+    assert own[0] == 200
+    assert others[0] == 403
+    assert f"node {ids[0]} speaks as node {ids[1]}".encode() in others[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "answers", "told"),
+    [
+        ("superlink", "other", "m", "pushes a message of node 1"),
+        ("own", "other", "m", "pushes a message to node"),
+        ("own", "superlink", "", "answers none"),
+    ],
+)
+def test_a_node_cannot_push_a_message_that_is_no_answer_of_its_own(
+    federation, source, target, answers, told
+):
+    """Before, another node took it for the SuperLink's and imported the module it named."""
+    port, authority, head, ids = _as_node(federation, 0)
+    numbers = {"superlink": 1, "own": ids[0], "other": ids[1]}
+    metadata = Metadata(
+        src_node_id=numbers[source],
+        dst_node_id=numbers[target],
+        reply_to_message_id=answers,
+        message_type="train",
+    )
+    pushed = PushMessagesRequest(
+        node=Node(node_id=ids[0]), messages_list=[Message(metadata=metadata)]
+    )
+    code, text = signed.ask(port, "push-messages", pushed.SerializeToString(), authority, head)
+    assert code == 403
+    assert told in text.decode()
+
+
+def test_what_is_no_message_or_too_long_or_signed_long_ago_is_refused(federation):
+    port, authority, head, ids = _as_node(federation, 0)
+    assert signed.ask(port, "get-run", b"\xff" * 9, authority, head)[0] == 403
+    assert signed.ask(port, "get-run", bytes(100_000), authority, head)[0] == 413
+    assert signed.ask(port, "push-object", bytes(8 * 2**20), authority, head)[0] == 413
+    key = federation.home / "nodes/node-0/node.key"
+    old = signed.headers(key, at=datetime.now(UTC) - timedelta(minutes=10))
+    beat = signed.heartbeat(ids[0])
+    assert signed.ask(port, "send-node-heartbeat", beat, authority, old)[0] == 401
+    forged = {**head, FLEET_HTTP_SIGNATURE_HEADER: old[FLEET_HTTP_SIGNATURE_HEADER]}
+    assert signed.ask(port, "send-node-heartbeat", beat, authority, forged)[0] == 401
+
+
+def test_an_upgrade_to_websockets_is_not_found(federation):
+    port = Deployment.open(federation.home).port
+    with _connected(federation, port) as stranger:
+        stranger.sendall(
+            b"GET /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert stranger.recv(4096).startswith(b"HTTP/1.1 404 ")
+
+
+def _connected(federation, port):
+    context = ssl.create_default_context(cafile=federation.home / "ca.crt")
+    plain = socket.create_connection(("127.0.0.1", port), timeout=30)
+    return context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def test_strangers_that_hold_connections_keep_no_node_out(federation):
+    """Before, a hundred took every connection to the SuperLink until they let go."""
+    port, authority, head, ids = _as_node(federation, 0)
+    with ExitStack() as held:
+        strangers = [held.enter_context(_connected(federation, port)) for _ in range(120)]
+        for number, stranger in enumerate(strangers):
+            # Some have not finished their headers, the others promise a body that never comes.
+            rest = b"" if number % 2 else b"Host: x\r\nContent-Length: 300000000\r\n\r\n"
+            stranger.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\n" + rest)
+        beat = signed.heartbeat(ids[0])
+        assert signed.ask(port, "send-node-heartbeat", beat, authority, head)[0] == 200
+        answer = b"".join(iter(lambda: strangers[0].recv(4096), b""))  # to the end: it is closed
+        assert answer.startswith(b"HTTP/1.1 401 ")

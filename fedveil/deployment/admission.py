@@ -1,0 +1,159 @@
+"""Who may pass the gate: nodes of the deployment, each in its own name alone."""
+
+import binascii
+import json
+from base64 import b64decode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.constant import (
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_signature
+from google.protobuf.message import DecodeError, Message
+
+Clock = Callable[[], datetime]
+
+_QUESTIONS: Mapping[str, type[Message]] = {
+    "activate-node": ActivateNodeRequest,
+    "deactivate-node": DeactivateNodeRequest,
+    "send-node-heartbeat": SendNodeHeartbeatRequest,
+    "pull-messages": PullMessagesRequest,
+    "push-messages": PushMessagesRequest,
+    "get-run": GetRunRequest,
+    "get-fab": GetFabRequest,
+    "pull-object": PullObjectRequest,
+    "confirm-message-received": ConfirmMessageReceivedRequest,
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the deployment.
+
+    Attributes:
+        number: Flower's node id.
+        public_key: As Flower sends it, PEM.
+        key: The same.
+    """
+
+    number: int
+    public_key: bytes
+    key: ec.EllipticCurvePublicKey
+
+
+class Register:
+    """The nodes that ``fedveil deploy register`` made known, read anew when it did.
+
+    Args:
+        directory: Of the deployment.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._read_at: int | None = None
+        self._nodes: dict[bytes, Node] = {}
+
+    def node(self, public_key: bytes) -> Node | None:
+        """Return the node of a public key in PEM; None for a stranger's."""
+        file = self._directory / "registered.json"
+        try:
+            changed = file.stat().st_mtime_ns
+        except OSError:
+            return None
+        if changed != self._read_at:
+            self._nodes, self._read_at = _read_nodes(self._directory, file), changed
+        return self._nodes.get(public_key)
+
+
+def _read_nodes(directory: Path, file: Path) -> dict[bytes, Node]:
+    numbers: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
+    nodes = {}
+    for name, number in numbers.items():
+        key = load_ssh_public_key((directory / "nodes" / name / "node.pub").read_bytes())
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        public = public_key_to_bytes(key)
+        nodes[public] = Node(int(number), public, key)
+    return nodes
+
+
+def authenticated(
+    headers: Mapping[str, str], register: Register, *, now: Clock = lambda: datetime.now(UTC)
+) -> Node | None:
+    """Return the node that signed a request's headers; None for anybody else.
+
+    Flower signs the time of a request, nothing of its body or path: who reads a request inside its
+    TLS could repeat the signature for five minutes.
+
+    Args:
+        headers: By name in lower case.
+        register: The nodes.
+        now: The time.
+    """
+    try:
+        public_key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+        timestamp = headers[TIMESTAMP_HEADER]
+        age = (now() - datetime.fromisoformat(timestamp)).total_seconds()
+    except (KeyError, ValueError, TypeError, binascii.Error):
+        return None
+    # First who it is, so that a stranger costs no arithmetic on curves.
+    node = register.node(public_key)
+    if node is None or not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
+        return None
+    return node if verify_signature(node.key, timestamp.encode(), signature) else None
+
+
+def objection(question: str, body: bytes, node: Node) -> str | None:
+    """Return what is wrong with a node's question; None where nothing is.
+
+    Args:
+        question: Last part of the path.
+        body: What was sent.
+        node: Who signed it.
+    """
+    kind = _QUESTIONS[question]
+    try:
+        asked = kind.FromString(body)
+    except DecodeError:
+        return "the body is no message of Flower's"
+    if isinstance(asked, ActivateNodeRequest):
+        return None if asked.public_key == node.public_key else "that is another node's key"
+    number = asked.node.node_id if hasattr(asked, "node") else asked.node_id
+    if number != node.number:
+        return f"node {node.number} speaks as node {number}"
+    return _forged(asked, node) if isinstance(asked, PushMessagesRequest) else None
+
+
+def _forged(pushed: PushMessagesRequest, node: Node) -> str | None:
+    """Say so where a message is no answer of the node's own to the SuperLink.
+
+    A node that could address another would have its code run there as if the SuperLink had sent it.
+    """
+    for message in pushed.messages_list:
+        told = message.metadata
+        if told.src_node_id != node.number:
+            return f"node {node.number} pushes a message of node {told.src_node_id}"
+        if told.dst_node_id != SUPERLINK_NODE_ID:
+            return f"node {node.number} pushes a message to node {told.dst_node_id}"
+        if not told.reply_to_message_id:
+            return f"node {node.number} pushes a message that answers none"
+    return None
