@@ -34,8 +34,10 @@ def seal(directories: _Runs) -> None:
 
     operator = _operator()
     for directory in directories:
-        RunDirectory.open(directory).secrets.seal(operator)
-        typer.echo(f"{directory}")
+        run = RunDirectory.open(directory)
+        with run.locked():
+            taken = run.secrets.seal(operator)
+        typer.echo(f"{directory}: {', '.join(taken) or 'nothing'} taken in, as it lay there")
 
 
 @key.command()
@@ -49,7 +51,11 @@ def rotate(
 
     operator, before = _operator(), OperatorKey.read(old, option="--from")
     for directory in directories:
-        RunDirectory.open(directory).secrets.rotate(before, operator)
+        if not (directory / "config.json").is_file():
+            RunDirectory.open(directory)
+        run = RunDirectory(directory)  # not opened: it is under the other key still
+        with run.locked():
+            run.secrets.rotate(before, operator)
         typer.echo(f"{directory}")
 
 

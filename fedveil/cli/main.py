@@ -313,8 +313,11 @@ def _earlier_run(path: Path, rounds: int | None) -> "RunDirectory":
     from fedveil.runs.directory import RunDirectory
 
     run = RunDirectory.open(path)
+    # Before the configuration is believed: it names what is imported.
+    run.secrets.check_writable()
     if rounds is not None:
-        run.extend(rounds)
+        with run.locked():
+            run.extend(rounds)
     return run
 
 

@@ -305,6 +305,11 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
     Raises:
         FedveilError: A round had no usable answer, or no noise reaches the cap.
     """
+    with directory.locked("server"):
+        _run_rounds(grid, job, directory, on_round)
+
+
+def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound) -> None:
     directory.secrets.check_writable()
     directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())

@@ -22,6 +22,11 @@ def run_to_completion(directory: RunDirectory) -> dict[str, Any]:
     Raises:
         FedveilError: Anything the user can mend.
     """
+    with directory.locked():
+        return _completed(directory)
+
+
+def _completed(directory: RunDirectory) -> dict[str, Any]:
     config = directory.config
     cap = None if config.strategy == "fedavg" else config.cap
     completed = len(directory.rounds())

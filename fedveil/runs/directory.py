@@ -14,11 +14,13 @@ With ``FEDVEIL_KEY_FILE`` the three of mode 0600 are encrypted, and end in ``.en
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from secrets import token_hex
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -31,6 +33,7 @@ from fedveil.errors import FedveilError
 from fedveil.federation.strategies.fedavg import StrategyState
 from fedveil.files import write_atomically
 from fedveil.runs.config import TrainConfig
+from fedveil.runs.lock import lock
 from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.sealing import OperatorKey
 
@@ -131,12 +134,17 @@ class RunDirectory:
                 "new directory"
             )
         run = cls(path)
-        described = {"configuration": config.model_dump(), "versions": versions()}
+        described = {
+            "run": token_hex(16),
+            "configuration": config.model_dump(mode="json"),
+            "versions": versions(),
+        }
+        # The configuration first: the sealed key is bound to it.
+        run._write("config.json", _json(described))
         try:
             run.secrets.keep(noise_key or NoiseKey.generate(), operator)
         except OSError as error:
             raise FedveilError(f"--out {path}: {error.strerror}") from None
-        run._write("config.json", _json(described))
         return run
 
     @classmethod
@@ -144,14 +152,17 @@ class RunDirectory:
         """Open the directory of an earlier run.
 
         Raises:
-            FedveilError: It is none.
+            FedveilError: It is none; or it is encrypted, the operator's key is at hand, and the
+                configuration is not the one the run's key was bound to.
         """
         if not (path / "config.json").is_file():
             raise FedveilError(
                 f"{path} is no run directory: it has no config.json; name the --out of an earlier "
                 "fedveil train"
             )
-        return cls(path)
+        run = cls(path)
+        run.secrets.check()
+        return run
 
     @property
     def config(self) -> TrainConfig:
@@ -195,7 +206,25 @@ class RunDirectory:
             self.secrets.path(MODEL).unlink(missing_ok=True)
         except OSError as error:
             raise FedveilError(f"{self.path}: {error.strerror}") from None
-        self._write("config.json", _json(described | {"configuration": longer.model_dump()}))
+        held = self.secrets.noise_key() if self.secrets.sealed else None
+        configuration = longer.model_dump(mode="json")
+        self._write("config.json", _json(described | {"configuration": configuration}))
+        if held is not None:
+            self.secrets.keep(held, OperatorKey.from_environment())
+
+    @contextmanager
+    def locked(self, role: Literal["train", "server"] = "train") -> Iterator[None]:
+        """Hold the run's lock; it ends with the process, however that ends.
+
+        Args:
+            role: ``train`` for whoever drives a run or changes its files; ``server`` for the
+                ServerApp, which on a deployment is another process of the same run.
+
+        Raises:
+            FedveilError: Another process holds it; says which, and since when.
+        """
+        with lock(self.path / f".{role}.lock", named=str(self.path)):
+            yield
 
     def noise_key(self) -> NoiseKey:
         """Return the run's noise key.

@@ -3,10 +3,18 @@
 A run that was started with ``FEDVEIL_KEY_FILE`` holds ``noise.key.enc``, the noise key sealed under
 the operator's, and its other secrets as ``….enc``, sealed under the noise key and bound to their
 names. One started without holds the same files in the clear, without the ``.enc``.
+
+The sealed key is bound to the run's configuration and to its identity, a random name in
+``config.json``, and the files to the identity: an edited configuration opens nothing, and neither
+does another run's file, though the runs share a noise key. Runs of before that, which have no
+identity, are bound to the names of their files only.
 """
 
+import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
@@ -38,6 +46,18 @@ class RunSecrets:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def check(self) -> None:
+        """Refuse a configuration that is not the one the operator's key was bound to.
+
+        Nothing is checked where the run is not encrypted, or the operator's key is not at hand:
+        then nobody can tell, and nothing secret can be read either.
+
+        Raises:
+            FedveilError: It is another, or the key is another or damaged.
+        """
+        if self.sealed and OperatorKey.from_environment():
+            self.noise_key()
+
     @property
     def sealed(self) -> bool:
         """Whether the run's secrets are encrypted."""
@@ -60,7 +80,7 @@ class RunSecrets:
         if operator is None:
             key.save(self.directory / _KEY)
         else:
-            sealed = _key_seal(operator).close(key.secret, place=_KEY.encode())
+            sealed = _key_seal(operator).close(key.secret, place=_bound(self.directory))
             write_atomically(self.directory / (_KEY + _SEALED), sealed, mode=_MODE)
 
     def noise_key(self) -> NoiseKey:
@@ -75,7 +95,32 @@ class RunSecrets:
                 f"{self.directory} holds no {_KEY}, without which its archive stays closed; name "
                 "the --out of an earlier fedveil train"
             )
+        self._refuse_plain(_KEY)
         return read_noise_key(path)
+
+    def _refuse_plain(self, name: str) -> None:
+        """Refuse what lies in the clear where the operator or the run itself asks for encryption.
+
+        Whoever can write into the directory can put a file there; only an encrypted one tells that
+        it is the run's.
+
+        Raises:
+            FedveilError: There is such a file.
+        """
+        plain = self.directory / name
+        if not plain.exists():
+            return
+        if self.sealed:
+            raise FedveilError(
+                f"{plain} lies in the clear in a run that is encrypted, so it is not the run's; "
+                "find out who put it there, and remove it"
+            )
+        if OperatorKey.from_environment():
+            raise FedveilError(
+                f"{plain} is not encrypted, and with {KEY_FILE} set nothing in the clear is "
+                f"believed; encrypt the run with fedveil key seal {self.directory} if it is yours "
+                f"and whole, or unset {KEY_FILE}"
+            )
 
     def check_writable(self) -> None:
         """Refuse to write in the clear while the operator asks for encryption.
@@ -92,7 +137,11 @@ class RunSecrets:
 
     def closed(self, name: str, content: bytes) -> bytes:
         """Return the content of a secret file as it is to be written to ``path(name)``."""
-        return self._seal.close(content, place=name.encode()) if self.sealed else content
+        return self._seal.close(content, place=self._place(name)) if self.sealed else content
+
+    def _place(self, name: str) -> bytes:
+        identity = _identity(self.directory)
+        return name.encode() if identity is None else f"{name}\0{identity}".encode()
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a secret file; ``None`` where it is not there.
@@ -100,6 +149,7 @@ class RunSecrets:
         Raises:
             FedveilError: It cannot be read, is damaged or of another run.
         """
+        self._refuse_plain(name)
         path = self.path(name)
         if not path.exists():
             return None
@@ -107,7 +157,7 @@ class RunSecrets:
         if not self.sealed:
             return content
         try:
-            return self._seal.open(content, place=name.encode())
+            return self._seal.open(content, place=self._place(name))
         except OtherKeyError:
             raise FedveilError(
                 f"{path} belongs to another run, under whose noise key it was encrypted; restore "
@@ -115,34 +165,42 @@ class RunSecrets:
             ) from None
         except (UnknownFormatError, DamagedError):
             raise FedveilError(
-                f"{path} is damaged (it does not decrypt); restore it, or train anew in another "
-                "directory"
+                f"{path} is damaged or another run's (it does not decrypt); restore it, or train "
+                "anew in another directory"
             ) from None
 
-    def seal(self, operator: OperatorKey) -> None:
+    def seal(self, operator: OperatorKey) -> tuple[str, ...]:
         """Encrypt what was kept in the clear; cut short at any point, the same call finishes it.
+
+        This is the one door by which files in the clear are believed: look at them first.
 
         Args:
             operator: The operator's key.
 
+        Returns:
+            Names of the files that were taken in.
+
         Raises:
             FedveilError: A file cannot be read or written, or the run is under another key.
         """
-        names = (CHECKPOINT, MODEL)
+        names, taken = (CHECKPOINT, MODEL), []
         try:
             if not self.sealed:
-                key = self.noise_key()
+                key = NoiseKey.load(self.directory / _KEY)
                 for name in filter(lambda name: (self.directory / name).exists(), names):
                     sealed = _file_seal(key).close(
-                        _bytes_of(self.directory / name), place=name.encode()
+                        _bytes_of(self.directory / name), place=self._place(name)
                     )
+                    taken.append(name)
                     write_atomically(self.directory / (name + _SEALED), sealed, mode=_MODE)
                 self.keep(key, operator)
-            self.noise_key()
+                taken.append(_KEY)
+            read_noise_key(self.path(_KEY))
             for name in (_KEY, *names):
                 (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritten(self.directory, error) from None
+        return tuple(taken)
 
     def rotate(self, old: OperatorKey, new: OperatorKey) -> None:
         """Put a new operator's key in the place of an old one; nothing but the noise key changes.
@@ -180,9 +238,14 @@ def read_noise_key(path: Path) -> NoiseKey:
     Raises:
         FedveilError: The file is missing or damaged, or the operator's key is missing or another.
     """
-    if path.suffix != _SEALED:
-        return NoiseKey.load(path)
     operator = OperatorKey.from_environment()
+    if path.suffix != _SEALED:
+        if operator is not None and path.exists():
+            raise FedveilError(
+                f"{path} is not encrypted, and with {KEY_FILE} set nothing in the clear is "
+                f"believed; unset {KEY_FILE}, or give the noise.key.enc of an encrypted run"
+            )
+        return NoiseKey.load(path)
     if operator is None:
         raise FedveilError(
             f"{path} is encrypted; set {KEY_FILE} to the path of the key it was encrypted under"
@@ -191,24 +254,57 @@ def read_noise_key(path: Path) -> NoiseKey:
 
 
 def _opened(path: Path, operator: OperatorKey, *, named: str) -> NoiseKey:
-    content = _bytes_of(path)
+    content, seal = _bytes_of(path), _key_seal(operator)
     try:
-        return NoiseKey(_key_seal(operator).open(content, place=_KEY.encode()))
+        return NoiseKey(_open_key(seal, content, path.parent))
     except OtherKeyError:
         raise FedveilError(
             f"{path} is encrypted under another key than {named}; give the key it was encrypted "
             "under"
         ) from None
     except (UnknownFormatError, DamagedError):
-        raise FedveilError(f"{path} is damaged; restore it from a copy") from None
+        raise FedveilError(
+            f"{path} does not fit {path.parent / 'config.json'}: that was changed since, or either "
+            "is damaged or another run's; restore both from a copy"
+        ) from None
 
 
 def _is_under(operator: OperatorKey, path: Path) -> bool:
     try:
-        _key_seal(operator).open(_bytes_of(path), place=_KEY.encode())
+        _open_key(_key_seal(operator), _bytes_of(path), path.parent)
     except (OtherKeyError, UnknownFormatError, DamagedError):
         return False
     return True
+
+
+def _open_key(seal: Seal, content: bytes, directory: Path) -> bytes:
+    return seal.open(content, place=_bound(directory))
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    try:
+        described: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return described if isinstance(described, dict) else {}
+
+
+def _identity(directory: Path) -> str | None:
+    identity = _described(directory).get("run")
+    return identity if isinstance(identity, str) else None
+
+
+def _bound(directory: Path) -> bytes:
+    """Return the place a run's sealed key is bound to: its configuration and identity.
+
+    A run of before there were identities is bound to the key's name.
+    """
+    described = _described(directory)
+    if "run" not in described:
+        return _KEY.encode()
+    told = {key: described.get(key) for key in ("run", "configuration")}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+    return _KEY.encode() + b"\0" + hashlib.sha256(canonical).digest()
 
 
 def _key_seal(operator: OperatorKey) -> Seal:

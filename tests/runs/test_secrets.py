@@ -89,7 +89,9 @@ def values(weights):
 
 
 def files(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file but the locks, which say who held them last."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path: path.read_bytes() for path in paths if path.suffix != ".lock"}
 
 
 def found(needles, folder):
