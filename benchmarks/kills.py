@@ -9,6 +9,7 @@ again after an interruption, it goes on with the kills that are missing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -108,10 +109,8 @@ class Local:
         process = self.start(name)
         time.sleep(moment * self.seconds)
         if process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.victim(process), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait()
         rounds = self.folder / name / "rounds.jsonl"
         reached = len(rounds.read_text().splitlines()) if rounds.exists() else 0
