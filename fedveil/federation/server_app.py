@@ -27,6 +27,7 @@ from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
+from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.strategies.fedavg import (
     Distribution,
@@ -38,7 +39,6 @@ from fedveil.federation.strategies.fedavg import (
 )
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
-from fedveil.federation.strategies.noisy_fedavg import Cap
 from fedveil.federation.task import ClientTask
 from fedveil.models import build_model, has_batch_norm
 from fedveil.runs.archive import Archive
@@ -170,7 +170,7 @@ def _noise_pair(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
     return NoisePair(
         model=job.model,
-        cap=Cap(config.cap, job.evaluation.calibration, config.bound),
+        cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
         noise=config.noise or "first-conv",
         temperature=config.temperature or None,
         schedule=RaisingLoop(
@@ -190,7 +190,7 @@ def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     config = job.config
     return NoiseDelta(
         model=job.model,
-        cap=Cap(config.cap, job.evaluation.calibration, config.bound),
+        cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
         noise=config.noise or "output",
         temperature=10.0 if config.temperature is None else config.temperature or None,
         smoothing=config.smoothing,

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.defenses.dp_sgd import DPSGD
+from fedveil.federation.evaluation import memory_layout
 from fedveil.secure_random import SecureGenerator
 
 
@@ -96,7 +97,8 @@ def train_locally(
     if not len(images):
         raise ValueError("a client without images cannot train")
     model.train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = memory_layout(model, images[:1].pixels)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     held = images.labels.bincount().nonzero().flatten()
@@ -110,7 +112,7 @@ def train_locally(
                 if strangers:
                     pixels = torch.cat([pixels, strangers.draw(generator)])
                 pixels = settings.augmentation(pixels, generator)
-                logits = model(pixels.contiguous(memory_format=torch.channels_last))
+                logits = model(pixels.contiguous(memory_format=layout))
                 loss = _loss(logits, batch.labels, held)
                 loss.backward()  # type: ignore[no-untyped-call]
                 step()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data.augmentation import Augmentation
+from fedveil.federation.evaluation import memory_layout
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
 from fedveil.federation.strategies.fedavg import (
@@ -73,7 +74,8 @@ class EnsembleDistillation(SeededFedAvg):
 
     Args:
         model: Architecture; takes on the weights of each answer.
-        unlabelled: The server's images, uint8 [N, C, H, W], at least one.
+        unlabelled: The server's images, [N, C, H, W], at least one: uint8, or floats as the model
+            takes them. They are left as they are.
         labels: Their classes, int64 [N]; needed where ``distillation.label_share`` is above 0.
         distillation: How w is taught.
         share_unlabelled: Whether clients receive ``unlabelled`` too, in the record ``UNLABELLED``.
@@ -104,13 +106,16 @@ class EnsembleDistillation(SeededFedAvg):
         if self.distillation.label_share and labels is None:
             raise ValueError("label_share is above 0, and labels are not given")
         # A copy, because it takes on the weights of each answer.
-        self.model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = deepcopy(model)
         self.unlabelled = unlabelled
         self.share_unlabelled = share_unlabelled
         self.labels = labels
         self.shared_rounds = shared_rounds
-        pixels = unlabelled.to(torch.float32).div_(255)
-        self._pixels = pixels.contiguous(memory_format=torch.channels_last)
+        # Floats are the caller's own, and what the model takes as they are.
+        pixels = unlabelled if unlabelled.is_floating_point() else unlabelled.float().div_(255)
+        layout = memory_layout(self.model, pixels[:1])
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        self._pixels = pixels.contiguous(memory_format=layout)
         self._delivered: Weights | None = None
 
     def distribute(

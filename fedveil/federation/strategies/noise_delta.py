@@ -17,6 +17,7 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
+from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
@@ -24,7 +25,7 @@ from fedveil.federation.strategies.fedavg import (
     Weights,
     weighted_mean,
 )
-from fedveil.federation.strategies.noisy_fedavg import Cap, NoisyFedAvg
+from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class NoiseDelta(NoisyFedAvg):
         if self.cap.bound == "agreement":
             noisy = round_number > 1
         else:
-            evaluate = self.evaluator(round_number, self.cap.images.labels)
+            evaluate = self.evaluator(round_number, self.cap.shown.labels)
             noisy = not below_cap(evaluate(base), self.cap.accuracy).below
         self.state = replace(self.state, noisy=noisy)
         return noisy
@@ -157,7 +158,7 @@ def require_enough_images(cap: Cap) -> None:
     Raises:
         FedveilError: Even a copy that guesses could not be told from one at the cap.
     """
-    images, classes = len(cap.images), cap.images.labels.bincount()
+    images, classes = len(cap.shown), cap.shown.labels.bincount()
     guessing = float(classes.max()) / images
     limit = certifiable(images, cap.accuracy)
     if cap.bound == "labels" and limit < guessing:

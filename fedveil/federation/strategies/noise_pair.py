@@ -10,6 +10,7 @@ from fedveil.copies.calibration import Calibration, Copies, Evaluate, raise_unti
 from fedveil.copies.noise import NoiseKey
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
+from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
@@ -19,7 +20,7 @@ from fedveil.federation.strategies.fedavg import (
     unmarked,
     weighted_mean,
 )
-from fedveil.federation.strategies.noisy_fedavg import Cap, NoisyFedAvg, require_labels
+from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg, require_labels
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class NoisePair(NoisyFedAvg):
 
     def passed_cap(self, round_number: int, base: Weights) -> bool:
         """Evaluate the copies without noise, the first turn of the paper's loop."""
-        labels = self.cap.images.labels
+        labels = self.cap.shown.labels
         correct = sum(right for right, _ in self.evaluator(round_number, labels)(base))
         self._checks = len(labels)
         noisy = correct > self.cap.accuracy * len(labels)

@@ -1,13 +1,17 @@
 """What both noise strategies share: degraded copies in place of the model, and a cap on them."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from logging import WARNING
 
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fedveil.copies.batch_statistics import reestimate_batch_norm
@@ -22,10 +26,10 @@ from fedveil.copies.calibration import (
 )
 from fedveil.copies.noise import NoiseKey, NoiseTarget, add_noise, noise_target
 from fedveil.copies.temperature import Temperature
-from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.roster import Client
+from fedveil.federation.strategies.cap import Cap, claimed_accuracy, disagreement
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
@@ -37,6 +41,9 @@ from fedveil.models import has_batch_norm
 
 _BLOCK = 100
 _BATCH_NORM_IMAGES = 500
+_OWN = (
+    "If the app normalises its images, give Cap a Dataset or DataLoader of what its model receives"
+)
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,6 @@ class Calibrator:
         order = torch.randperm(len(self.labels), generator=generator)
         for index in torch.split(order, _BLOCK):
             yield count_correct(self.model, self.pixels[index], self.labels[index]), len(index)
-
-
-@dataclass(frozen=True)
-class Cap:
-    """The promise about copies, and what it is checked with.
-
-    Attributes:
-        accuracy: θ: accuracy every copy stays below.
-        images: Calibration images, which no report uses.
-        bound: ``labels`` checks the accuracy; ``agreement`` needs no labels and checks the bound
-            agreement with w + estimated error of w.
-    """
-
-    accuracy: float
-    images: Images
-    bound: Literal["labels", "agreement"] = "labels"
 
 
 class NoisyFedAvg(SeededFedAvg):
@@ -114,7 +105,8 @@ class NoisyFedAvg(SeededFedAvg):
         resume: Resume | None = None,
     ) -> None:
         super().__init__(sampling=sampling, resume=resume)
-        channels, height, width = cap.images.raw.shape[1:]
+        cap.check_model(model)
+        channels, height, width = cap.shown.raw.shape[1:]
         shape = (channels, height, width)
         # A copy, because evaluating a client's copy means taking on its weights.
         self.model = deepcopy(model).eval()
@@ -122,10 +114,11 @@ class NoisyFedAvg(SeededFedAvg):
         self.target: NoiseTarget = noise_target(model, shape, noise, relative=relative)
         self.temperature = Temperature.of(model, shape, temperature) if temperature else None
         self.run = run
+        self._warned = False
         self._key = key or NoiseKey.generate()
         self._parameters = frozenset(name for name, _ in model.named_parameters())
         self._batch_norm = has_batch_norm(model)
-        self._pixels = cap.images.pixels
+        self._pixels = cap.shown.pixels
 
     @abstractmethod
     def calibrate(self, copies: Copies, evaluate: Evaluate, cap: float) -> Calibration:
@@ -219,15 +212,65 @@ class NoisyFedAvg(SeededFedAvg):
         chance: a copy that agrees with w no more than that holds nothing of it.
         """
         if self.cap.bound == "labels":
-            return self.cap.images.labels, self.cap.accuracy
+            return self.cap.shown.labels, self.cap.accuracy
         self.model.load_state_dict(dict(weights))
         with torch.inference_mode():
             logits = torch.cat([self.model(block) for block in torch.split(self._pixels, _BLOCK)])
         floor = min(2 / logits.shape[1], 0.75 * self.cap.accuracy)
         return logits.argmax(1), max(self.cap.accuracy - agreement_margin(logits), floor)
 
-    def evaluator(self, round_number: int, labels: Tensor) -> Calibrator:
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, the calibration compared with the app's own evaluation.
+
+        Raises:
+            FedveilError: They disagree about the same weights, so the cap would not hold.
+        """
+        if not self.cap.compared:
+            compared = evaluate_fn
+        elif evaluate_fn is None:
+            self._cannot_tell("start was given no evaluate_fn")
+            compared = None
+        else:
+            compared = self._compared(evaluate_fn)
+        return super().start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, compared
+        )
+
+    def _compared(
+        self, evaluate: Callable[[int, ArrayRecord], MetricRecord | None]
+    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+        def compared(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            told = evaluate(server_round, arrays)
+            claimed = claimed_accuracy(told)
+            if claimed is None:
+                self._cannot_tell("evaluate_fn tells no accuracy")
+            elif self.cap.bound == "labels":
+                blocks = self.evaluator(0, self.cap.shown.labels)(arrays.to_torch_state_dict())
+                right, total = (sum(column) for column in zip(*blocks, strict=True))
+                if wrong := disagreement(right, total, claimed):
+                    raise FedveilError(wrong)
+            return told
+
+        return compared
+
+    def _cannot_tell(self, why: str) -> None:
+        if not self._warned and self.cap.evaluate is None:
+            log(WARNING, "the cap is not compared with the app's own evaluation: %s. %s", why, _OWN)
+        self._warned = True
+
+    def evaluator(self, round_number: int, labels: Tensor) -> Evaluate:
         """Return the calibration evaluator of a round."""
+        if self.cap.evaluate is not None:
+            return self.cap.own_evaluation
         seed = 1_000_003 * self.sampling.seed + round_number
         return Calibrator(self.model, self._pixels, labels, seed)
 
