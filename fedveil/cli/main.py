@@ -294,6 +294,8 @@ def train(
 def _new_run(
     out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
 ) -> "RunDirectory":
+    from fedveil.data.files import told
+    from fedveil.data.load import absolute_name
     from fedveil.federation.server_app import prepare_job
     from fedveil.runs.config import TrainConfig
     from fedveil.runs.directory import RunDirectory
@@ -305,7 +307,11 @@ def _new_run(
     key = read_noise_key(noise_key) if noise_key else None
     OperatorKey.from_environment()
     check_log(checked.log)
-    prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
+    # From wherever the run is taken up again, it is the same folder of images.
+    checked = checked.model_copy(update={"dataset": absolute_name(checked.dataset)})
+    job = prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
+    if job.dataset.left_out:
+        typer.echo(f"{checked.dataset}: {told(job.dataset.left_out)}", err=True)
     return RunDirectory.create(out, checked, noise_key=key)
 
 

@@ -35,6 +35,7 @@ DAMAGE = (
 """What Pillow raises on files that are no image, or a damaged one."""
 
 _MOST_PIXELS = 2**24
+_WIDE = frozenset({"PNG", "PPM"})  # formats whose widest pixels Pillow holds as 16 of 32 bits
 
 _MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -127,31 +128,57 @@ def _check_memory(array: NDArray[np.uint8], count: int) -> None:
         )
 
 
+def read_image(content: bytes | Path, *, most: int = _MOST_PIXELS) -> NDArray[np.uint8]:
+    """Return the pixels of an image as training sees them.
+
+    Grey images stay grey, with or without transparency; palettes and all others become RGB,
+    transparency is dropped, 16 bits become 8, and a camera's orientation tag is obeyed. Of several
+    frames it is the first.
+
+    Args:
+        content: The bytes of an image file, or where that file is.
+        most: Pixels it may have.
+
+    Returns:
+        uint8 [H, W] of a grey image, [H, W, 3] of any other.
+
+    Raises:
+        OSError: It cannot be read; and the others of ``DAMAGE``, where it is no image, is damaged,
+            too large, or of a kind whose pixels have no known range.
+    """
+    # From memory: a damaged length makes Pillow ask a file for gigabytes at once.
+    whole = content if isinstance(content, bytes) else content.read_bytes()
+    with Image.open(BytesIO(whole)) as image:
+        check_size(image, most=most)
+        # Not the format of what is turned, which Pillow forgets.
+        kind = image.format
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_uint8(image, kind)
+
+
 def _array(encoded: Encoded) -> NDArray[np.uint8]:
-    """Return uint8 [H, W] of a grey image, [H, W, 3] of any other."""
-    content = encoded.content
     try:
-        # From memory: a damaged length makes Pillow ask a file for gigabytes at once.
-        whole = content if isinstance(content, bytes) else content.read_bytes()
-        with Image.open(BytesIO(whole)) as image:
-            check_size(image, most=_MOST_PIXELS)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_uint8(image)
+        return read_image(encoded.content)
     except DAMAGE as error:
         raise FedveilError(
             f"cannot decode the image {encoded.origin}: {reason(error)}. Replace it or remove it."
         ) from error
 
 
-def _to_uint8(image: Image.Image) -> NDArray[np.uint8]:
+def _to_uint8(image: Image.Image, kind: str | None) -> NDArray[np.uint8]:
     if image.mode in _GREY:
         return _as(image, "L")
+    if image.mode == "I" and kind not in _WIDE:
+        raise ValueError(
+            "its pixels are whole numbers of 32 bits, which have no known range; store it with 8 "
+            "or 16 bits"
+        )
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits to 8 instead of scaling them.
         wide = np.asarray(image, dtype=np.float64).clip(0, 65535)
         return np.rint(wide / 257).astype(np.uint8)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise ValueError("floating-point pixels have no known range; store it with 8 or 16 bits")
     return _as(image, "RGB")
 
 

@@ -43,12 +43,14 @@ class Dataset:
         train: Images the clients share out among them.
         test: Images no client sees.
         classes: Name of each class; a label indexes it.
+        left_out: Files that lie beside the images and were not read, each with the reason.
     """
 
     name: str
     train: Images
     test: Images
     classes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

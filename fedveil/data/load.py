@@ -39,7 +39,7 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
               or without ``train`` and ``test`` folders above.
 
             A path that exists wins over a hub name. Test images are the split called ``test``,
-            ``validation``, ``valid`` or ``val``, in this order.
+            ``testing``, ``validation``, ``valid`` or ``val``, in this order and in any case.
 
             Any of them with ``@k/n`` behind it is one fold of a cross-validation: every n-th
             training image from the k-th on (k in 1 … n, n at least 2) stands in for the test split,
@@ -63,7 +63,8 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     if seed < 0:
         raise FedveilError(f"the seed is {seed}; it must be at least 0.")
     source, folds = _parse_folds(name)
-    decoded = _cached(_find(source))
+    found = _find(source)
+    decoded = _cached(found)
     train, test = decoded.train, decoded.test
     if folds:
         if test is None:
@@ -76,7 +77,16 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
         )
     if test is None:
         train, test = _split(train, seed)
-    return Dataset(name, train, test, decoded.classes)
+    return Dataset(name, train, test, decoded.classes, found.left_out)
+
+
+def absolute_name(name: str) -> str:
+    """Return a dataset's name that means the same from any folder; paths become absolute."""
+    source, folds = _parse_folds(name)
+    if source in _SOURCES or not source or not _path(source).is_dir():
+        return name
+    where = str(_path(source).resolve())
+    return where if folds is None else where + name.removeprefix(source)
 
 
 def load_own_images(path: str, *, classes: Sequence[str], shape: tuple[int, int, int]) -> Images:

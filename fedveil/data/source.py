@@ -7,7 +7,8 @@ from pathlib import Path
 from fedveil.data.images import Images
 
 # What a held-out split is called on the hub and in folders, the best first.
-TEST_NAMES = ("test", "validation", "valid", "val")
+TEST_NAMES = ("test", "testing", "validation", "valid", "val")
+TRAIN_NAMES = ("train", "training")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Source:
     Attributes:
         identity: What changes whenever the content does; anything JSON can hold.
         read: Reads and decodes it, however long that takes.
+        left_out: What lies there and is not read, in words.
     """
 
     identity: tuple[object, ...]
     read: Callable[[], Decoded]
+    left_out: tuple[str, ...] = ()
 
 
 def fingerprint(files: Iterable[Path]) -> list[tuple[str, int, int]]:

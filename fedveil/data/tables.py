@@ -15,6 +15,9 @@ BATCH = 1024
 _LABEL_NAMES = ("label", "fine_label", "labels", "class", "target")
 
 
+_IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixels")
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of images and labels.
@@ -23,11 +26,13 @@ class Table:
         origin: What to call it in an error message.
         features: The Hugging Face feature of each column.
         batches: Runs through the values of one column.
+        folder: What paths in it are relative to; None where there are none.
     """
 
     origin: str
     features: Mapping[str, Any]
     batches: Callable[[str], Iterable[list[Any]]]
+    folder: Path | None = None
 
 
 def read_tables(splits: Mapping[str, Sequence[Table]], origin: str) -> Decoded:
@@ -52,6 +57,7 @@ def read_tables(splits: Mapping[str, Sequence[Table]], origin: str) -> Decoded:
     chosen = [list(splits["train"])] + ([list(splits[test])] if test else [])
     label = _label_column(chosen[0][0])
     values = [list(chain.from_iterable(_values(table, label) for table in s)) for s in chosen]
+    _check_kinds(chosen, values)
     classes = _classes(chosen[0][0].features[label], chain.from_iterable(values))
     images = decode(
         [
@@ -60,6 +66,29 @@ def read_tables(splits: Mapping[str, Sequence[Table]], origin: str) -> Decoded:
         ]
     )
     return Decoded(images[0], images[1] if test else None, tuple(classes.values()))
+
+
+def _check_kinds(splits: Sequence[Sequence[Table]], values: Sequence[Sequence[Any]]) -> None:
+    """Refuse labels that are text in one place and numbers in another.
+
+    Raises:
+        FedveilError: Names the tables of each.
+    """
+    present = {isinstance(v, str) for found in values for v in found if v is not None}
+    if len(present) < 2:
+        return
+    origins: dict[str, list[str]] = {"text": [], "numbers": []}
+    for table in chain.from_iterable(splits):
+        feature = table.features[_label_column(table)]
+        text = "string" in str(getattr(feature, "dtype", ""))
+        origins["text" if text else "numbers"].append(table.origin)
+    told = "; ".join(f"{kind} in {', '.join(found)}" for kind, found in origins.items() if found)
+    raise FedveilError(f"labels are of two types: {told}. Make them all text, or all numbers.")
+
+
+def has_image_column(table: Table) -> bool:
+    """Return whether a column of a table may hold images."""
+    return bool(_image_columns(table))
 
 
 def _values(table: Table, column: str) -> list[Any]:
@@ -77,29 +106,46 @@ def _encoded(tables: Sequence[Table], labels: Sequence[int]) -> Iterator[Encoded
         rows = chain.from_iterable(table.batches(_image_column(table)))
         for number, row in enumerate(rows):
             origin = f"{table.origin}, row {number}"
-            yield Encoded(_content(row, origin), origin, next(remaining))
+            yield Encoded(_content(row, origin, table.folder), origin, next(remaining))
 
 
-def _content(row: Any, origin: str) -> bytes | Path:
+def _content(row: Any, origin: str, folder: Path | None) -> bytes | Path:
     if isinstance(row, bytes):
         return row
     if row and row.get("bytes") is not None:
         return bytes(row["bytes"])
     if row and row.get("path"):
-        return Path(row["path"])
+        path = Path(row["path"])
+        return path if folder is None else folder / path
     raise FedveilError(f"{origin} holds no image. Remove the row.")
 
 
 def _image_column(table: Table) -> str:
-    import datasets
+    found = _image_columns(table)
+    if not found:
+        raise FedveilError(
+            f"{table.origin} has no image column: its columns are {_names(table.features)}. One "
+            "must hold images as Hugging Face datasets do, {bytes, path}."
+        )
+    named = [name for name in _IMAGE_NAMES if name in found]
+    if len(found) > 1 and not named:
+        raise FedveilError(
+            f"{table.origin} has {len(found)} columns of images: {', '.join(found)}. Call the one "
+            "to learn from image, or remove the others."
+        )
+    return (named or found)[0]
 
-    for kind in (_is_image, _is_struct_of_bytes, lambda f: f == datasets.Value("binary")):
+
+def _image_columns(table: Table) -> list[str]:
+    """Return the columns that hold images, of the surest kind that there is."""
+    for kind in (_is_image, _is_struct_of_bytes, _is_binary):
         if found := [name for name, feature in table.features.items() if kind(feature)]:
-            return found[0]
-    raise FedveilError(
-        f"{table.origin} has no image column: its columns are {_names(table.features)}. One must "
-        "hold images as Hugging Face datasets do, {bytes, path}."
-    )
+            return found
+    return []
+
+
+def _is_binary(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")) in ("binary", "large_binary")
 
 
 def _is_image(feature: Any) -> bool:

@@ -3,17 +3,14 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.data.decode import DAMAGE, check_size, reason
+from fedveil.data.decode import DAMAGE, read_image, reason
+from fedveil.data.files import SUFFIXES, list_images
 from fedveil.errors import FedveilError
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 _MOST_PIXELS = 2**26
 
@@ -26,11 +23,14 @@ def transform_folder(
     transform: nn.Module,
     *,
     progress: Progress = lambda done, total: None,
+    on_left_out: Callable[[tuple[str, ...]], None] = lambda left_out: None,
 ) -> int:
     """Write a transformed copy of every image below ``src`` into ``dst``, as PNG.
 
-    Folders keep their names; a file keeps its name with the suffix ``.png``. Grey images stay
-    grey, all others become RGB. ``dst`` appears only when it is complete.
+    Folders keep their names; a file keeps its name with the suffix ``.png``. Images are read as
+    training reads them (``fedveil.data.decode.read_image``), so that training on the copy sees
+    T(x) rounded to 8 bits; no metadata of theirs, a thumbnail for instance, gets into it. ``dst``
+    appears only when it is complete.
 
     Args:
         src: Folder of images, nested at will.
@@ -38,6 +38,7 @@ def transform_folder(
         transform: Float [1, C, H, W] in [0, 1] to the same shape; its result is clipped and
             rounded to 8 bits.
         progress: Called with (images done, images in all).
+        on_left_out: Called once with the files that are no images, each with the reason, if any.
 
     Returns:
         Number of images written.
@@ -46,7 +47,9 @@ def transform_folder(
         FedveilError: No folder or no images at ``src``, ``dst`` exists or lies inside ``src``, two
             files that would get one name, or a file that is no readable image.
     """
-    files = _plan(src, dst)
+    files, left_out = _plan(src, dst)
+    if left_out:
+        on_left_out(left_out)
     dst.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
     try:
@@ -63,17 +66,15 @@ def transform_folder(
     return len(files)
 
 
-def _plan(src: Path, dst: Path) -> dict[Path, Path]:
+def _plan(src: Path, dst: Path) -> tuple[dict[Path, Path], tuple[str, ...]]:
     if not src.is_dir():
         raise FedveilError(f"{src} is not a folder; give a folder of images")
     if dst.exists():
         raise FedveilError(f"{dst} exists already; remove it or name another folder")
     if dst.resolve().is_relative_to(src.resolve()):
         raise FedveilError(f"{dst} lies inside {src}; name a folder outside it")
-    files: dict[Path, Path] = {}
-    for path in sorted(src.rglob("*")):
-        if not path.is_file() or path.suffix.lower() not in _SUFFIXES:
-            continue
+    listing, files = list_images(src), dict[Path, Path]()
+    for path in listing.images:
         relative = path.relative_to(src).with_suffix(".png")
         if relative in files:
             raise FedveilError(
@@ -82,18 +83,14 @@ def _plan(src: Path, dst: Path) -> dict[Path, Path]:
         files[relative] = path
     if not files:
         raise FedveilError(
-            f"{src} holds no images; known suffixes are {', '.join(sorted(_SUFFIXES))}"
+            f"{src} holds no images; known suffixes are {', '.join(sorted(SUFFIXES))}"
         )
-    return files
+    return files, listing.left_out
 
 
 def _read(path: Path) -> Tensor:
-    from PIL import Image
-
     try:
-        with Image.open(BytesIO(path.read_bytes())) as image:
-            check_size(image, most=_MOST_PIXELS)
-            pixels = np.asarray(image.convert("L" if image.mode in {"1", "L"} else "RGB"))
+        pixels = read_image(path, most=_MOST_PIXELS)
     except DAMAGE as error:
         raise FedveilError(
             f"{path} is no readable image ({reason(error)}); remove it or mend it"

@@ -49,6 +49,7 @@ OnRound = Callable[[RoundRecord], None]
 
 _EVALUATION_BLOCK = 1_000
 _STATISTICS_IMAGES = 500
+_NAMED = 100  # of the files that were left out
 _WITHOUT_FINGERPRINT = ("fedavg", "noise-pair", "protected")
 
 
@@ -357,6 +358,10 @@ def summarise(
         / sum(r.seconds for r in rounds),
         "seconds": sum(record.seconds for record in rounds),
         "privacy": _privacy(job, releases),
+        "left_out": {
+            "count": len(job.dataset.left_out),
+            "first": list(job.dataset.left_out[:_NAMED]),
+        },
         "report_images": len(job.evaluation.report),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,
