@@ -70,7 +70,7 @@ class WatchedFederation:
         logging.getLogger("flwr").setLevel(logging.WARNING)
         strategy = WatchingFedSGD(
             victims=self.victims,
-            parameters=[name for name, _ in model.named_parameters()],
+            parameters=[n for n, value in model.named_parameters() if value.requires_grad],
             action=self.update,
             sampling=Sampling(seed=self.seed, min_clients=self.clients),
         )

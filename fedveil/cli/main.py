@@ -321,9 +321,16 @@ def _earlier_run(path: Path, rounds: int | None) -> "RunDirectory":
     run = RunDirectory.open(path)
     # Before the configuration is believed: it names what is imported.
     run.secrets.check_writable()
-    if rounds is not None:
-        with run.locked():
+    with run.locked():
+        if rounds is not None:
             run.extend(rounds)
+        changed = {} if run.complete else run.note_versions()
+    for name, what in changed.items():
+        typer.echo(
+            f"{name}: the run was under {what}; the same bits as of a run under one version are "
+            "not promised from here on",
+            err=True,
+        )
     return run
 
 

@@ -1,13 +1,14 @@
 """A small individual noise in each client's copy, by which a leaked copy names its receiver."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from fedveil.copies.noise import NoiseKey, root_mean_square
+from fedveil.models import twins
 
 # Where accuracy is still that of no fingerprint; docs/tracing.md has the measurement.
 FINGERPRINT_STRENGTH = 0.05
@@ -28,12 +29,14 @@ class Fingerprint:
         strength: Standard deviation, in units of a layer's root mean square.
         layers: Names of the parameters, grouped by the layer they belong to.
         run: Name of the run.
+        twins: Further names of tied parameters, to the name that carries the mark.
     """
 
     key: NoiseKey
     strength: float
     layers: tuple[tuple[str, ...], ...]
     run: str = "run"
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,7 +46,8 @@ class Fingerprint:
         layers: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
             layers.setdefault(name.rpartition(".")[0], []).append(name)
-        return cls(key, strength, tuple(tuple(names) for names in layers.values()), run)
+        grouped = tuple(tuple(names) for names in layers.values())
+        return cls(key, strength, grouped, run, twins(model))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +95,7 @@ class Fingerprint:
             for name in layer:
                 change = (parts[name] * scale).reshape(weights[name].shape)
                 marked[name] = weights[name] + change.to(weights[name].dtype)
-        return marked
+        return marked | {name: marked[first] for name, first in self.twins.items()}
 
 
 @lru_cache(maxsize=1)

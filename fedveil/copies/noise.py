@@ -1,6 +1,7 @@
 """Keyed Gaussian noise that degrades the copies of a model its clients receive."""
 
 import fnmatch
+import glob
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
-from fedveil.models import first_layer, output_layer
+from fedveil.models import first_layer, output_layer, twins
 from fedveil.sealing import KEY_BYTES, derive_key
 
 Tensors = Mapping[str, Tensor]
@@ -100,12 +101,14 @@ class NoiseTarget:
 
     Attributes:
         layers: Names of the parameters, grouped by the layer they belong to.
+        twins: Further names of tied parameters, to the name that carries noise.
         relative: Whether σ counts in units of a layer's root mean square (``noise-delta``) or is
             the standard deviation itself (the paper's algorithm).
     """
 
     layers: tuple[tuple[str, ...], ...]
     relative: bool = True
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,17 +128,19 @@ class NoiseTarget:
             group: Name of the group of clients that shares the noise.
 
         Returns:
-            A tensor of the parameter's shape and dtype for each name in ``names``.
+            A tensor of the parameter's shape and dtype for each name in ``names``, and for every
+            further name of a tied one.
         """
         sizes = [weights[name].numel() for name in self.names]
         values = key.gaussians(run=run, round_number=round_number, group=group, count=sum(sizes))
         drawn = dict(zip(self.names, torch.split(values, sizes), strict=True))
-        return {
+        noise = {
             name: (drawn[name] * scale).reshape(weights[name].shape).to(weights[name].dtype)
             for layer in self.layers
             for scale in [self._scale(weights, layer)]
             for name in layer
         }
+        return noise | {name: noise[first] for name, first in self.twins.items() if first in noise}
 
     def _scale(self, weights: Tensors, layer: Sequence[str]) -> float:
         if not self.relative:
@@ -162,20 +167,21 @@ def noise_target(
         shape: (C, H, W) of one image.
         where: ``first-conv``: the first convolution, patch embedding or linear layer the pixels
             reach; ``output``: the linear layer that gives the logits; ``all``: every parameter;
-            otherwise patterns as of the shell, separated by commas, over the names of the model's
-            parameters (``body.0.*``, ``*.bias``).
+            otherwise names, or patterns as of the shell, separated by commas, over the names of the
+            model's parameters (``body.0.*``, ``*.bias``). Frozen parameters are public and carry
+            none.
         relative: See ``NoiseTarget``.
 
     Raises:
         FedveilError: No parameter of the model has such a name.
     """
-    parameters = [name for name, _ in model.named_parameters()]
-    patterns = _PLACES[where](model, shape) if where in _PLACES else where
-    chosen = [
-        name
-        for name in parameters
-        if any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
-    ]
+    tied = twins(model)
+    parameters = [name for name, value in model.named_parameters() if value.requires_grad]
+    text = _PLACES[where](model, shape) if where in _PLACES else where
+    patterns = [pattern.strip() for pattern in text.split(",")]
+    named = {name for name in (*parameters, *tied) if _matches(name, patterns)}
+    named |= {tied[name] for name in named if name in tied}
+    chosen = [name for name in parameters if name in named]
     if not chosen:
         raise FedveilError(
             f"--noise {where!r} matches no parameter of this model; allowed: {', '.join(_PLACES)}, "
@@ -184,11 +190,17 @@ def noise_target(
     layers: dict[str, list[str]] = {}
     for name in chosen:
         layers.setdefault(name.rpartition(".")[0], []).append(name)
-    return NoiseTarget(tuple(tuple(names) for names in layers.values()), relative=relative)
+    grouped = tuple(tuple(names) for names in layers.values())
+    return NoiseTarget(grouped, relative=relative, twins=tied)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    # By name first: brackets in one are no pattern.
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _parameters_of(layer: str) -> str:
-    return f"{layer}.*" if layer else "*"
+    return f"{glob.escape(layer)}.*" if layer else "*"
 
 
 _PLACES: Mapping[str, Callable[[nn.Module, tuple[int, int, int]], str]] = {

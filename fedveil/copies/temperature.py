@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedveil.models import output_layer
+from fedveil.errors import FedveilError
+from fedveil.models import output_layer, twins
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,16 @@ class Temperature:
             degree: Above 0; 1 keeps the initial scale.
 
         Raises:
-            FedveilError: The logits are not the output of one linear layer.
+            FedveilError: The logits are not the output of one linear layer, or its weight is
+                another layer's too.
         """
         layer = output_layer(model, shape)
+        tied = twins(model)
+        if shared := [n for n in (*tied, *tied.values()) if n.startswith(f"{layer}.")]:
+            raise FedveilError(
+                f"{shared[0]} is also the weight of another layer, so its scale cannot be set "
+                "without changing the model's answers; use --temperature 0"
+            )
         names = tuple(
             f"{layer}.{name}" if layer else name
             for name, _ in model.get_submodule(layer).named_parameters()

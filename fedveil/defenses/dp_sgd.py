@@ -118,9 +118,9 @@ class DPSGD:
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS):
                 raise FedveilError(
-                    f"DP-SGD cannot train {name or 'the model'}, a {type(module).__name__}: it "
-                    "mixes the images of a batch, so no noise is enough; use group normalisation "
-                    "(--model resnet-gn has it)"
+                    f"model {type(model).__name__} cannot train with DP-SGD: {name or 'it'}, a "
+                    f"{type(module).__name__}, mixes the images of a batch, so no noise is enough; "
+                    "use group normalisation (--model resnet-gn has it)"
                 )
         own = copy.deepcopy(model).train()
         pixels = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ class DPSGD:
         except Exception as error:  # whatever opacus's hooks make of somebody's model
             reason = " ".join(str(error).split())[:200]
             raise FedveilError(
-                f"DP-SGD cannot train model {type(model).__name__}: {type(error).__name__}: "
+                f"model {type(model).__name__} cannot train with DP-SGD: {type(error).__name__}: "
                 f"{reason}; in-place operations must not be (inplace=False), and layers be those "
                 "that opacus knows"
             ) from None
@@ -195,9 +195,9 @@ def _check_no_memory(model: nn.Module, pixels: Tensor) -> None:
         held = before.get(name)
         if held is None or value.shape != held.shape or not _equal(value, held):
             raise FedveilError(
-                f"DP-SGD cannot train this model: its {name} changes when images pass, and "
-                "what it holds of them no noise covers; leave that module out, or use one without "
-                "running statistics"
+                f"model {type(model).__name__} cannot train with DP-SGD: its {name} changes when "
+                "images pass, and what it holds of them no noise covers; leave that module out, or "
+                "use one without running statistics"
             )
 
 
@@ -208,8 +208,9 @@ def _check_no_mixing(model: nn.Module, pixels: Tensor) -> None:
         other = _forward(model, torch.cat([first, third]))[0]
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise FedveilError(
-            f"DP-SGD cannot train model {type(model).__name__}: its answer to an image depends on "
-            "the others in the batch, so no noise is enough; use layers that see each image alone"
+            f"model {type(model).__name__} cannot train with DP-SGD: its answer to an image "
+            "depends on the others in the batch, so no noise is enough; use layers that see each "
+            "image alone"
         )
 
 

@@ -48,6 +48,8 @@ class Pruning:
         }
 
     def _prune(self, value: Tensor) -> Tensor:
+        if not value.numel():
+            return value
         kept = max(1, round(value.numel() * (1 - self.share)))
         largest = value.abs().flatten().topk(kept).indices
         mask = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)

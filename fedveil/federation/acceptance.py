@@ -107,11 +107,16 @@ def bounded(updates: Sequence[Update], bound: int | None) -> tuple[list[Update],
 
 def _length(update: Update, sent: Weights) -> float:
     squares = (
-        (value.double() - sent[name].double()).square().sum()
+        _change(value.double(), sent[name].double()).square().sum()
         for name, value in update.weights.items()
         if value.is_floating_point()
     )
     return float(torch.stack(list(squares)).sum().sqrt())
+
+
+def _change(value: Tensor, sent: Tensor) -> Tensor:
+    # Infinities of the model's own have no difference, and no change either.
+    return torch.where(value == sent, torch.zeros_like(value), value - sent)
 
 
 def coordinate_median(terms: Terms) -> dict[str, Tensor]:

@@ -155,6 +155,7 @@ def _one_minibatch(
     answers = {
         name: answer(parameter.detach(), gradients[name], task.learning_rate)
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
     metrics = _metrics(len(batch), loss, task)
     content = RecordDict({"arrays": ArrayRecord(answers), "metrics": metrics})
@@ -168,8 +169,10 @@ def _gradients(
         private = defense.privacy.gradients(model, batch.pixels, batch.labels, expected=len(batch))
         return private, None
     loss = F.cross_entropy(model(batch.pixels), batch.labels)
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(parameters.values()))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
     return dict(zip(parameters, found, strict=True)), float(loss.detach())
 
 

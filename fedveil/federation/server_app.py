@@ -40,7 +40,7 @@ from fedveil.federation.strategies.fedavg import (
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.task import ClientTask
-from fedveil.models import build_model, has_batch_norm
+from fedveil.models import build_model, check_sendable, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, versions
@@ -95,6 +95,7 @@ def prepare_job(config: TrainConfig) -> Job:
     """
     dataset = load_dataset(config.dataset, seed=config.seed)
     model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
+    check_sendable(model)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
@@ -332,7 +333,10 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
         )
         last = directory.checkpoint() or last
     directory.write_model(last.weights)
-    directory.write_summary(summarise(job, last.weights, recorder.rounds, directory.releases()))
+    summary = summarise(job, last.weights, recorder.rounds, directory.releases())
+    if len(history := directory.version_history()) > 1:
+        summary["version_history"] = history
+    directory.write_summary(summary)
 
 
 def _note_release(directory: RunDirectory, _: int, clients: Sequence[Client]) -> None:

@@ -15,6 +15,7 @@ from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.defenses.dp_sgd import DPSGD
 from fedveil.federation.evaluation import memory_layout
+from fedveil.models import has_batch_norm
 from fedveil.secure_random import SecureGenerator
 
 
@@ -102,11 +103,12 @@ def train_locally(
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     held = images.labels.bincount().nonzero().flatten()
-    steps = settings.epochs * -(-len(images) // settings.batch_size)
-    with _descent(model, settings, steps) as step:
+    sizes = _batch_sizes(model, len(images), settings.batch_size)
+    steps = settings.epochs * len(sizes)
+    with _repeatable(generator), _descent(model, settings, steps) as step:
         for _ in range(settings.epochs):
             order = torch.randperm(len(images), generator=generator)
-            for index in torch.split(order, settings.batch_size):
+            for index in torch.split(order, sizes):
                 batch = images[index]
                 pixels = batch.pixels
                 if strangers:
@@ -118,6 +120,32 @@ def train_locally(
                 step()
                 total += loss.detach() * len(index)
     return float(total) / (settings.epochs * len(images))
+
+
+def _batch_sizes(model: nn.Module, images: int, batch_size: int) -> list[int]:
+    """Return the sizes of an epoch's minibatches.
+
+    A last image that would be alone joins the batch before where batch normalisation cannot train
+    on one.
+    """
+    sizes = [batch_size] * (images // batch_size)
+    left = images % batch_size
+    if left == 1 and sizes and has_batch_norm(model):
+        sizes[-1] += 1
+    elif left:
+        sizes.append(left)
+    return sizes
+
+
+@contextmanager
+def _repeatable(generator: torch.Generator) -> Iterator[None]:
+    """Let dropout and other layers that draw at random draw the same for the same seed.
+
+    Whatever process the client runs in, and whoever trained there before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        yield
 
 
 def _loss(logits: Tensor, labels: Tensor, held: Tensor) -> Tensor:

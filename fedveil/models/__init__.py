@@ -2,7 +2,13 @@
 
 from fedveil.models.cnn import CNN, MnistCNN
 from fedveil.models.imprint import Imprint
-from fedveil.models.inspect import first_layer, has_batch_norm, output_layer
+from fedveil.models.inspect import (
+    check_sendable,
+    first_layer,
+    has_batch_norm,
+    output_layer,
+    twins,
+)
 from fedveil.models.lenet import LeNet
 from fedveil.models.registry import MODELS, build_model
 from fedveil.models.resnet import (
@@ -23,9 +29,11 @@ __all__ = [
     "ViT",
     "batch_norm_resnet",
     "build_model",
+    "check_sendable",
     "first_layer",
     "group_norm_resnet",
     "has_batch_norm",
     "output_layer",
+    "twins",
     "wide_group_norm_resnet",
 ]

@@ -6,12 +6,49 @@ from torch import nn
 from fedveil.errors import FedveilError
 
 _FIRST_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_SENDABLE = frozenset({torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8}) | {
+    *(torch.int8, torch.int16, torch.int32, torch.int64)
+}
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)  # what all of them, lazy ones too, are made of
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether any layer keeps batch statistics."""
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+
+
+def twins(model: nn.Module) -> dict[str, str]:
+    """Return the further names of each parameter that has several, to its first one.
+
+    A tied weight is one tensor, whatever its names: what is done to it is done under all of them.
+    """
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            found[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return found
+
+
+def check_sendable(model: nn.Module) -> None:
+    """Refuse a model whose state no message of Flower's can carry.
+
+    Raises:
+        FedveilError: Names the tensor, or what is none.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise FedveilError(
+                f"model {type(model).__name__}: {name} is a {type(value).__name__}, no tensor, so "
+                "no message can carry it; keep what get_extra_state returns in buffers"
+            )
+        if value.dtype not in _SENDABLE:
+            raise FedveilError(
+                f"model {type(model).__name__}: {name} is {value.dtype}, which no message can "
+                "carry; make it float32 (.float()), and convert in the forward pass"
+            )
 
 
 def first_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
@@ -79,7 +116,8 @@ def output_layer(model: nn.Module, shape: tuple[int, int, int]) -> str:
             return name
     raise FedveilError(
         f"model {type(model).__name__}: its logits are not the output of one linear layer, so they "
-        "have no scale to set; use --temperature 0"
+        "have no scale to set and no layer to put noise into; name other parameters with "
+        "--noise PATTERN, and leave the scale as it is with --temperature=0"
     )
 
 

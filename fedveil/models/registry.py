@@ -60,7 +60,8 @@ def build_model(name: str, shape: Shape, classes: int, *, seed: int) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _made(name, factory, shape, classes)
-    _check_forward(name, model, shape, classes)
+        # Lazy layers are initialised by their first forward pass: under the same seed.
+        _check_forward(name, model, shape, classes)
     return model
 
 
@@ -80,9 +81,10 @@ def _import_factory(path: str) -> Factory:
     _look_here()
     try:
         factory: Any = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the user's own module may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise FedveilError(
-            f"model {path!r} could not be imported: {error}. Give package.module:factory, "
+            f"model {path!r} could not be imported ({reason}). Give package.module:factory, "
             "importable from here; factory(shape, classes) must return a torch.nn.Module"
         ) from error
     if not callable(factory):
@@ -107,7 +109,7 @@ def _made(name: str, factory: Factory, shape: Shape, classes: int) -> nn.Module:
         return factory(shape, classes)
     except FedveilError:
         raise
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise FedveilError(
             f"model {name!r} cannot be made for images of shape {shape} (C, H, W) and {classes} "
             f"classes: {error}; mend factory(shape, classes), or give images of another size"

@@ -226,6 +226,51 @@ class RunDirectory:
         with lock(self.path / f".{role}.lock", named=str(self.path)):
             yield
 
+    def note_versions(self) -> dict[str, str]:
+        """Note that the run goes on, if it does so under other versions than before.
+
+        Returns:
+            Library to "old, now new" for each that changed; empty where none did.
+
+        Raises:
+            FedveilError: ``config.json`` is damaged or cannot be written.
+        """
+        history, now = self.version_history(), versions()
+        before = history[-1]["versions"]
+        changed = {
+            name: f"{before.get(name, 'none')}, now {now.get(name, 'none')}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        }
+        if changed:
+            described = self._described()
+            later = [*described.get("later", []), {"from_round": self._next, "versions": now}]
+            self._write("config.json", _json(described | {"later": later}))
+        return changed
+
+    def version_history(self) -> list[dict[str, Any]]:
+        """Return the versions the run was under, each with the round from which it was.
+
+        Raises:
+            FedveilError: ``config.json`` is damaged.
+        """
+        described = self._described()
+        first = {"from_round": 1, "versions": described.get("versions", {})}
+        return [first, *described.get("later", [])]
+
+    @property
+    def _next(self) -> int:
+        return len(self.rounds()) + 1
+
+    def _described(self) -> dict[str, Any]:
+        try:
+            described: Any = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise FedveilError(f"{self.path / 'config.json'} is damaged: {error}") from None
+        if not isinstance(described, dict):
+            raise FedveilError(f"{self.path / 'config.json'} is damaged: it holds no object")
+        return described
+
     def noise_key(self) -> NoiseKey:
         """Return the run's noise key.
 

@@ -82,7 +82,7 @@ def test_an_old_run_is_read_with_its_transform():
         ({"defense": "blur:sigma=9"}, "sigma=9"),
         (
             {"defense": "dp-sgd:noise=1", "model": "resnet-bn"},
-            "BatchNorm2d: it mixes the images",
+            "BatchNorm2d, mixes the images",
         ),
         ({"defense": "sotera:share=0.1"}, "did you mean 'soteria'"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
+from fedveil.models.inspect import twins
 
 Unary = Callable[[Tensor], Tensor]
 
@@ -161,12 +162,17 @@ def _argument(node: fx.Node, place: int, name: str, default: float) -> Any:
 
 
 def _checked(model: nn.Module, layers: list[Layer]) -> list[Layer]:
+    tied = twins(model)
     if not layers or not isinstance(layers[-1].module, nn.Linear) or layers[-1].activations:
         raise _stopped(model, "it does not end with a linear layer that gives the logits")
     for layer in layers:
         module = layer.module
         if module.bias is None:
             raise _stopped(model, f"{layer.name} has no bias")
+        if not all(parameter.requires_grad for parameter in layer.module.parameters()):
+            raise _stopped(model, f"{layer.name} is frozen, so its gradient was not sent")
+        if any(name.rpartition(".")[0] == layer.name for name in (*tied, *tied.values())):
+            raise _stopped(model, f"{layer.name} shares its weight, so its gradient is a sum")
         if isinstance(module, nn.Conv2d) and (
             module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
         ):

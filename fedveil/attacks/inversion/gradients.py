@@ -456,6 +456,25 @@ def check_attackable(
     )
 
 
+def _check_no_memory(model: nn.Module, shape: Shape, images: int) -> None:
+    own = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in own.named_buffers()}
+    with torch.no_grad():
+        own(torch.zeros(max(images, 2), *shape))
+    for name, value in own.named_buffers():
+        held = before.get(name)
+        if (
+            held is None
+            or held.shape != value.shape
+            or not torch.equal(held.nan_to_num(), value.nan_to_num())
+        ):
+            raise FedveilError(
+                f"model {type(model).__name__}: its forward pass changes the buffer {name}, so no "
+                "attack can repeat the client's gradient; leave that out, or observe clients that "
+                "train in evaluation mode"
+            )
+
+
 def check_model(
     model: nn.Module,
     shape: Shape,
@@ -491,6 +510,7 @@ def check_model(
                 "is one), or observe clients that train in evaluation mode"
             )
     probed = _without_running_statistics(model)  # which a forward pass would change
+    _check_no_memory(probed, shape, images)
     with differentiable_attention():
         logits, pixels = _probe(probed, shape, classes, images)
         follows = _follows(probed, logits, pixels)

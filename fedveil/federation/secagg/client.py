@@ -351,11 +351,11 @@ def _weighted(
     if shapes[0] != shapes[1]:
         raise FedveilError("the app's answer has other tensors than the model it was sent")
     parts = [
-        (returned[name].astype(np.float64) - sent[name].astype(np.float64)).ravel()
+        _change(returned[name].astype(np.float64), sent[name].astype(np.float64)).ravel()
         for name in floating(sent)
     ]
     change = np.concatenate(parts)
-    largest = float(np.abs(change).max())
+    largest = float(np.abs(change).max(initial=0.0))
     # What is wrong with an update is all that may be told of it, and not by how much.
     if not math.isfinite(largest):
         raise FedveilError("the update holds NaN or infinity, so it was not sent")
@@ -367,6 +367,12 @@ def _weighted(
     loss = np.nan_to_num(float(metrics.get("loss", 0.0)), nan=_LARGEST_LOSS)  # type: ignore[arg-type]
     scaled = np.clip(loss, 0.0, _LARGEST_LOSS) * state.clipping_range / _LARGEST_LOSS
     return np.append(change, scaled) * _weight(metrics, state.max_weight, most)
+
+
+def _change(returned: Floats, sent: Floats) -> Floats:
+    # Infinities of the model's own have no difference, and no change either.
+    same = returned == sent
+    return np.subtract(returned, sent, out=np.zeros_like(sent), where=~same)
 
 
 def _weight(metrics: MetricRecord, total: float, most: int) -> float:

@@ -150,7 +150,8 @@ class EnsembleDistillation(SeededFedAvg):
             start = min((mean, start), key=lambda weights: self._distance(weights, targets))
         generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
         # Steps of a few images are faster on one thread, and w then depends on no number of them.
-        with torch_threads(1):
+        with torch_threads(1), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())  # dropout draws the same for the same seed
             return self._teach(start, targets, generator)
 
     def _remember(self, updates: Sequence[Update]) -> Weights:

@@ -341,9 +341,14 @@ def unmarked(update: Update, sent: Distribution) -> Weights:
     return {
         name: value
         if received[name] is clean[name]
-        else (value.double() + (clean[name].double() - received[name].double())).to(value.dtype)
+        else _without_mark(value, clean[name], received[name])
         for name, value in update.weights.items()
     }
+
+
+def _without_mark(value: Tensor, clean: Tensor, received: Tensor) -> Tensor:
+    mark = torch.where(clean == received, 0.0, received.double() - clean.double())
+    return (value.double() - mark).to(value.dtype)
 
 
 def _silent(

@@ -116,7 +116,8 @@ class NoisyFedAvg(SeededFedAvg):
         self.run = run
         self._warned = False
         self._key = key or NoiseKey.generate()
-        self._parameters = frozenset(name for name, _ in model.named_parameters())
+        named = model.named_parameters(remove_duplicate=False)
+        self._parameters = frozenset(name for name, _ in named)
         self._batch_norm = has_batch_norm(model)
         self._pixels = cap.shown.pixels
 
