@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from fedveil.models.layout import memory_layout
+
 # Activations of more images than this leave the cache; fewer cost calls.
 _BATCH = 100
 
@@ -33,24 +35,3 @@ def count_correct(model: nn.Module, pixels: Tensor, labels: Tensor, *, batch: in
     finally:
         model.train(training)
     return correct
-
-
-def memory_layout(model: nn.Module, pixels: Tensor) -> torch.memory_format:
-    """Return the fastest memory layout that a model bears: ``view`` fails under channels-last.
-
-    Args:
-        model: Takes float pixels [N, C, H, W]; its mode is left as it was.
-        pixels: A few of them.
-    """
-    training = model.training
-    model.eval()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        with torch.inference_mode():
-            model(pixels.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        # What is wrong with the model itself is raised where it is used.
-        return torch.contiguous_format
-    finally:
-        model.train(training)
-    return torch.channels_last

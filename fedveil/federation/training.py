@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LinearLR
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.defenses.dp_sgd import DPSGD
-from fedveil.federation.evaluation import memory_layout
 from fedveil.models import has_batch_norm
+from fedveil.models.layout import memory_layout
 from fedveil.secure_random import SecureGenerator
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fedveil.attacks.theft.holdout import Score, predict, score_folds
 from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
+from fedveil.models.layout import memory_layout
 
 _BATCH = 32
 _CLIP = 5.0
@@ -126,7 +127,7 @@ class _Descent:
         fresh = observation.architecture.state_dict()
         discarded = {name: fresh[name] for name in recipe.discarded}
         self.model = observation.model({**task.start, **discarded})
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        memory_layout(self.model, task.pixels[:1])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in recipe.trained)
         self._moving = [p for p in self.model.parameters() if p.requires_grad]

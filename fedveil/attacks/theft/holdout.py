@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedveil.models.layout import memory_layout
+
 _BATCH = 100
 _FEW, _SOME = 30, 100
 _NO_CONFIDENCE = -1e9
@@ -60,18 +62,17 @@ def folds(labels: int, *, seed: int) -> tuple[Fold, ...]:
 
 
 def predict(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Return logits [N, classes] in evaluation mode; ``model`` ends in channels-last memory.
+    """Return logits [N, classes] in evaluation mode; ``model`` ends in its fastest layout.
 
     Args:
         model: Takes float [N, C, H, W].
         pixels: float [N, C, H, W] in [0, 1].
     """
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = memory_layout(model, pixels[:1])
     model.eval()
     with torch.inference_mode():
         blocks = [
-            model(block.contiguous(memory_format=torch.channels_last))
-            for block in torch.split(pixels, _BATCH)
+            model(block.contiguous(memory_format=layout)) for block in torch.split(pixels, _BATCH)
         ]
     return torch.cat(blocks).clone()
 

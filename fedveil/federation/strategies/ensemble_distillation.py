@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data.augmentation import Augmentation
-from fedveil.federation.evaluation import memory_layout
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
 from fedveil.federation.strategies.fedavg import (
@@ -25,6 +24,7 @@ from fedveil.federation.strategies.fedavg import (
 )
 from fedveil.federation.task import UNLABELLED
 from fedveil.federation.threads import torch_threads
+from fedveil.models.layout import memory_layout
 
 _TEACHER_BATCH = 250
 _ANSWERS, _EXAMPLES = "answers", "examples"
