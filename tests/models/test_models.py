@@ -85,7 +85,7 @@ def test_logits_that_are_no_layers_output_have_no_scale():
             return 2 * super().forward(x)
 
     assert output_layer(Backwards(), (3, 8, 8)) == "last"
-    with pytest.raises(FedveilError, match="--temperature 0"):
+    with pytest.raises(FedveilError, match="--temperature=0"):
         output_layer(Doubled(), (3, 8, 8))
 
 
