@@ -459,8 +459,11 @@ def check_attackable(
 def _check_no_memory(model: nn.Module, shape: Shape, images: int) -> None:
     own = copy.deepcopy(model)
     before = {name: value.clone() for name, value in own.named_buffers()}
-    with torch.no_grad():
-        own(torch.zeros(max(images, 2), *shape))
+    try:
+        with torch.no_grad():
+            own(torch.zeros(max(images, 2), *shape))
+    except Exception:  # the user's own code may raise anything, and the probe after this says it
+        return
     for name, value in own.named_buffers():
         held = before.get(name)
         if (
