@@ -57,7 +57,12 @@ def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedF
 
 
 def rows(
-    run: RunDirectory, data: Dataset, sizes: tuple[int, ...], defenses: list[str], draws: int
+    run: RunDirectory,
+    data: Dataset,
+    sizes: tuple[int, ...],
+    defenses: list[str],
+    draws: int,
+    attacks: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows, smallest rounds first."""
     model = build_model(run.config.model, data.shape, len(data.classes), seed=0)
@@ -66,10 +71,10 @@ def rows(
         for clients in (1, run.config.clients):
             for spec in defenses:
                 updates = [
-                    picked(watched(run, images, clients, seed), model, data, spec)
+                    picked(watched(run, images, clients, seed), model, data, spec, attacks)
                     for seed in range(draws)
                 ]
-                for attack in ATTACKS:
+                for attack in attacks:
                     found = [update[attack] for update in updates if attack in update]
                     if found:
                         yield {
@@ -82,12 +87,18 @@ def rows(
 
 
 def picked(
-    federation: WatchedFederation, model: nn.Module, data: Dataset, spec: str
+    federation: WatchedFederation,
+    model: nn.Module,
+    data: Dataset,
+    spec: str,
+    attacks: tuple[str, ...],
 ) -> dict[str, Recognition]:
     """Return what each attack that knows the defence recognises of one update."""
     defense, used = parse_defense(spec), federation.ground_truth(data)
     informed = federation.observe(model, data, defense)
-    found = picked_out(defense, informed, data, used, seed=federation.seed, scored=_SCORED)
+    found = picked_out(
+        defense, informed, data, used, seed=federation.seed, scored=_SCORED, attacks=attacks
+    )
     return {one.attack: one for one in found if one.adaptive}
 
 
@@ -115,14 +126,23 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--images", type=int, nargs="+", default=SIZES)
     parser.add_argument("--defense", nargs="+", default=DEFENSES)
+    parser.add_argument("--attack", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--draws", type=int, default=5, help="updates behind a row")
+    parser.add_argument("--name", default="membership", help="of the JSON file")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run = RunDirectory.open(arguments.run)
     data = load_dataset(run.config.dataset, seed=run.config.seed)
     found = []
-    for row in rows(run, data, tuple(arguments.images), arguments.defense, arguments.draws):
+    for row in rows(
+        run,
+        data,
+        tuple(arguments.images),
+        arguments.defense,
+        arguments.draws,
+        tuple(arguments.attack),
+    ):
         found.append(row)
         print(
             f"{row['clients']:3} clients, {row['images']:5} images each, {row['defense']:15}"
@@ -138,14 +158,22 @@ def main() -> None:
         "rows": found,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "membership.json"
+    path = arguments.out / f"{arguments.name}.json"
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
     sizes = " ".join(map(str, arguments.images))
     defenses = " ".join(arguments.defense)
-    return [f"--images {sizes}", f"--defense {defenses}", f"--draws {arguments.draws}", "--out DIR"]
+    attacks = " ".join(arguments.attack)
+    return [
+        f"--images {sizes}",
+        f"--defense {defenses}",
+        f"--attack {attacks}",
+        f"--draws {arguments.draws}",
+        f"--name {arguments.name}",
+        "--out DIR",
+    ]
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def picked_out(
     *,
     seed: int,
     scored: int | None = None,
+    attacks: Sequence[str] = tuple(ATTACKS),
 ) -> tuple[Recognition, ...]:
     """Run every membership attack on an observation and score it.
 
@@ -86,6 +87,7 @@ def picked_out(
         used: Int64 [M], which training images are behind the updates, one victim after the other.
         seed: Seeds the choice of the others, and of those that are scored.
         scored: How many images of each victim are scored, drawn at random; None for all.
+        attacks: Names of those that run.
 
     Returns:
         One for each attack and kind of attacker; none where every training image was used. An
@@ -110,7 +112,7 @@ def picked_out(
     return tuple(
         found
         for attacker in _both(attackers(defense, informed, MEMBERSHIP, inverse=False))
-        for name in ATTACKS
+        for name in attacks
         if (found := _run(name, attacker, lineup.treated(known if attacker.adaptive else None)))
     )
 
