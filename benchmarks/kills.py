@@ -68,8 +68,9 @@ def main() -> None:
 
 def write(path: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write what is known so far."""
+    options = f"--part {' '.join(arguments.part)} --kills {arguments.kills} --out DIR"
     result = {
-        "command": f"python benchmarks/kills.py --kills {arguments.kills} --out DIR",
+        "command": f"python benchmarks/kills.py {options}",
         "seed": arguments.seed,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
@@ -180,7 +181,7 @@ class Deployed:
 
     def train(self, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
         """Start or go on with a run on the deployment."""
-        command = train_command(self.federation, out, "--rounds=2")
+        command = train_command(self.federation, out, "--rounds=2", "--timeout=30")
         if resume:
             command = [*command[:4], "--resume", str(out)]
         quiet = subprocess.DEVNULL

@@ -36,6 +36,7 @@ class RoundLine(_Content):
     copies: tuple[Share, ...] = Field(min_length=1, max_length=100_000)
     sigma: FiniteFloat = Field(ge=0)
     seconds: FiniteFloat = Field(ge=0)
+    bounded: tuple[Text, ...] = Field(default=(), max_length=100_000)
 
 
 class Configuration(BaseModel):
@@ -52,6 +53,15 @@ class Configuration(BaseModel):
     report_images: Count
 
 
+class Privacy(_Content):
+    """What DP-SGD promised in a run; ε is None where it could not be told, with the reason."""
+
+    epsilon: float | None = Field(default=None, ge=0)
+    delta: Share
+    adjacency: Text = "one image of a client"
+    reason: Text = ""
+
+
 class RunSummary(_Content):
     """``summary.json`` of a training run."""
 
@@ -60,6 +70,7 @@ class RunSummary(_Content):
     calibration_images: Count = 0
     configuration: Configuration
     versions: dict[Text, Text] = Field(default_factory=dict)
+    privacy: Privacy | None = None
 
 
 class LeakageRow(_Content):

@@ -34,6 +34,7 @@ from fedveil.report.verdict import percent, points, verdict
 
 _LISTED_ROUNDS = 200
 _LISTED_ROWS = 500
+_MOST_CLAIMS = 5
 _LONGEST_VALUE = 300
 _SECRET_NAME = re.compile(r"key|secret|token|passw|credential", re.IGNORECASE)
 # XML and HTML know no other control characters, and no half of a surrogate pair.
@@ -401,8 +402,24 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
             "The cap bounds what a copy does as it is. Whoever retrains a copy, or averages "
             "several, may get more out of it; only a theft audit measures that."
         )
+    for run in runs:
+        yield from _limits_of_run(run)
     if len({run.summary.configuration.seed for run in runs}) < 3:
         yield "Fewer than three seeds were run: another seed may end elsewhere."
+
+
+def _limits_of_run(run: Run) -> Iterator[str]:
+    privacy = run.summary.privacy
+    if privacy is not None and privacy.epsilon is None:
+        yield f"{run.name} trained by DP-SGD, and its ε is not known: {privacy.reason}."
+    elif privacy is not None:
+        yield (
+            f"{run.name} promises ε = {privacy.epsilon:.3g} at δ = {privacy.delta:g}, for "
+            f"{privacy.adjacency}."
+        )
+    bounded = {claim for line in run.rounds for claim in line.bounded}
+    for claim in sorted(bounded)[:_MOST_CLAIMS]:
+        yield f"In {run.name} a client claimed far more images than the others: {claim}."
 
 
 def _limits_of_leakage(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[str]:
