@@ -8,6 +8,7 @@ from torch import nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
 from fedveil.data import load_dataset
+from fedveil.data.load import remarks_on
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
 from fedveil.runs.state_files import read_state
@@ -33,6 +34,8 @@ def run_leakage_audit(
         load_checkpoint(model, checkpoint)
     model.train()  # as the clients will, whatever mode the user's factory leaves it in
     console = Console(stderr=True)
+    for sentence in remarks_on(dataset.left_out, dataset.remarks):
+        console.print(f"{settings.dataset}: {sentence}", markup=False, soft_wrap=True)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -294,9 +294,8 @@ def train(
 def _new_run(
     out: Path, config: Path | None, noise_key: Path | None, settings: dict[str, Any]
 ) -> "RunDirectory":
-    from fedveil.data.files import told
-    from fedveil.data.load import absolute_name
-    from fedveil.federation.server_app import prepare_job
+    from fedveil.data.load import absolute_name, remarks_on
+    from fedveil.federation.server_app import outlook, prepare_job
     from fedveil.runs.config import TrainConfig
     from fedveil.runs.directory import RunDirectory
     from fedveil.runs.logs import check_log
@@ -310,8 +309,8 @@ def _new_run(
     # From wherever the run is taken up again, it is the same folder of images.
     checked = checked.model_copy(update={"dataset": absolute_name(checked.dataset)})
     job = prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
-    if job.dataset.left_out:
-        typer.echo(f"{checked.dataset}: {told(job.dataset.left_out)}", err=True)
+    for sentence in (outlook(job), *remarks_on(job.dataset.left_out, job.dataset.remarks)):
+        typer.echo(f"{checked.dataset}: {sentence}", err=True)
     return RunDirectory.create(out, checked, noise_key=key)
 
 

@@ -25,7 +25,6 @@ def transform(
     """Write a copy of an image folder without its high spatial frequencies, as PNG."""
     if (keep is None) == (cutoff is None):
         raise FedveilError("give either --keep N or --cutoff SHARE: what is kept of a block")
-    from fedveil.data.files import told
     from fedveil.defenses import BlockDCT, transform_folder
 
     module = BlockDCT(keep=keep, cutoff=cutoff, block=block)
@@ -37,6 +36,6 @@ def transform(
             dst,
             module,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            on_left_out=lambda left_out: bar.console.print(f"{src}: {told(left_out)}"),
+            tell=lambda sentence: bar.console.print(f"{src}: {sentence}", markup=False),
         )
     console.print(f"{count} images written to {dst}")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # Part of every key: raise it whenever what is stored for the same source changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def folder() -> Path:

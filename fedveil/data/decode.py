@@ -1,19 +1,21 @@
 """From encoded images (PNG, JPEG and their like) to uint8 tensors."""
 
+import mmap
 import os
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from fedveil.data.images import Images
 from fedveil.errors import FedveilError
@@ -36,6 +38,10 @@ DAMAGE = (
 
 _MOST_PIXELS = 2**24
 _WIDE = frozenset({"PNG", "PPM"})  # formats whose widest pixels Pillow holds as 16 of 32 bits
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_BLACK = 1 / 16  # of the range: where 12 bits end that are stored as 16
+_DARK = 1 / 2
+_NAMED = 3
 
 _MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -64,26 +70,83 @@ class Split:
     count: int
 
 
-def decode(splits: Sequence[Split]) -> list[Images]:
+class Remarks:
+    """What is said of images besides their pixels, over all that were read."""
+
+    def __init__(self) -> None:
+        self._frames: list[str] = []
+        self._transparent: list[str] = []
+        self._wide: list[str] = []
+        self._brightest = 0.0
+
+    def note(self, origin: str, picture: "Picture") -> None:
+        """Take account of one image.
+
+        Args:
+            origin: What to call it.
+            picture: The image.
+        """
+        if picture.frames:
+            self._frames.append(origin)
+        if picture.transparent:
+            self._transparent.append(origin)
+        if picture.brightest is not None:
+            self._wide.append(origin)
+            self._brightest = max(self._brightest, picture.brightest)
+
+    def told(self) -> tuple[str, ...]:
+        """Return a sentence for each thing that was found.
+
+        Raises:
+            FedveilError: Images of 16 bits or of floating point use so little of their range that
+                all of them would be black.
+        """
+        wide = f"{_some(self._wide)} hold 16 bits or floating-point numbers"
+        if self._wide and self._brightest < _BLACK:
+            raise FedveilError(
+                f"{wide}, and their brightest pixel is {self._brightest:.2%} of what these can "
+                "hold, so that all would be black: their range is another. Stretch them to the "
+                "whole of it, or store them with 8 bits."
+            )
+        dark = bool(self._wide) and self._brightest < _DARK
+        found = (
+            (bool(self._frames), f"{_some(self._frames)} hold several frames: the first is read"),
+            (
+                bool(self._transparent),
+                f"{_some(self._transparent)} hold transparent pixels: what lies beneath is read",
+            ),
+            (dark, f"{wide}: their brightest pixel is {self._brightest:.0%} of the range"),
+        )
+        return tuple(sentence for told, sentence in found if told)
+
+
+def _some(origins: Sequence[str]) -> str:
+    first = ", ".join(origins[:_NAMED])
+    return f"{len(origins):,} images ({first}{', ...' if len(origins) > _NAMED else ''})"
+
+
+def decode(splits: Sequence[Split]) -> tuple[list[Images], tuple[str, ...]]:
     """Decode ``splits``, one ``Images`` each; all get the same number of channels.
 
-    Grey images stay grey unless a colour image stands among them; palettes become RGB,
-    transparency is dropped, 16 bits become 8, and a camera's orientation tag is obeyed.
+    Each is read by ``read_image``; grey images stay grey unless a colour image stands among them.
 
     Args:
         splits: What to decode.
 
     Returns:
-        ``Images`` of uint8 [N, C, H, W], C being 1 or 3, in the order of ``splits``.
+        ``Images`` of uint8 [N, C, H, W], C being 1 or 3, in the order of ``splits``; and what is to
+        be said of them, in words.
 
     Raises:
-        FedveilError: There are no images, one cannot be decoded, or two differ in size.
+        FedveilError: There are no images, one cannot be decoded, two differ in size, or all would
+            be black.
     """
     first: tuple[str, tuple[int, ...]] | None = None
+    remarks = Remarks()
     pixels: list[list[NDArray[np.uint8]]] = [[] for _ in splits]
     labels: list[list[int]] = [[] for _ in splits]
     for index, image in _with_progress(splits):
-        array = _array(image)
+        array = _array(image, remarks)
         if first is None:
             first = (image.origin, array.shape[:2])
             _check_memory(array, sum(split.count for split in splits))
@@ -98,7 +161,8 @@ def decode(splits: Sequence[Split]) -> list[Images]:
     for split, arrays in zip(splits, pixels, strict=True):
         if not arrays:
             raise FedveilError(f"{split.origin} holds 0 images; at least one is needed.")
-    return [_stack(p, y, colour=colour) for p, y in zip(pixels, labels, strict=True)]
+    told = remarks.told()
+    return [_stack(p, y, colour=colour) for p, y in zip(pixels, labels, strict=True)], told
 
 
 def check_size(image: Image.Image, *, most: int) -> None:
@@ -128,19 +192,35 @@ def _check_memory(array: NDArray[np.uint8], count: int) -> None:
         )
 
 
-def read_image(content: bytes | Path, *, most: int = _MOST_PIXELS) -> NDArray[np.uint8]:
-    """Return the pixels of an image as training sees them.
+@dataclass(frozen=True)
+class Picture:
+    """An image as training sees it.
 
-    Grey images stay grey, with or without transparency; palettes and all others become RGB,
-    transparency is dropped, 16 bits become 8, and a camera's orientation tag is obeyed. Of several
-    frames it is the first.
+    Attributes:
+        pixels: uint8 [H, W] of a grey image, [H, W, 3] of any other.
+        frames: Whether it is the first of several frames or pages.
+        transparent: Whether pixels of it were transparent, which is dropped.
+        brightest: Of 16 bits or floating point, its largest value in units of the type's range;
+            else None.
+    """
+
+    pixels: NDArray[np.uint8]
+    frames: bool
+    transparent: bool
+    brightest: float | None
+
+
+def read_image(content: bytes | Path, *, most: int = _MOST_PIXELS) -> Picture:
+    """Return an image as training sees it.
+
+    Grey images stay grey, with or without transparency; palettes and all others become RGB.
+    Transparency is dropped, so that what lies beneath is seen. 16 bits become 8 by their type's
+    range, and floating-point numbers from 0 to 1. A camera's orientation tag is obeyed, a colour
+    profile is not. Of several frames or pages it is the first.
 
     Args:
         content: The bytes of an image file, or where that file is.
         most: Pixels it may have.
-
-    Returns:
-        uint8 [H, W] of a grey image, [H, W, 3] of any other.
 
     Raises:
         OSError: It cannot be read; and the others of ``DAMAGE``, where it is no image, is damaged,
@@ -148,38 +228,73 @@ def read_image(content: bytes | Path, *, most: int = _MOST_PIXELS) -> NDArray[np
     """
     # From memory: a damaged length makes Pillow ask a file for gigabytes at once.
     whole = content if isinstance(content, bytes) else content.read_bytes()
-    with Image.open(BytesIO(whole)) as image:
-        check_size(image, most=most)
-        # Not the format of what is turned, which Pillow forgets.
-        kind = image.format
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_uint8(image, kind)
+    with warnings.catch_warnings():
+        # Of Pillow, about sizes and palettes that are dealt with here.
+        warnings.simplefilter("ignore")
+        with open_image(BytesIO(whole)) as image:
+            check_size(image, most=most)
+            # Before its pixels are loaded, which turns some kinds; Pillow forgets the format then.
+            kind, frames = image.format, bool(getattr(image, "is_animated", False))
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels, brightest = _to_uint8(image, kind)
+            return Picture(pixels, frames and kind != "MPO", _is_transparent(image), brightest)
 
 
-def _array(encoded: Encoded) -> NDArray[np.uint8]:
+def open_image(content: IO[bytes] | mmap.mmap) -> ImageFile.ImageFile:
+    """Open an image of a format that is read; no others, some of which run programs.
+
+    Raises:
+        OSError: It is none.
+    """
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    return Image.open(content, formats=formats)  # type: ignore[arg-type]
+
+
+def _array(encoded: Encoded, remarks: Remarks) -> NDArray[np.uint8]:
     try:
-        return read_image(encoded.content)
+        picture = read_image(encoded.content)
     except DAMAGE as error:
         raise FedveilError(
             f"cannot decode the image {encoded.origin}: {reason(error)}. Replace it or remove it."
         ) from error
+    remarks.note(encoded.origin, picture)
+    return picture.pixels
 
 
-def _to_uint8(image: Image.Image, kind: str | None) -> NDArray[np.uint8]:
+def _to_uint8(image: Image.Image, kind: str | None) -> tuple[NDArray[np.uint8], float | None]:
+    """Return the pixels, and the largest in units of the range where that is not of 8 bits."""
     if image.mode in _GREY:
-        return _as(image, "L")
+        return _as(image, "L"), None
     if image.mode == "I" and kind not in _WIDE:
         raise ValueError(
-            "its pixels are whole numbers of 32 bits, which have no known range; store it with 8 "
-            "or 16 bits"
+            "its pixels are whole numbers of no known range (32 bits, or with a sign); store it "
+            "with 8 or 16 bits"
         )
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits to 8 instead of scaling them.
-        wide = np.asarray(image, dtype=np.float64).clip(0, 65535)
-        return np.rint(wide / 257).astype(np.uint8)
+        return _scaled(np.asarray(image, dtype=np.float64).clip(0, 65535) / 65535)
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; store it with 8 or 16 bits")
-    return _as(image, "RGB")
+        values = np.asarray(image, dtype=np.float64)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                "its floating-point pixels do not lie between 0 and 1, so their range is not "
+                "known; divide them by it, or store it with 8 or 16 bits"
+            )
+        return _scaled(values)
+    return _as(image, "RGB"), None
+
+
+def _scaled(values: NDArray[np.float64]) -> tuple[NDArray[np.uint8], float]:
+    return np.rint(values * 255).astype(np.uint8), float(values.max())
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if "transparency" in image.info:
+        return True
+    if "A" not in image.getbands():
+        return False
+    return image.getchannel("A").getextrema()[0] != 255
 
 
 def _as(image: Image.Image, mode: str) -> NDArray[np.uint8]:

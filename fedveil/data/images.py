@@ -43,7 +43,8 @@ class Dataset:
         train: Images the clients share out among them.
         test: Images no client sees.
         classes: Name of each class; a label indexes it.
-        left_out: Files that lie beside the images and were not read, each with the reason.
+        left_out: Files that lie beside the images and are not read, each with the reason.
+        remarks: What was decided in reading it, in words.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Dataset:
     test: Images
     classes: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,26 +1,30 @@
 """``load_dataset``: one name in, one dataset out."""
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedveil.data import cache
 from fedveil.data.embedded import digits, photos
-from fedveil.data.folders import folder
+from fedveil.data.files import in_words, told
+from fedveil.data.folders import Layout, folder
 from fedveil.data.hub import hub
 from fedveil.data.images import Dataset, Images
-from fedveil.data.source import Decoded, Source
+from fedveil.data.source import Decoded, LeftOut, Source, fingerprint
 from fedveil.errors import FedveilError
 
 _TEST_SHARE = 0.2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LAYOUT = re.compile(r"(?P<name>.+)@(?P<layout>splits|classes)")
 _FOLD = re.compile(r"(?P<name>.+)@(?P<numbers>\d{1,9}(?:\+\d{1,9})*)/(?P<folds>\d{1,9})")
 
 
@@ -38,8 +42,11 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
             * the path of a folder of parquet files, or of image files in a sub-folder a class, with
               or without ``train`` and ``test`` folders above.
 
-            A path that exists wins over a hub name. Test images are the split called ``test``,
-            ``testing``, ``validation``, ``valid`` or ``val``, in this order and in any case.
+            A path that exists wins over a hub name. Training images are the split called ``train``
+            or ``training``, test images the one called ``test``, ``testing``, ``evaluation``,
+            ``eval``, ``validation``, ``valid``, ``val`` or ``dev``, in this order and in any case.
+            Where the names of sub-folders may mean splits or classes, ``PATH@splits`` or
+            ``PATH@classes`` says which.
 
             Any of them with ``@k/n`` behind it is one fold of a cross-validation: every n-th
             training image from the k-th on (k in 1 … n, n at least 2) stands in for the test split,
@@ -53,7 +60,8 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
         The dataset: ``raw`` is uint8 [N, C, H, W], C being 1 if all images are grey and else 3;
         ``labels`` is int64 [N], indices into ``classes``. Unnormalised. Where the cache in
         ``FEDVEIL_CACHE`` (default ``~/.cache/fedveil``) holds it, the tensors are mapped from
-        there, and processes share the memory.
+        there, and processes share the memory. Every file of a folder that is not read is in
+        ``left_out``.
 
     Raises:
         FedveilError: The name or the fold is unknown, the folder or the hub cannot be read, an
@@ -64,7 +72,7 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
         raise FedveilError(f"the seed is {seed}; it must be at least 0.")
     source, folds = _parse_folds(name)
     found = _find(source)
-    decoded = _cached(found)
+    decoded = _read(found)
     train, test = decoded.train, decoded.test
     if folds:
         if test is None:
@@ -77,33 +85,45 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
         )
     if test is None:
         train, test = _split(train, seed)
-    return Dataset(name, train, test, decoded.classes, found.left_out)
+    return Dataset(
+        name, train, test, decoded.classes, in_words(decoded.left_out, found.root), decoded.remarks
+    )
 
 
 def absolute_name(name: str) -> str:
     """Return a dataset's name that means the same from any folder; paths become absolute."""
-    source, folds = _parse_folds(name)
-    if source in _SOURCES or not source or not _path(source).is_dir():
+    source, _ = _parse_folds(name)
+    place, _ = _parse_layout(source)
+    if place in _SOURCES or not place or not _path(place).is_dir():
         return name
-    where = str(_path(source).resolve())
-    return where if folds is None else where + name.removeprefix(source)
+    return str(_path(place).resolve()) + name.removeprefix(place)
 
 
-def load_own_images(path: str, *, classes: Sequence[str], shape: tuple[int, int, int]) -> Images:
+def load_own_images(
+    path: str,
+    *,
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> Images:
     """Load every image of one party's own folder, labelled as the federation numbers the classes.
 
     Args:
         path: Folder of parquet files, or of image files in a sub-folder a class; where it has
-            ``train`` and ``test`` parts, both are taken.
+            ``train`` and ``test`` parts, both are taken. ``@splits`` and ``@classes`` may follow.
         classes: Names of the federation's classes, in the order of their labels. The folder need
             not hold all of them, not even two.
         shape: (C, H, W) every image must have; grey images stand in for colour ones.
+        tell: Told what is left out, and what was decided.
 
     Raises:
         FedveilError: The folder cannot be read, has a class that the federation has not, or its
             images have another shape.
     """
-    decoded = _cached(_find_folder(path))
+    found = _find_folder(path)
+    decoded = _read(found)
+    for sentence in remarks_on(in_words(decoded.left_out, found.root), decoded.remarks):
+        tell(f"{path}: {sentence}")
     parts = [decoded.train] if decoded.test is None else [decoded.train, decoded.test]
     raw = torch.cat([part.raw for part in parts])
     labels = torch.cat([part.labels for part in parts])
@@ -123,10 +143,16 @@ def load_own_images(path: str, *, classes: Sequence[str], shape: tuple[int, int,
     return Images(raw, numbers[labels])
 
 
+def remarks_on(left_out: Sequence[str], remarks: Sequence[str]) -> tuple[str, ...]:
+    """Return the sentences in which a reader of images says what it left out and decided."""
+    return ((told(left_out),) if left_out else ()) + tuple(remarks)
+
+
 def _find_folder(path: str) -> Source:
-    if not Path(path).expanduser().is_dir():
+    place, layout = _parse_layout(path)
+    if not _path(place).is_dir():
         raise FedveilError(f"the data folder {path!r} of this node does not exist")
-    return folder(Path(path).expanduser())
+    return folder(_path(place), layout)
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -163,6 +189,13 @@ def _parse_folds(name: str) -> tuple[str, _Folds | None]:
     return match["name"], folds
 
 
+def _parse_layout(name: str) -> tuple[str, Layout | None]:
+    match = _LAYOUT.fullmatch(name)
+    if not match or _path(name).exists():
+        return name, None
+    return match["name"], cast("Layout", match["layout"])
+
+
 def _published(name: str, hub_name: str) -> Source:
     """Return a well-known dataset, from ``FEDVEIL_DATA`` if set and else from the hub."""
     root = os.environ.get("FEDVEIL_DATA")
@@ -190,9 +223,12 @@ _SOURCES: Mapping[str, Callable[[], Source]] = {
 def _find(name: str) -> Source:
     if known := _SOURCES.get(name):
         return known()
-    path = _path(name)
+    place, layout = _parse_layout(name)
+    path = _path(place)
     if name and path.is_dir():
-        return folder(path)
+        return folder(path, layout)
+    if layout:
+        raise FedveilError(f"{place!r} is no folder here; @{layout} may follow the path of one.")
     if path.is_file():
         raise FedveilError(f"the dataset {name!r} is a file; give the folder it stands in.")
     if _HUB_NAME.fullmatch(name):
@@ -228,15 +264,49 @@ def _unknown(name: str) -> FedveilError:
     )
 
 
+def _read(source: Source) -> Decoded:
+    """Return a dataset, with everything that is left out."""
+    decoded = _cached(source)
+    used = set(decoded.files)
+    left_out = [one for one in source.left_out if one.path not in used]
+    return replace(decoded, left_out=(*left_out, *decoded.left_out))
+
+
 def _cached(source: Source) -> Decoded:
     key = f"images-{cache.digest(*source.identity)}"
-    if (entry := cache.read(key)) is not None:
-        return _unpack(*entry)
+    if (known := _recalled(key)) is not None:
+        return known
     decoded = source.read()
-    cache.write(key, _pack(decoded), list(decoded.classes))
+    cache.write(key, _pack(decoded), _notes(decoded))
     # Read back, so that this process too holds shared pages instead of its own copy.
+    return _recalled(key) or decoded
+
+
+def _recalled(key: str) -> Decoded | None:
+    """Return what the cache holds, unless a file that a table names has changed since."""
     entry = cache.read(key)
-    return decoded if entry is None else _unpack(*entry)
+    if entry is None:
+        return None
+    noted = json.loads(entry[1][0])
+    decoded = _unpack(entry[0], noted)
+    return decoded if noted["files"] == _state(decoded.files) else None
+
+
+def _state(files: Iterable[Path]) -> list[list[object]] | None:
+    try:
+        return [list(state) for state in fingerprint(files)]
+    except OSError:
+        return None
+
+
+def _notes(decoded: Decoded) -> list[str]:
+    noted = {
+        "classes": decoded.classes,
+        "remarks": decoded.remarks,
+        "left_out": [(str(one.path), one.reason) for one in decoded.left_out],
+        "files": _state(decoded.files),
+    }
+    return [json.dumps(noted)]
 
 
 def _pack(decoded: Decoded) -> dict[str, Tensor]:
@@ -249,7 +319,7 @@ def _pack(decoded: Decoded) -> dict[str, Tensor]:
     }
 
 
-def _unpack(tensors: Mapping[str, Tensor], classes: list[str]) -> Decoded:
+def _unpack(tensors: Mapping[str, Tensor], noted: Mapping[str, Any]) -> Decoded:
     train, test = (
         Images(tensors[f"{split}.raw"], tensors[f"{split}.labels"])
         if f"{split}.raw" in tensors
@@ -257,7 +327,14 @@ def _unpack(tensors: Mapping[str, Tensor], classes: list[str]) -> Decoded:
         for split in ("train", "test")
     )
     assert train is not None
-    return Decoded(train, test, tuple(classes))
+    return Decoded(
+        train,
+        test,
+        tuple(noted["classes"]),
+        tuple(noted["remarks"]),
+        tuple(LeftOut(Path(path), reason) for path, reason in noted["left_out"]),
+        tuple(Path(path) for path, *_ in noted["files"] or ()),
+    )
 
 
 def _present(labels: Tensor) -> list[int]:

@@ -7,59 +7,63 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedveil.data.files import Listing
 from fedveil.data.source import (
-    TEST_NAMES,
-    TRAIN_NAMES,
     Decoded,
+    LeftOut,
     Source,
     fingerprint,
     first_line,
+    split_in,
 )
-from fedveil.data.tables import BATCH, Table, has_image_column, read_tables
+from fedveil.data.tables import BATCH, Table, has_images_and_labels, read_tables
 from fedveil.errors import FedveilError
 
 _MOST_ROWS = 20_000_000
 _LARGEST_BATCH = 2**30
 
 
-def parquet(folder: Path, files: Sequence[Path]) -> Source:
-    """Return the dataset in the parquet ``files`` of ``folder``.
+def parquet(listing: Listing) -> Source:
+    """Return the dataset in the parquet files of a folder.
 
-    A file belongs to the split its name begins with, or else its own folder's name, or else one
-    that its name holds: ``train-0.parquet``, ``test/part.parquet``, ``birds_val.parquet``. Files
-    that name no split are training images.
+    A file belongs to the split its name begins with, or else a folder it lies in, or else one that
+    its name holds: ``train-0.parquet``, ``test/part.parquet``, ``birds_val.parquet``. Files that
+    name no split are training images.
 
     Raises:
-        FedveilError: When read: a file is damaged, or lacks an image or a label column.
+        FedveilError: When read: a file is damaged, or none has images and labels.
     """
-    files = sorted(files)
-    return Source(("parquet", fingerprint(files)), partial(_read, folder, files))
+    beside = [LeftOut(image, "beside tables of images") for image in listing.images]
+    identity = ("parquet", str(listing.root), fingerprint(listing.tables))
+    read = partial(_read, listing.root, tuple(listing.tables))
+    return Source(identity, read, listing.root, tuple(beside + listing.left_out))
 
 
-def _read(folder: Path, files: Sequence[Path]) -> Decoded:
-    splits: dict[str, list[Table]] = defaultdict(list)
-    for file in files:
-        splits[_split_of(file, folder)].append(_open(file))
-    return read_tables(splits, str(folder))
-
-
-def _split_of(file: Path, folder: Path) -> str:
-    parent = file.parent.name if file.parent != folder else ""
-    words = file.stem.replace("_", "-").replace(".", "-").lower().split("-")
-    for candidate in (words[0], parent.lower(), *words[1:]):
-        if candidate in TRAIN_NAMES:
-            return "train"
-        if candidate in TEST_NAMES:
-            return candidate
-    return "train"
-
-
-def holds_images(file: Path) -> bool:
-    """Return whether a table has a column of images, or cannot be read, which is then said."""
+def is_complete(file: Path) -> bool:
+    """Return whether a table has images and labels, or cannot be read, which is then said."""
     try:
-        return has_image_column(_open(file))
+        return has_images_and_labels(_open(file))
     except FedveilError:
         return True
+
+
+def _read(root: Path, files: Sequence[Path]) -> Decoded:
+    tables = {file: _open(file) for file in files}
+    whole = {file: table for file, table in tables.items() if has_images_and_labels(table)}
+    # Where none is, let the first one tell what it lacks.
+    used = whole or tables
+    splits: dict[str, list[Table]] = defaultdict(list)
+    unnamed = []
+    for file, table in used.items():
+        split = split_in(file.relative_to(root))
+        splits[split or "train"].append(table)
+        unnamed += [] if split else [str(file.relative_to(root))]
+    reason = "a table without images or labels"
+    left_out = [LeftOut(file, reason) for file in files if file not in used]
+    some = ", ".join(unnamed[:3]) + (", ..." if len(unnamed) > 3 else "")
+    guessed = f"{some}: no split in the name, so these are training images"
+    mixed = bool(unnamed) and len(unnamed) < len(used)
+    return read_tables(splits, str(root), left_out=left_out, remarks=[guessed] if mixed else [])
 
 
 def _open(file: Path) -> Table:
@@ -69,8 +73,9 @@ def _open(file: Path) -> Table:
     def batches(column: str) -> Iterator[list[Any]]:
         try:
             for batch in table.iter_batches(_rows_at_once(table), columns=[column]):
-                yield batch.column(0).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+                # By name: a column may come with others whose names begin like its own.
+                yield batch.column(max(0, batch.schema.get_field_index(column))).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(file, error) from error
 
     try:
@@ -83,17 +88,15 @@ def _open(file: Path) -> Table:
             f"the parquet file {file} speaks of {table.metadata.num_rows:,} rows; at most "
             f"{_MOST_ROWS:,} are read. Split it, or download it again."
         )
-    return Table(str(file), features, batches, file.parent)
+    return Table(str(file), features, batches, file.parent, file)
 
 
 def _features(schema: Any) -> dict[str, Any]:
     """Return the feature of each column; a column of a type that datasets lacks has none."""
     import datasets
-    import pyarrow as pa
 
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     declared = described.get("info", {}).get("features", {})
-    alike = {pa.binary_view(): pa.binary(), pa.string_view(): pa.string()}
     features: dict[str, Any] = {}
     for column in schema:
         try:
@@ -101,12 +104,27 @@ def _features(schema: Any) -> dict[str, Any]:
                 one = datasets.Features.from_dict({column.name: declared[column.name]})
                 features[column.name] = one[column.name]
             else:
-                kind = alike.get(column.type, column.type)
-                plain = pa.schema([pa.field(column.name, kind)])
-                features[column.name] = datasets.Features.from_arrow_schema(plain)[column.name]
-        except (ValueError, TypeError, NotImplementedError):
+                features[column.name] = datasets.features.features.generate_from_arrow_type(
+                    _plain(column.type)
+                )
+        except (ValueError, TypeError, NotImplementedError, KeyError):
             features[column.name] = None
     return features
+
+
+def _plain(kind: Any) -> Any:
+    """Return an arrow type without what changes only how its values are stored."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(one.name, _plain(one.type)) for one in kind])
+    if kind == pa.binary_view():
+        return pa.binary()
+    return pa.string() if kind == pa.string_view() else kind
 
 
 def _rows_at_once(table: Any) -> int:

@@ -156,13 +156,14 @@ def _check(images: int, clients: int, scheme: Partition, seed: int) -> None:
     if clients > images:
         raise FedveilError(
             f"{clients} clients cannot share {images} training images: each needs at least one. "
-            f"Use at most {images} clients, or a larger dataset."
+            f"Use at most {images} clients (--clients {images}), or a larger dataset."
         )
     if isinstance(scheme, Shards) and clients * scheme.per_client > images:
         raise FedveilError(
             f"{clients} clients with {scheme.per_client} shards each need "
-            f"{clients * scheme.per_client} images, but there are {images}. Use fewer clients, or "
-            f"at most shards:{images // clients}."
+            f"{clients * scheme.per_client} images, but there are {images}. Use fewer clients "
+            f"(--clients), or --partition "
+            f"shards:{images // clients}."
         )
 
 

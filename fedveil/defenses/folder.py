@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedveil.data.decode import DAMAGE, read_image, reason
-from fedveil.data.files import SUFFIXES, list_images
+from fedveil.data.decode import DAMAGE, Remarks, read_image, reason
+from fedveil.data.files import SUFFIXES, in_words, list_files, told
+from fedveil.data.source import LeftOut
 from fedveil.errors import FedveilError
 
 _MOST_PIXELS = 2**26
@@ -23,14 +24,14 @@ def transform_folder(
     transform: nn.Module,
     *,
     progress: Progress = lambda done, total: None,
-    on_left_out: Callable[[tuple[str, ...]], None] = lambda left_out: None,
+    tell: Callable[[str], None] = lambda sentence: None,
 ) -> int:
     """Write a transformed copy of every image below ``src`` into ``dst``, as PNG.
 
-    Folders keep their names; a file keeps its name with the suffix ``.png``. Images are read as
-    training reads them (``fedveil.data.decode.read_image``), so that training on the copy sees
-    T(x) rounded to 8 bits; no metadata of theirs, a thumbnail for instance, gets into it. ``dst``
-    appears only when it is complete.
+    Folders keep their names, and so classes and splits; a file keeps its name with the suffix
+    ``.png``. Images are read as training reads them (``fedveil.data.decode.read_image``), so that
+    training on the copy sees T(x) rounded to 8 bits; no metadata of theirs, a thumbnail or a
+    profile for instance, gets into it. ``dst`` appears only when it is complete.
 
     Args:
         src: Folder of images, nested at will.
@@ -38,7 +39,7 @@ def transform_folder(
         transform: Float [1, C, H, W] in [0, 1] to the same shape; its result is clipped and
             rounded to 8 bits.
         progress: Called with (images done, images in all).
-        on_left_out: Called once with the files that are no images, each with the reason, if any.
+        tell: Told in a sentence each which files are not in the copy, and how images were read.
 
     Returns:
         Number of images written.
@@ -49,15 +50,18 @@ def transform_folder(
     """
     files, left_out = _plan(src, dst)
     if left_out:
-        on_left_out(left_out)
+        tell(told(left_out))
+    remarks = Remarks()
     dst.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.parent))
     try:
         for done, (relative, source) in enumerate(files.items(), start=1):
             target = scratch / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, transform(_read(source)))
+            _write(target, transform(_read(source, remarks)))
             progress(done, len(files))
+        for sentence in remarks.told():
+            tell(sentence)
         scratch.chmod(0o755)
         scratch.rename(dst)
     except BaseException:
@@ -73,29 +77,38 @@ def _plan(src: Path, dst: Path) -> tuple[dict[Path, Path], tuple[str, ...]]:
         raise FedveilError(f"{dst} exists already; remove it or name another folder")
     if dst.resolve().is_relative_to(src.resolve()):
         raise FedveilError(f"{dst} lies inside {src}; name a folder outside it")
-    listing, files = list_images(src), dict[Path, Path]()
+    listing, files = list_files(src), dict[Path, Path]()
     for path in listing.images:
-        relative = path.relative_to(src).with_suffix(".png")
+        relative = _png(path.relative_to(listing.root))
         if relative in files:
             raise FedveilError(
                 f"{files[relative]} and {path} would both become {relative}; rename one of them"
             )
         files[relative] = path
     if not files:
+        tables = " but tables, whose images are not transformed" if listing.tables else ""
         raise FedveilError(
-            f"{src} holds no images; known suffixes are {', '.join(sorted(SUFFIXES))}"
+            f"{src} holds no images{tables}; known suffixes are {', '.join(sorted(SUFFIXES))}"
         )
-    return files, listing.left_out
+    tables_too = [LeftOut(table, "a table") for table in listing.tables]
+    return files, in_words(tables_too + listing.left_out, listing.root)
 
 
-def _read(path: Path) -> Tensor:
+def _png(path: Path) -> Path:
+    # A name without an image's suffix may have a dot all the same: scan.2024-01.
+    known = path.suffix.lower() in SUFFIXES
+    return path.with_suffix(".png") if known else path.with_name(path.name + ".png")
+
+
+def _read(path: Path, remarks: Remarks) -> Tensor:
     try:
-        pixels = read_image(path, most=_MOST_PIXELS)
+        picture = read_image(path, most=_MOST_PIXELS)
     except DAMAGE as error:
         raise FedveilError(
             f"{path} is no readable image ({reason(error)}); remove it or mend it"
         ) from error
-    tensor = torch.from_numpy(pixels.copy()).float().div_(255)
+    remarks.note(str(path), picture)
+    tensor = torch.from_numpy(picture.pixels.copy()).float().div_(255)
     return (tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1))[None]
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
+from logging import WARNING
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -254,7 +256,7 @@ def _dataset(name: str, seed: int) -> Dataset:
 
 @lru_cache(maxsize=4)
 def _own_images(path: str, classes: tuple[str, ...], shape: tuple[int, int, int]) -> Images:
-    return load_own_images(path, classes=classes, shape=shape)
+    return load_own_images(path, classes=classes, shape=shape, tell=partial(log, WARNING, "%s"))
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """The ServerApp that every engine runs: strategy, rounds, report and checkpoints."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ OnRound = Callable[[RoundRecord], None]
 
 _EVALUATION_BLOCK = 1_000
 _STATISTICS_IMAGES = 500
-_NAMED = 100  # of the files that were left out
+_FEWEST_TEST_IMAGES = 40
+_NAMED = 20  # of the files that were left out
 _WITHOUT_FINGERPRINT = ("fedavg", "noise-pair", "protected")
 
 
@@ -96,6 +98,7 @@ def prepare_job(config: TrainConfig) -> Job:
     dataset = load_dataset(config.dataset, seed=config.seed)
     model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
     check_sendable(model)
+    _check_test_split(config.dataset, dataset)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
@@ -104,6 +107,44 @@ def prepare_job(config: TrainConfig) -> Job:
     job = Job(config, dataset, split, model.eval())
     build_strategy(job, Resume(), NoiseKey.generate())
     return job
+
+
+def _check_test_split(name: str, dataset: Dataset) -> None:
+    if len(dataset.test) >= _FEWEST_TEST_IMAGES:
+        return
+    folds = len(dataset.train) // _FEWEST_TEST_IMAGES
+    plain = re.sub(r"@[\d+]+/\d+$", "", name)
+    advice = (
+        f"set more training images aside for it: --dataset {plain}@1/{min(folds, 5)}"
+        if folds >= 2
+        else f"add images: {2 * _FEWEST_TEST_IMAGES} for training, besides those for testing"
+    )
+    raise FedveilError(
+        f"the test split of {name} has {len(dataset.test)} images; at least "
+        f"{_FEWEST_TEST_IMAGES} are needed, half to calibrate on and half to report on; {advice}"
+    )
+
+
+def outlook(job: Job) -> str:
+    """Return in a sentence what a round of a run will be."""
+    config, data = job.config, job.dataset
+    asked = round_size(config.clients, config.fraction)
+    split = (
+        f"{len(job.evaluation.calibration):,} images to calibrate on, "
+        f"{len(job.evaluation.report):,} to report on"
+    )
+    whole = "" if asked == config.clients else f" of {config.clients:,} (--fraction 1 asks all)"
+    round_ = f"{asked:,} {'client' if asked == 1 else 'clients'} a round{whole}"
+    if config.engine == "deployed":
+        return f"{len(data.classes)} classes; {round_}; {split}"
+    scheme = parse_partition(config.partition)
+    shares = partition(data.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    sizes = sorted({len(share) for share in shares})
+    each = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    return (
+        f"{len(data.classes)} classes, {len(data.train):,} training images: {each} a client; "
+        f"{round_}; {split}"
+    )
 
 
 def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluation:
@@ -117,10 +158,10 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
     Raises:
         FedveilError: Fewer than 40 test images.
     """
-    if len(test) < 40:
+    if len(test) < _FEWEST_TEST_IMAGES:
         raise FedveilError(
-            f"the test split has {len(test)} images; at least 40 are needed, half to calibrate the "
-            "noise on and half to report on"
+            f"the test split has {len(test)} images; at least {_FEWEST_TEST_IMAGES} are needed, "
+            "half to calibrate on and half to report on"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(test), generator=generator)
@@ -366,6 +407,7 @@ def summarise(
             "count": len(job.dataset.left_out),
             "first": list(job.dataset.left_out[:_NAMED]),
         },
+        "remarks": list(job.dataset.remarks),
         "report_images": len(job.evaluation.report),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,

@@ -1,199 +1,284 @@
-"""Training and ``fedveil transform`` read the same files to the same pixels; the rest is named."""
+"""Training and ``fedveil transform`` read the same files to the same pixels."""
 
 import io
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
-from pyarrow import parquet as pq
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, PngImagePlugin
 from torch import nn
 
 from fedveil.data import load_dataset
 from fedveil.data.decode import read_image
-from fedveil.data.load import absolute_name
-from fedveil.defenses import transform_folder
+from fedveil.defenses import BlockDCT, transform_folder
 from fedveil.errors import FedveilError
 
-RNG = np.random.default_rng(0)
-
-
-def _bytes(mode):
-    shapes = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,), "YCbCr": (3,)}
-    return Image.fromarray(RNG.integers(0, 256, (6, 9, *shapes[mode]), dtype=np.uint8), mode)
-
-
-def _sixteen():
-    return Image.fromarray((np.arange(54).reshape(6, 9) * 1200).astype(np.uint16))
-
-
-KINDS = {
-    "grey.png": lambda: _bytes("L"),
-    "grey-and-alpha.png": lambda: _bytes("LA"),
-    "colour.jfif": lambda: _bytes("RGB"),
-    "alpha.png": lambda: _bytes("RGBA"),
-    "print.jpg": lambda: _bytes("CMYK"),
-    "palette.gif": lambda: _bytes("RGB").quantize(8),
-    "one-bit.pbm": lambda: _bytes("L").convert("1"),
-    "sixteen.png": _sixteen,
-    "sixteen.tif": _sixteen,
-    "sixteen.pgm": _sixteen,
-    "colour.ppm": lambda: _bytes("RGB"),
-    "web.webp": lambda: _bytes("RGB"),
-    "no-suffix": lambda: _bytes("L"),
-    "wrong.txt": lambda: _bytes("RGB"),
+# The EXIF orientations as what must be done to see the stored picture upright.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
 }
+HEIGHT, WIDTH = 11, 18
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("turned", [1, 6])
-def test_the_copy_is_what_training_reads(tmp_path, name, turned):
-    file = tmp_path / "site/cat" / name
+def _random(seed, *channels, dtype=np.uint8, end=256):
+    return np.random.default_rng(seed).integers(0, end, (HEIGHT, WIDTH, *channels), dtype=dtype)
+
+
+def _palette(seed, **options):
+    image, colours = Image.fromarray(_random(seed)), np.random.default_rng(seed + 1)
+    table = colours.integers(0, 256, (256, 3), dtype=np.uint8)
+    image.putpalette(table.tobytes())
+    return image, table[np.asarray(image)], options
+
+
+def _plain(array, expected=None, **options):
+    return Image.fromarray(array), array if expected is None else expected, options
+
+
+def _sixteen(seed):
+    wide = _random(seed, dtype=np.uint16, end=65_536)
+    wide[0, 0] = 65_535
+    return wide
+
+
+def _float(seed):
+    values = np.random.default_rng(seed).random((HEIGHT, WIDTH), dtype=np.float32)
+    return _plain(values, np.rint(values.astype(np.float64) * 255).astype(np.uint8))
+
+
+def _big_endian(seed):
+    image = Image.frombytes("I;16B", (WIDTH, HEIGHT), _sixteen(seed).astype(">u2").tobytes())
+    return image, np.rint(_sixteen(seed) / 257).astype(np.uint8), {}
+
+
+def _wide(seed):
+    return _plain(_sixteen(seed), np.rint(_sixteen(seed) / 257).astype(np.uint8))
+
+
+def _binary(seed):
+    bits = _random(seed, end=2).astype(bool)
+    return _plain(bits, bits * np.uint8(255))
+
+
+def _alpha(seed, grey):
+    if grey:
+        return _plain(array := _random(seed, 2), array[..., 0])
+    return _plain(array := _random(seed, 4), array[..., :3])
+
+
+# Of every kind the image, what must be read of it, and how it is stored: (format, kind).
+KINDS = {
+    "grey": (lambda s: _plain(_random(s)), ("PNG", "TIFF", "BMP", "PPM")),
+    "colour": (lambda s: _plain(_random(s, 3)), ("PNG", "TIFF", "BMP", "PPM")),
+    "grey and alpha": (lambda s: _alpha(s, True), ("PNG", "TIFF")),
+    "colour and alpha": (lambda s: _alpha(s, False), ("PNG", "TIFF")),
+    "palette": (lambda s: _palette(s), ("PNG", "TIFF", "BMP", "GIF")),
+    "palette with a transparent colour": (lambda s: _palette(s, transparency=3), ("PNG",)),
+    "palette with transparency": (lambda s: _palette(s, transparency=bytes(range(256))), ("PNG",)),
+    "one bit": (_binary, ("PNG", "TIFF", "BMP", "PPM")),
+    "16 bits": (_wide, ("PNG", "TIFF", "PPM")),
+    "16 bits, big-endian": (_big_endian, ("TIFF", "PNG")),
+    "floating point": (_float, ("TIFF", "PPM")),
+}
+LOSSLESS = [(kind, form) for kind, (_, forms) in KINDS.items() for form in forms]
+
+
+def _stored(kind, form, seed, orientation=1):
+    """Return the bytes of a file and what must be read of it."""
+    image, expected, options = KINDS[kind][0](seed)
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    tagged = {"exif": exif} if form in ("PNG", "TIFF") else {}
+    image.save(stream, form, **options, **tagged)
+    return stream.getvalue(), UPRIGHT[orientation if tagged else 1](expected)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(LOSSLESS), st.integers(0, 2**31), st.sampled_from(sorted(UPRIGHT)))
+def test_every_kind_is_read_as_it_is_seen(what, seed, orientation):
+    content, expected = _stored(*what, seed, orientation)
+    np.testing.assert_array_equal(read_image(content).pixels, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(LOSSLESS),
+    st.integers(0, 2**31),
+    st.sampled_from(sorted(UPRIGHT)),
+    st.sampled_from(["x.png", "x", "x.txt", "X.JFIF", "x.2024-01"]),
+    st.integers(1, 64),
+)
+def test_training_on_the_copy_sees_the_transformed_image(
+    tmp_path_factory, what, seed, orientation, name, keep
+):
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "site/cat").mkdir(parents=True)
+    content, _ = _stored(*what, seed, orientation)
+    (folder / "site/cat" / name).write_bytes(content)
+    transform = BlockDCT(keep=keep)
+    assert transform_folder(folder / "site", folder / "copy", transform) == 1
+    (copy,) = (folder / "copy/cat").iterdir()
+    original, copied = read_image(content).pixels, read_image(copy).pixels
+    assert copied.shape == original.shape
+    planes = torch.from_numpy(original.reshape(*original.shape[:2], -1).copy()).permute(2, 0, 1)
+    expected = transform(planes[None].float() / 255)[0].clamp(0, 1) * 255
+    got = torch.from_numpy(copied.reshape(*copied.shape[:2], -1).copy()).permute(2, 0, 1)
+    assert float((got - expected).abs().max()) <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "JPEG2000", "AVIF"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_lossy_files_are_read_and_copied_alike(tmp_path, form, mode):
+    if mode == "CMYK" and form != "JPEG":
+        return
+    channels = {"L": (), "RGB": (3,), "CMYK": (4,)}[mode]
+    file = tmp_path / "site/cat/photo"
     file.parent.mkdir(parents=True)
-    image, suffix = KINDS[name](), file.suffix[1:]
-    kinds = {"jfif": "JPEG", "jpg": "JPEG", "pbm": "PPM", "pgm": "PPM", "ppm": "PPM", "tif": "TIFF"}
-    kind = kinds.get(suffix, suffix.upper() if suffix in ("png", "gif", "webp") else "PNG")
-    exif = image.getexif()
-    exif[0x0112] = turned
-    image.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
-    assert transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity()) == 1
-    (copy,) = (tmp_path / "copy/cat").iterdir()
-    np.testing.assert_array_equal(read_image(copy), read_image(file))
-    with Image.open(copy) as written:
-        assert not written.getexif()
-    if kind in ("PNG", "JPEG"):
-        assert read_image(file).shape[:2] == ((9, 6) if turned == 6 else (6, 9))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tagged = {"exif": exif} if form != "JPEG2000" else {}
+    Image.fromarray(_random(0, *channels), mode).save(file, form, **tagged)
+    transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity())
+    copy, original = (read_image(tmp_path / name) for name in ("copy/cat/photo.png", file))
+    np.testing.assert_array_equal(copy.pixels, original.pixels)
+    turned = (WIDTH, HEIGHT) if tagged else (HEIGHT, WIDTH)
+    assert original.pixels.shape[:2] == turned
 
 
-def test_sixteen_bits_keep_their_range(tmp_path):
-    for suffix in ("png", "tif", "pgm"):
-        _sixteen().save(tmp_path / f"x.{suffix}")
-        expected = np.rint(np.arange(54).reshape(6, 9) * 1200 / 257)
-        np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}"), expected)
+def test_classes_and_splits_are_those_of_the_original(tmp_path):
+    for name in ("Train/cat/0", "Train/dog/1", "Test/cat/2", "Train/cat/3", "Test/dog/4"):
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_random(len(name), 3)).save(tmp_path / "site" / f"{name}.bmp")
+    transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity())
+    site, copy = (load_dataset(str(tmp_path / name)) for name in ("site", "copy"))
+    assert copy.classes == site.classes
+    for split in ("train", "test"):
+        assert torch.equal(getattr(copy, split).raw, getattr(site, split).raw)
+        assert torch.equal(getattr(copy, split).labels, getattr(site, split).labels)
 
 
-@pytest.mark.parametrize(("dtype", "told"), [(np.int32, "32 bits"), (np.float32, "floating-point")])
-def test_pixels_of_no_known_range_are_refused(tmp_path, dtype, told):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(np.ones((4, 4), dtype=dtype)).save(tmp_path / name / "x.tif")
-    for read in (
-        lambda: load_dataset(str(tmp_path)),
-        lambda: transform_folder(tmp_path, tmp_path.parent / "copy", nn.Identity()),
-    ):
-        with pytest.raises(FedveilError, match=told):
-            read()
+def test_nothing_but_pixels_gets_into_the_copy(tmp_path):
+    """A thumbnail in the original is the original, however well the picture is protected."""
+    (tmp_path / "site/cat").mkdir(parents=True)
+    image, secret = Image.fromarray(_random(0, 3)), b"who-is-in-the-picture"
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = secret.decode(), 6
+    exif.get_ifd(0x8769)[0x927C] = secret
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", secret.decode())
+    text.add_itxt("XML:com.adobe.xmp", secret.decode())
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + secret
+    stored = {"exif": exif, "icc_profile": profile}
+    image.save(tmp_path / "site/cat/0.jpg", **stored, comment=secret, xmp=secret)
+    image.save(tmp_path / "site/cat/1.png", **stored, pnginfo=text)
+    image.save(tmp_path / "site/cat/2.tif", **stored)
+    image.save(tmp_path / "site/cat/3.webp", **stored, xmp=secret)
+    with (tmp_path / "site/cat/0.jpg").open("ab") as file:
+        file.write(secret)
+    for number, file in enumerate(sorted((tmp_path / "site/cat").iterdir())):
+        assert secret in file.read_bytes(), number
+    assert transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity()) == 4
+    for copy in (tmp_path / "copy/cat").iterdir():
+        assert secret not in copy.read_bytes()
+        with Image.open(copy) as written:
+            written.load()
+            assert not written.info
+            assert not written.getexif()
 
 
-def _classes(root, *names, count=4):
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            _bytes("RGB").save(root / name / f"{number}.png")
+# What is said, and what is refused
 
 
-def test_every_file_that_is_left_out_is_named(tmp_path):
-    _classes(tmp_path, "cat", "dog")
-    (tmp_path / "cat/notes.txt").write_text("x")
-    (tmp_path / "cat/gone.png").symlink_to("/nonexistent/gone.png")
-    (tmp_path / "cat/._0.png").write_text("Mac OS X")
-    (tmp_path / "dog/again").symlink_to(tmp_path / "dog")
-    _bytes("RGB").save(tmp_path / "loose.png")
-    pq.write_table(pa.table({"file_name": ["cat/0.png"]}), tmp_path / "metadata.parquet")
-    data = load_dataset(str(tmp_path))
-    assert len(data.train) + len(data.test) == 8
-    told = sorted(reason.removeprefix(f"{tmp_path}/") for reason in data.left_out)
-    assert told == [
-        "cat/gone.png: a link to /nonexistent/gone.png, which does not exist",
-        "cat/notes.txt: no image",
-        "loose.png: in no class's sub-folder",
-        "metadata.parquet: a table without images",
-    ]
+def _two_classes(folder, images, form="TIFF"):
+    for number, image in enumerate(images):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        save = image if callable(image) else lambda p, i=image: i.save(p, form)
+        save(folder / "ab"[number % 2] / str(number))
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Valid")]
+    ("array", "words"),
+    [
+        (np.arange(256, dtype=np.int32).reshape(16, 16), "whole numbers of no known range"),
+        (np.full((4, 4), 2**31 - 1, np.int32), "whole numbers of no known range"),
+        (np.full((4, 4), 37.5, np.float32), "do not lie between 0 and 1"),
+        (np.full((4, 4), np.nan, np.float32), "do not lie between 0 and 1"),
+        (np.full((4, 4), -0.1, np.float32), "do not lie between 0 and 1"),
+        (np.full((4, 4), 4_095, np.uint16), "all would be black"),
+        (np.full((4, 4), 255, np.uint16), "all would be black"),
+        (np.full((4, 4), 0.003, np.float32), "all would be black"),
+    ],
 )
-def test_splits_are_known_by_many_names(tmp_path, train, test):
-    _classes(tmp_path / train, "cat", "dog", count=5)
-    _classes(tmp_path / test, "cat", "dog", count=3)
-    data = load_dataset(str(tmp_path))
-    assert (data.classes, len(data.train), len(data.test)) == (("cat", "dog"), 10, 6)
+def test_pixels_of_no_known_range_are_refused_by_both(tmp_path, array, words):
+    _two_classes(tmp_path / "site", [Image.fromarray(array)] * 4)
+    with pytest.raises(FedveilError, match=words):
+        load_dataset(str(tmp_path / "site"))
+    with pytest.raises(FedveilError, match=words):
+        transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity())
+    assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("Training", "plane"), ("test", "val")])
-def test_classes_that_may_be_splits_are_asked_about(tmp_path, names):
-    _classes(tmp_path, *names)
-    with pytest.raises(FedveilError, match="may be splits or classes"):
+def _frames(form):
+    def save(path):
+        first, *others = (Image.fromarray(_random(n, 3)) for n in range(3))
+        first.save(path, form, save_all=True, append_images=others, lossless=True)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (_frames("GIF"), "several frames: the first is read"),
+        (_frames("TIFF"), "several frames: the first is read"),
+        (_frames("WEBP"), "several frames: the first is read"),
+        (_frames("PNG"), "several frames: the first is read"),
+        (Image.fromarray(np.full((4, 4, 4), 9, np.uint8)), "transparent pixels"),
+        (Image.fromarray(np.full((4, 4), 16_383, np.uint16)), "brightest pixel is 25% of the"),
+    ],
+)
+def test_what_was_decided_is_said_by_both(tmp_path, image, words):
+    _two_classes(tmp_path / "site", [image] * 4)
+    told = []
+    transform_folder(tmp_path / "site", tmp_path / "copy", nn.Identity(), tell=told.append)
+    for _ in ("decoded", "from the cache"):
+        (remark,) = load_dataset(str(tmp_path / "site")).remarks
+        assert words in remark
+        assert "4 images" in remark
+        assert told == [remark]
+
+
+def test_opaque_single_pictures_cause_no_words(tmp_path):
+    opaque = np.full((4, 4, 4), 255, np.uint8)
+    _two_classes(tmp_path, [Image.fromarray(opaque), Image.fromarray(opaque[..., 0])] * 2)
+    assert load_dataset(str(tmp_path)).remarks == ()
+
+
+def test_a_program_is_never_run_to_read_a_file(tmp_path, monkeypatch):
+    """Pillow gives PostScript to ghostscript, whatever the file is called."""
+    _two_classes(tmp_path, [Image.fromarray(_random(0, 3))] * 4)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was run"))
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    (tmp_path / "a/plain").write_bytes(script)
+    assert load_dataset(str(tmp_path)).left_out == ("a/plain: no image",)
+    (tmp_path / "a/named.png").write_bytes(script)
+    with pytest.raises(FedveilError, match=r"named\.png: it is not an image"):
         load_dataset(str(tmp_path))
 
 
-def test_one_class_among_several_may_be_called_test(tmp_path):
-    _classes(tmp_path, "blood", "test", "urine")
-    assert load_dataset(str(tmp_path)).classes == ("blood", "test", "urine")
-
-
-def _png(side=6):
-    stream = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(stream, "png")
-    return stream.getvalue()
-
-
-LABELS = pa.array([0, 1] * 5)
-
-
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
-def test_images_in_any_binary_column_beside_columns_of_any_type(tmp_path, kind):
-    columns = {
-        "meta": pa.array([[("site", 1)]] * 10, pa.map_(pa.string(), pa.int32())),
-        "image": pa.array([_png() for _ in range(10)], pa.binary()).cast(kind),
-        "label": LABELS,
-    }
-    pq.write_table(pa.table(columns), tmp_path / "birds_val.parquet")
-    pq.write_table(pa.table(columns), tmp_path / "birds_training.parquet")
-    data = load_dataset(str(tmp_path))
-    assert (len(data.train), len(data.test), data.shape) == (10, 10, (3, 6, 6))
-
-
-def test_of_two_columns_of_images_the_one_called_image_or_none(tmp_path):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    small, large = (
-        pa.array([{"bytes": _png(side), "path": None} for _ in range(10)], kind) for side in (4, 6)
-    )
-    table = {"mask": small, "image": large, "label": LABELS}
-    pq.write_table(pa.table(table), tmp_path / "train.parquet")
-    assert load_dataset(str(tmp_path)).shape == (3, 6, 6)
-    table = {"mask": small, "scan": large, "label": LABELS}
-    pq.write_table(pa.table(table), tmp_path / "train.parquet")
-    with pytest.raises(FedveilError, match="2 columns of images: mask, scan"):
+def test_truncated_images_are_named_not_filled_up(tmp_path):
+    _two_classes(tmp_path, [Image.fromarray(_random(0, 3))] * 4, form="JPEG")
+    whole = (tmp_path / "a/0").read_bytes()
+    (tmp_path / "a/0.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FedveilError, match=r"cannot decode the image .*a/0\.jpg: .*[Tt]runcated"):
         load_dataset(str(tmp_path))
-
-
-def test_labels_of_two_types_are_named_by_table(tmp_path):
-    images = pa.array([_png() for _ in range(10)], pa.binary())
-    pq.write_table(pa.table({"image": images, "label": LABELS}), tmp_path / "train-0.parquet")
-    text = LABELS.cast(pa.string())
-    pq.write_table(pa.table({"image": images, "label": text}), tmp_path / "train-1.parquet")
-    with pytest.raises(FedveilError, match=r"text in .*train-1.*; numbers in .*train-0"):
-        load_dataset(str(tmp_path))
-
-
-def test_paths_in_a_table_are_relative_to_it(tmp_path, monkeypatch):
-    (tmp_path / "data/img").mkdir(parents=True)
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for number in range(10):
-        (tmp_path / f"data/img/{number}.png").write_bytes(_png())
-    rows = [{"bytes": None, "path": f"img/{number}.png"} for number in range(10)]
-    table = pa.table({"image": pa.array(rows, kind), "label": LABELS})
-    pq.write_table(table, tmp_path / "data/train.parquet")
-    monkeypatch.chdir(tmp_path)
-    assert len(load_dataset("data").train) == 8
-
-
-def test_a_stored_run_finds_its_folder_from_anywhere(tmp_path, monkeypatch):
-    _classes(tmp_path / "data", "cat", "dog")
-    monkeypatch.chdir(tmp_path)
-    assert absolute_name("data") == str(tmp_path / "data")
-    assert absolute_name("data@1/3") == f"{tmp_path / 'data'}@1/3"
-    assert absolute_name("digits@1/3") == "digits@1/3"
-    assert absolute_name("user/name") == "user/name"
