@@ -140,12 +140,17 @@ def _one_row_an_image(map_: GradientMap, images: Tensor) -> dict[str, int]:
 
 
 def _whitening(known: Tensor, ridge: float) -> Tensor:
-    """Return the inverse square root of the public inputs' second moment, float64 [in, in]."""
+    """Return a matrix that whitens rows by the public inputs' second moment, float64 [in, in].
+
+    Any square root of the inverse does: they differ by a rotation, which no score sees.
+    """
     moment = known.T @ known / max(1, len(known))
     moment.diagonal().add_(ridge * moment.diagonal().mean() + _TINY)
-    values, vectors = torch.linalg.eigh(moment)
-    inverse: Tensor = vectors * values.clamp_min(_TINY).rsqrt() @ vectors.T
-    return inverse
+    root = torch.linalg.cholesky(moment)
+    whitening: Tensor = torch.linalg.solve_triangular(
+        root, torch.eye(len(root), dtype=root.dtype, device=root.device), upper=False
+    ).T
+    return whitening
 
 
 def _left(inputs: Tensor, rows: Tensor) -> Tensor:
