@@ -15,7 +15,8 @@ from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 
-_STRANGERS = 1_000
+_STRANGERS = 495
+_UNSEEN = 250
 _PUBLIC = 512
 
 
@@ -103,23 +104,19 @@ def picked_out(
         members = members[:, torch.randperm(members.shape[1], generator=generator)[:scored]]
     lineup = _Lineup(
         data.train[torch.cat([members.flatten(), others])],
-        data.test[_PUBLIC : _PUBLIC + _STRANGERS // 2],
+        data.test[_PUBLIC : _PUBLIC + _UNSEEN],
         data.test[:_PUBLIC],
         victims=len(members),
         scored=members.numel(),
     )
-    known = defense.transform
-    return tuple(
-        found
-        for attacker in _both(attackers(defense, informed, MEMBERSHIP, inverse=False))
-        for name in attacks
-        if (found := _run(name, attacker, lineup.treated(known if attacker.adaptive else None)))
-    )
-
-
-def _both(found: Sequence[Attacker]) -> list[Attacker]:
-    """Return a naive attacker and one who knows; without anything to know they are one."""
-    return [*found] if len(found) > 1 else [found[0], Attacker(found[0].observation, adaptive=True)]
+    naive, *aware = attackers(defense, informed, MEMBERSHIP, inverse=False)
+    found = [_run(name, naive, lineup) for name in attacks]
+    if aware:
+        known = lineup.treated(defense.transform)
+        found += [_run(name, attacker, known) for attacker in aware for name in attacks]
+    else:  # nothing to know: who knows it finds the same
+        found += [None if one is None else replace(one, adaptive=True) for one in found]
+    return tuple(one for one in found if one is not None)
 
 
 @dataclass(frozen=True)
@@ -151,15 +148,14 @@ class _Lineup:
 
 def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
     attack, seen = ATTACKS[name], attacker.observation
+    everybody, count = _joined(lineup.suspects, lineup.unseen), len(lineup.suspects)
     try:
-        scores = attack(seen, lineup.suspects, lineup.public)
+        scores = attack(seen, everybody, lineup.public)
     except FedveilError:
         return None
-    own, others = lineup.members(scores), scores[:, lineup.scored :]
+    own, others = lineup.members(scores), scores[:, lineup.scored : count]
     picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
-    unseen = None
-    if len(lineup.unseen):
-        unseen = roc(own, attack(seen, lineup.unseen, lineup.public))
+    unseen = roc(own, scores[:, count:]) if len(lineup.unseen) else None
     certain, mistaken = None, 0
     if isinstance(attack, Span):
         sure = attack.certain(seen, lineup.suspects, lineup.public)
@@ -168,6 +164,12 @@ def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
     return Recognition(
         name, attacker.adaptive, torch.cat(picked), roc(own, others), unseen, certain, mistaken
     )
+
+
+def _joined(one: Images, other: Images) -> Images:
+    if not len(other):
+        return one
+    return Images(torch.cat([one.pixels, other.pixels]), torch.cat([one.labels, other.labels]))
 
 
 def _as_trained(images: Images, transform: nn.Module) -> Images:

@@ -6,15 +6,13 @@ from torch import Tensor
 
 from fedveil.attacks.inversion.observation import Observation
 from fedveil.attacks.membership.gradients import GradientMembership
-from fedveil.attacks.membership.matched_filter import MatchedFilter
 from fedveil.attacks.membership.span import Span
 from fedveil.data.images import Images
 
 ATTACKS: Mapping[str, Callable[[Observation, Images, Images], Tensor]] = {
     "gradient": GradientMembership(),
-    "matched-filter": MatchedFilter(),
     "span": Span(),
 }
 """Every membership attack by name: observation, candidates and public images to scores [V, M]."""
 
-__all__ = ["ATTACKS", "GradientMembership", "MatchedFilter", "Span"]
+__all__ = ["ATTACKS", "GradientMembership", "Span"]

@@ -109,20 +109,6 @@ class PerImageGradients:
         told = survived(own, observation.sanitizer)
         return self.rows({name: value[None] for name, value in told.items()})
 
-    def matrices(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return rows [n, D] as one matrix a parameter and row, name to [n, out, in].
-
-        A bias, or any other vector, is a matrix of one row.
-        """
-        found, start = {}, 0
-        for name in self.names:
-            weight = self.map.parameters[name]
-            height = len(weight) if weight.ndim > 1 else 1
-            part = rows[:, start : start + weight.numel()]
-            found[name] = part.reshape(len(rows), height, weight.numel() // height)
-            start += weight.numel()
-        return found
-
     def inputs(self, layer: str, images: Images) -> Tensor:
         """Return what a linear layer is given of each image, float32 [N, in].
 
