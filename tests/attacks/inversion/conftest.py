@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
 from fedveil.models import LeNet
+from fedveil.secure_random import SecureGenerator
 
 CLASSES = 10
 
@@ -42,7 +43,7 @@ def observe(model, images, labels, *, knows=None, batch=1):
 
 def sanitised(seen, sanitizer):
     """What the server has instead where each client sanitises its update, and it knows of it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = SecureGenerator(bytes(32))
     updates = [
         sanitizer({name: gradient[victim] for name, gradient in seen.gradients.items()}, generator)
         for victim in range(seen.victims)
