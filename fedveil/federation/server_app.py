@@ -133,8 +133,8 @@ def outlook(job: Job) -> str:
         f"{len(job.evaluation.calibration):,} images to calibrate on, "
         f"{len(job.evaluation.report):,} to report on"
     )
-    whole = "" if asked == config.clients else f" of {config.clients:,} (--fraction 1 asks all)"
-    round_ = f"{asked:,} {'client' if asked == 1 else 'clients'} a round{whole}"
+    asking = f"{asked:,} of {config.clients:,} clients a round"
+    round_ = asking if asked == config.clients else f"{asking} (--fraction 1 asks all)"
     if config.engine == "deployed":
         return f"{len(data.classes)} classes; {round_}; {split}"
     scheme = parse_partition(config.partition)
