@@ -30,6 +30,7 @@ DAMAGE = (
     TypeError,
     EOFError,
     OverflowError,
+    RuntimeError,
     MemoryError,
     struct.error,
     Image.DecompressionBombError,

@@ -73,7 +73,7 @@ def read_tables(
         [
             Split(
                 tables[0].origin,
-                _encoded(tables, _indices(found, classes, origin), files),
+                _encoded(tables, column, _indices(found, classes, origin), files),
                 len(found),
             )
             for tables, found in zip(chosen, values, strict=True)
@@ -196,18 +196,36 @@ def _indices(values: Sequence[Any], classes: Mapping[Any, int], origin: str) -> 
 
 
 def _encoded(
-    tables: Sequence[Table], labels: Sequence[int], files: list[Path]
+    tables: Sequence[Table], column: str, labels: Sequence[int], files: list[Path]
 ) -> Iterator[Encoded]:
-    """Yield the images; note in ``files`` which of them lie outside the tables."""
-    remaining = iter(labels)
+    """Yield the images; note in ``files`` which of them lie outside the tables.
+
+    Raises:
+        FedveilError: A table has more labels than images, or fewer.
+    """
+    start = 0
     for table in tables:
-        rows = chain.from_iterable(table.batches(_image_column(table)))
-        for number, row in enumerate(rows):
+        end = start + sum(map(len, table.batches(column)))
+        own, number = labels[start:end], 0
+        for row in chain.from_iterable(table.batches(_image_column(table))):
             origin = f"{table.origin}, row {number}"
+            if number == len(own):
+                raise _uneven(table, len(own), "more")
             content = _content(row, origin, table.folder)
             if isinstance(content, Path):
                 files.append(content)
-            yield Encoded(content, origin, next(remaining))
+            yield Encoded(content, origin, own[number])
+            number += 1
+        if number < len(own):
+            raise _uneven(table, len(own), str(number))
+        start = end
+
+
+def _uneven(table: Table, labels: int, images: str) -> FedveilError:
+    # It would put labels to the wrong images, those of the next table too.
+    return FedveilError(
+        f"{table.origin} has {labels} labels and {images} images: it is damaged. Download it again."
+    )
 
 
 def _content(row: Any, origin: str, folder: Path | None) -> bytes | Path:

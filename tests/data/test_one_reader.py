@@ -282,3 +282,13 @@ def test_truncated_images_are_named_not_filled_up(tmp_path):
     (tmp_path / "a/0.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FedveilError, match=r"cannot decode the image .*a/0\.jpg: .*[Tt]runcated"):
         load_dataset(str(tmp_path))
+
+
+def test_a_damaged_avif_file_is_refused(tmp_path):
+    _two_classes(tmp_path, [Image.fromarray(_random(0, 3))] * 4, form="AVIF")
+    whole = (tmp_path / "a/0").read_bytes()
+    # Its main item gets the number of none that is there.
+    at = whole.index(b"pitm") + 8
+    (tmp_path / "a/0.avif").write_bytes(whole[:at] + bytes([255, 255]) + whole[at + 2 :])
+    with pytest.raises(FedveilError, match=r"cannot decode the image .*a/0\.avif"):
+        load_dataset(str(tmp_path))

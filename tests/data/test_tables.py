@@ -5,6 +5,7 @@ import json
 import uuid
 from decimal import Decimal
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from fedveil.data import load_dataset
+from fedveil.data.tables import Table, read_tables
 from fedveil.errors import FedveilError
 
 N = 10
@@ -258,3 +260,19 @@ def test_a_table_that_names_no_split_among_others_is_said(tmp_path):
     assert (len(data.train), len(data.test)) == (2 * N, N)
     told = "more.parquet: no split in the name, so these are training images"
     assert data.remarks == (told,)
+
+
+@pytest.mark.parametrize(("images", "labels"), [(4, 3), (3, 4), (4, 0)])
+def test_columns_of_unequal_length_never_shift_labels(images, labels):
+    """A damaged table may have them; the labels of the next one would move, too."""
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+
+    def table(count, named):
+        rows = {"image": [{"bytes": png} for png in PNGS[:count]], "label": LABELS[:named]}
+        return Table("x.parquet", features, lambda column: iter([rows[column]]))
+
+    read_tables({"train": [table(N, N)]}, "whole")
+    with pytest.raises(
+        FedveilError, match=r"x\.parquet has .* labels and .* images: it is damaged"
+    ):
+        read_tables({"train": [table(images, labels), table(N, N)]}, "damaged")

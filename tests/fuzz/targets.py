@@ -176,6 +176,12 @@ def _pt_seeds() -> list[bytes]:
     return seeds
 
 
+_FORMATS = {"jpg": "JPEG", "jfif": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"} | {
+    **dict.fromkeys(("pgm", "pfm"), "PPM"),
+    **dict.fromkeys(("dat", "raw"), "PNG"),
+}
+
+
 def _pictures() -> dict[str, bytes]:
     from PIL import Image
 
@@ -183,14 +189,23 @@ def _pictures() -> dict[str, bytes]:
     grey = Image.fromarray(random.integers(0, 256, (6, 5), dtype=np.uint8))
     colour = Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8))
     wide = Image.fromarray(random.integers(0, 2**16, (6, 5), dtype=np.uint16))
+    floating = Image.fromarray(random.random((6, 5), dtype=np.float32))
+    alpha = Image.fromarray(random.integers(0, 256, (6, 5, 2), dtype=np.uint8))
+    palette = grey.copy()
+    palette.putpalette(random.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    turned = Image.Exif()
+    turned[0x0112] = 6
     made = {}
     for suffix, image in (
         *(("png", grey), ("jpg", colour), ("gif", grey), ("bmp", colour), ("webp", colour)),
-        *(("tiff", wide), ("ppm", colour), ("pgm", grey)),
+        *(("tiff", wide), ("ppm", colour), ("pgm", grey), ("jfif", colour), ("jp2", colour)),
+        *(("avif", colour), ("tif", floating), ("pfm", floating), ("dat", alpha), ("raw", palette)),
     ):
         buffer = io.BytesIO()
-        kind = {"jpg": "JPEG", "pgm": "PPM"}.get(suffix, suffix.upper())
-        image.save(buffer, format=kind)
+        kind = _FORMATS.get(suffix, suffix.upper())
+        options = {"transparency": 3} if image is palette else {}
+        tagged = {"exif": turned} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}
+        image.save(buffer, format=kind, **options, **tagged)
         made[suffix] = buffer.getvalue()
     return made
 
@@ -208,7 +223,19 @@ def _parquet_seeds() -> list[bytes]:
     table = datasets.Dataset.from_list(rows, features=features).with_format("arrow")[:]
     plain = pa.table({"image": [image] * 4, "label": ["x", "y", "x", "y"]})
     seeds = []
-    for content, codec in ((table, "snappy"), (plain, "none"), (plain, "zstd"), (table, "gzip")):
+    others = pa.table(
+        {
+            "mask": pa.array([{"bytes": image, "path": "img/0.png"}] * 4),
+            "image": pa.array([image] * 4, pa.binary_view()),
+            "meta": pa.array([[("site", 1)]] * 4, pa.map_(pa.string(), pa.int32())),
+            "label": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
+        }
+    )
+    large = pa.table({"img": pa.array([image] * 4, pa.large_binary()), "class": [0.0, 1.0] * 2})
+    for content, codec in (
+        *((table, "snappy"), (plain, "none"), (plain, "zstd"), (table, "gzip")),
+        *((others, "none"), (large, "none")),
+    ):
         buffer = io.BytesIO()
         parquet.write_table(content, buffer, compression=codec)
         seeds.append(buffer.getvalue())
