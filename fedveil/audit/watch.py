@@ -15,7 +15,7 @@ from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.engines.local import LocalGrid
-from fedveil.federation.strategies.fedavg import Sampling
+from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedsgd import Update, WatchingFedSGD
 from fedveil.federation.task import ClientTask
 

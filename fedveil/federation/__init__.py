@@ -1,8 +1,9 @@
 """The Flower ServerApp, ClientApp, strategies and the engines they run on."""
 
+from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
-from fedveil.federation.strategies.fedavg import Resume, Sampling, SeededFedAvg
+from fedveil.federation.strategies.fedavg import Resume, SeededFedAvg
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg

@@ -92,12 +92,27 @@ def weight_bound(clients: Sequence[Client], limit: float | None) -> int | None:
     return max(1, int(limit * median_low(claims)))
 
 
-def bounded(updates: Sequence[Update], bound: int | None) -> tuple[list[Update], tuple[str, ...]]:
+def claim_bound(updates: Sequence[Update], limit: float | None) -> float | None:
+    """Return for how much a client counts at most, by the answers of the round themselves.
+
+    Args:
+        updates: The answers; by whatever the app weighs them.
+        limit: As ``Acceptance.weight_limit``.
+    """
+    if limit is None or not updates:
+        return None
+    bound = limit * median_low(update.examples for update in updates)
+    return max(1, int(bound)) if all(type(u.examples) is int for u in updates) else bound
+
+
+def bounded(
+    updates: Sequence[Update], bound: float | None, *, unit: str = "images"
+) -> tuple[list[Update], tuple[str, ...]]:
     """Return the updates with no weight over the bound, and who claimed more, in words."""
     if bound is None:
         return list(updates), ()
     over = tuple(
-        f"node {update.client.node}: says it has {update.examples} images, counted as {bound}, the "
+        f"node {update.client.node}: says it has {update.examples} {unit}, counted as {bound}, the "
         "most that the median claim allows (--weight-limit)"
         for update in updates
         if update.examples > bound

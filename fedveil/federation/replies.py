@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from fedveil.federation.roster import Client, Refusal
+
+WEIGHT_KEY = "num-examples"
+"""Metric by which answers are weighed, unless an app names another."""
 
 _HEADER = 4096  # more than numpy writes before an array's numbers
 # Of a client that did not say how many images it has.
@@ -23,14 +26,18 @@ class Update:
     Attributes:
         client: Who sent it.
         weights: The model it returned, by name.
-        examples: Number of images it trained on, its weight in the mean.
+        examples: Number of images it trained on, its weight in the mean; or what the app weighs by.
         loss: Mean training loss it reports; None where it tells none, as under DP-SGD.
+        metrics: What else it says of itself, by name.
+        content: The whole answer; None where the server never saw one.
     """
 
     client: Client
     weights: Mapping[str, Tensor]
-    examples: int
+    examples: float
     loss: float | None
+    metrics: Mapping[str, int | float | list[int] | list[float]] = field(default_factory=dict)
+    content: RecordDict | None = field(default=None, repr=False, compare=False)
 
 
 def read_replies(
@@ -39,6 +46,7 @@ def read_replies(
     asked: Mapping[int, Client],
     expected: Mapping[str, Tensor],
     round_number: int,
+    weight: str = WEIGHT_KEY,
 ) -> tuple[list[Update], list[Refusal]]:
     """Sort the replies of a round into usable updates and refusals.
 
@@ -47,6 +55,7 @@ def read_replies(
         asked: The clients of the round by node id.
         expected: Gives the names, shapes and dtypes a reply must have.
         round_number: The round; a reply that names another is stale.
+        weight: Metric by which answers are weighed: images, or what the app counts in their place.
 
     Returns:
         The updates in the order of the clients' partitions, so that sums do not depend on who
@@ -56,7 +65,7 @@ def read_replies(
     refusals: list[Refusal] = []
     for reply in replies:
         node = reply.metadata.src_node_id
-        read = _read(reply, asked.get(node), expected, round_number)
+        read = _read(reply, asked.get(node), expected, round_number, weight)
         if isinstance(read, str):
             refusals.append(Refusal(node, read))
         elif node in updates:
@@ -67,7 +76,11 @@ def read_replies(
 
 
 def _read(
-    reply: Message, client: Client | None, expected: Mapping[str, Tensor], round_number: int
+    reply: Message,
+    client: Client | None,
+    expected: Mapping[str, Tensor],
+    round_number: int,
+    weight: str,
 ) -> Update | str:
     if reply.has_error():
         return reply.error.reason or f"error {reply.error.code}"
@@ -79,10 +92,12 @@ def _read(
     metric = next(iter(metrics.values()))
     if metric.get("server-round", round_number) != round_number:
         return f"its answer is for round {metric.get('server-round')}, not {round_number}"
-    examples, loss = metric.get("num-examples"), metric.get("loss")
-    most = _MOST_EXAMPLES if client.examples is None else client.examples
-    if type(examples) is not int or not 0 < examples <= most:
-        return f"num-examples is {examples!r}; allowed: 1 to {most}"
+    examples, loss = metric.get(weight), metric.get("loss")
+    counts = weight == WEIGHT_KEY
+    most = client.examples if counts and client.examples is not None else _MOST_EXAMPLES
+    if not _is_weight(examples, whole=counts) or not 0 < examples <= most:  # type: ignore[operator]
+        allowed = f"1 to {most}" if counts else f"a number above 0, at most {most}"
+        return f"{weight} is {examples!r}; allowed: {allowed}"
     if loss is not None and not _is_loss(loss):
         return f"its loss is {loss!r}; allowed: a finite number up to {_LARGEST_LOSS:g}, or none"
     sent = next(iter(arrays.values()))
@@ -93,7 +108,20 @@ def _read(
     except Exception as error:  # whatever numpy makes of bytes that a stranger chose
         return f"its arrays cannot be read ({type(error).__name__})"
     told = None if loss is None else float(loss)  # type: ignore[arg-type]
-    return _fault(weights, expected) or Update(client, weights, examples, told)
+    return _fault(weights, expected) or Update(
+        client,
+        weights,
+        examples,  # type: ignore[arg-type]
+        told,
+        metrics=dict(metric),
+        content=reply.content,
+    )
+
+
+def _is_weight(value: object, *, whole: bool) -> bool:
+    if type(value) is int:
+        return True
+    return not whole and type(value) is float and math.isfinite(value)
 
 
 def _is_loss(value: object) -> bool:

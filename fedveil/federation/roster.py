@@ -30,6 +30,25 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How each round chooses its clients.
+
+    Attributes:
+        fraction: C, the fraction of the clients that takes part in a round.
+        seed: Same seed, same clients.
+        min_clients: Clients to wait for before the first round.
+        timeout: Seconds to wait for them, and for their answers to the first query.
+        min_train: Clients that take part in a round at least.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+    min_clients: int = 2
+    timeout: float = 3_600.0
+    min_train: int = 1
+
+
+@dataclass(frozen=True)
 class Client:
     """A client of the federation.
 
@@ -45,7 +64,12 @@ class Client:
 
 
 def query_roster(
-    grid: Grid, config: ConfigRecord, *, min_clients: int, timeout: float
+    grid: Grid,
+    config: ConfigRecord,
+    *,
+    min_clients: int,
+    timeout: float,
+    key: str = "config",
 ) -> tuple[Client, ...]:
     """Wait until enough nodes are connected, and ask every node who it is.
 
@@ -54,6 +78,7 @@ def query_roster(
         config: What the clients need to find their data; the same as for training.
         min_clients: How many nodes to wait for.
         timeout: Seconds to wait for the nodes, and again for their answers.
+        key: Name of the record that ``config`` travels in.
 
     Returns:
         The clients that answered, in the order of their partitions. Where no node answers a query
@@ -64,7 +89,7 @@ def query_roster(
         FedveilError: Too few nodes came, or no answer was usable.
     """
     _wait_for_nodes(grid, min_clients, timeout)
-    content = RecordDict({"config": config})
+    content = RecordDict({key: config})
     messages = [
         Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)
         for node in grid.get_node_ids()
@@ -159,14 +184,22 @@ def _client(reply: Message) -> Client | str:
 
 
 def sample_clients(
-    clients: Sequence[Client], *, fraction: float, seed: int, round_number: int
+    clients: Sequence[Client], *, fraction: float, seed: int, round_number: int, least: int = 1
 ) -> list[Client]:
-    """Return max(⌊C·K⌋, 1) clients in random order; the same for the same seed and round.
+    """Return max(⌊C·K⌋, ``least``) clients in random order; the same for the same seed and round.
 
     Source: McMahan et al. 2017, Algorithm 1.
+
+    Raises:
+        FedveilError: There are fewer than ``least``.
     """
+    if len(clients) < least:
+        raise FedveilError(
+            f"{len(clients)} clients take part, and min_train_nodes={least} asks for more in every "
+            "round: start the others, or lower it"
+        )
     generator = random.Random(f"fedveil sampling {seed} {round_number}")
-    return generator.sample(list(clients), round_size(len(clients), fraction))
+    return generator.sample(list(clients), max(round_size(len(clients), fraction), least))
 
 
 def round_size(clients: int, fraction: float) -> int:

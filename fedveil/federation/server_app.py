@@ -26,14 +26,13 @@ from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.roster import Client, round_size
+from fedveil.federation.roster import Client, Sampling, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Sampling,
     SeededFedAvg,
     StrategyState,
     Weights,

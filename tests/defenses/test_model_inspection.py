@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedveil.defenses.model_inspection import ModelInspection, inspect_model
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.local import LocalGrid
-from fedveil.federation.strategies.fedavg import Sampling
+from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedsgd import WatchingFedSGD
 from fedveil.federation.task import ClientTask
 from fedveil.models import CNN, MODELS, Imprint, build_model

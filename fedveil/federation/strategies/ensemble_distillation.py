@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 from flwr.app import ArrayRecord
@@ -11,17 +12,18 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.data.augmentation import Augmentation
+from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update
-from fedveil.federation.roster import Client
+from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Sampling,
     SeededFedAvg,
     Weights,
     clone,
     weighted_mean,
 )
+from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.task import UNLABELLED
 from fedveil.federation.threads import torch_threads
 from fedveil.models.layout import memory_layout
@@ -84,9 +86,11 @@ class EnsembleDistillation(SeededFedAvg):
         shared_rounds: Rounds of plain federated averaging at the start; not below 0.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+        flower: FedAvg's own arguments, by their names.
 
     Raises:
-        ValueError: Labels are to count, and there are none.
+        FedveilError: Labels are to count, and there are none; or FedAvg's arguments, as of
+            ``SeededFedAvg``.
     """
 
     def __init__(
@@ -100,11 +104,15 @@ class EnsembleDistillation(SeededFedAvg):
         shared_rounds: int = 0,
         sampling: Sampling | None = None,
         resume: Resume | None = None,
+        **flower: Unpack[FedAvgArguments],
     ) -> None:
-        super().__init__(sampling=sampling, resume=resume)
+        super().__init__(sampling=sampling, resume=resume, **flower)
         self.distillation = distillation or Distillation()
         if self.distillation.label_share and labels is None:
-            raise ValueError("label_share is above 0, and labels are not given")
+            raise FedveilError(
+                f"label_share is {self.distillation.label_share}, and labels= is not given: give "
+                "the classes of unlabelled=, int64 [N], or a label_share of 0"
+            )
         # A copy, because it takes on the weights of each answer.
         self.model = deepcopy(model)
         self.unlabelled = unlabelled

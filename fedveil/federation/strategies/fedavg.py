@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from logging import WARNING
+from logging import INFO, WARNING
+from typing import Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -18,14 +19,23 @@ from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import (
     Acceptance,
     bounded,
+    claim_bound,
     coordinate_median,
     refuse_large,
     trimmed_mean,
     weight_bound,
 )
-from fedveil.federation.replies import Update, read_replies
-from fedveil.federation.roster import Client, Refusal, query_roster, sample_clients
+from fedveil.federation.replies import WEIGHT_KEY, Update, read_replies
+from fedveil.federation.roster import Client, Refusal, Sampling, query_roster, sample_clients
 from fedveil.federation.secagg.server import Agreement, SecureAggregation
+from fedveil.federation.strategies.flower_arguments import (
+    ARRAYS,
+    CONFIG,
+    NO_CLIENT_EVALUATION,
+    FedAvgArguments,
+    aggregated,
+    read_arguments,
+)
 from fedveil.runs.archive import Archive, Entry
 
 Weights = Mapping[str, Tensor]
@@ -84,23 +94,6 @@ class Resume:
     state: StrategyState = field(default_factory=StrategyState)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How each round chooses its clients.
-
-    Attributes:
-        fraction: C, the fraction of the clients that takes part in a round.
-        seed: Same seed, same clients.
-        min_clients: Clients to wait for before the first round.
-        timeout: Seconds to wait for them, and for their answers to the first query.
-    """
-
-    fraction: float = 1.0
-    seed: int = 0
-    min_clients: int = 2
-    timeout: float = 3_600.0
-
-
 class SeededFedAvg(FedAvg):
     """Flower's FedAvg with clients sampled by seed, checked replies, and rounds that can resume.
 
@@ -111,6 +104,11 @@ class SeededFedAvg(FedAvg):
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
         statistics: Measures a model's batch statistics anew; None keeps the mean of the clients'.
+        flower: FedAvg's own arguments, by their names.
+
+    Raises:
+        TypeError: An argument that is none of FedAvg's.
+        FedveilError: One of FedAvg's arguments is out of range.
 
     Attributes:
         archive: Where each round is written down before its models leave; ``None``: nowhere.
@@ -129,11 +127,23 @@ class SeededFedAvg(FedAvg):
         sampling: Sampling | None = None,
         resume: Resume | None = None,
         statistics: Callable[[Weights], Weights] | None = None,
+        **flower: Unpack[FedAvgArguments],
     ) -> None:
-        self.sampling = sampling or Sampling()
-        super().__init__(fraction_train=self.sampling.fraction, min_evaluate_nodes=0)
+        asked = read_arguments(flower, sampling)
+        self.sampling = asked.sampling
+        super().__init__(
+            fraction_train=self.sampling.fraction,
+            min_train_nodes=self.sampling.min_train,
+            min_available_nodes=self.sampling.min_clients,
+            min_evaluate_nodes=0,
+            weighted_by_key=asked.weight,
+            arrayrecord_key=asked.arrays,
+            configrecord_key=asked.config,
+        )
         # Evaluation is the server's: no client is ever sent a model just to be evaluated.
         self.fraction_evaluate = 0.0
+        self._aggregate = asked.aggregate
+        self._evaluation_asked = asked.evaluation
         resume = resume or Resume()
         self.completed_rounds = resume.rounds
         self.state = resume.state
@@ -149,6 +159,12 @@ class SeededFedAvg(FedAvg):
         self.started: Callable[[int, Sequence[Client]], None] = lambda _round, _clients: None
         self._statistics = statistics
         self.loss: float | None = None
+
+    def summary(self) -> None:
+        """Log the configuration as Flower does, and that no client will evaluate."""
+        super().summary()
+        level = WARNING if self._evaluation_asked else INFO
+        log(level, "\t└──> Evaluation: %s", NO_CLIENT_EVALUATION)
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]
@@ -198,17 +214,20 @@ class SeededFedAvg(FedAvg):
         """Sample the clients of the round and address each its copy."""
         round_number = self.completed_rounds + server_round
         if not self.clients:
+            self._check_keys()
             self.clients = query_roster(
                 grid,
                 config,
                 min_clients=self.sampling.min_clients,
                 timeout=self.sampling.timeout,
+                key=self.configrecord_key,
             )
         chosen = sample_clients(
             self.clients,
             fraction=self.sampling.fraction,
             seed=self.sampling.seed,
             round_number=round_number,
+            least=self.sampling.min_train,
         )
         if self.secure:
             # Before any model is made, so that who drops out here was never sent one.
@@ -243,6 +262,15 @@ class SeededFedAvg(FedAvg):
             )
             for client, copy in self.sent.assignment
         ]
+
+    def _check_keys(self) -> None:
+        keys = (self.weighted_by_key, self.arrayrecord_key, self.configrecord_key)
+        if self.secure and keys != (WEIGHT_KEY, ARRAYS, CONFIG):
+            raise FedveilError(
+                f"secure aggregation sums records by the names {ARRAYS!r} and {CONFIG!r}, weighed "
+                f"by {WEIGHT_KEY!r}, and these are {keys}: leave weighted_by_key, arrayrecord_key "
+                "and configrecord_key out"
+            )
 
     def _weight_bound(self) -> int | None:
         return weight_bound(self.clients, self.acceptance.weight_limit)
@@ -281,22 +309,25 @@ class SeededFedAvg(FedAvg):
             raise FedveilError(
                 f"round {round_number}: no usable answer from {len(asked)} clients ({reasons})"
             )
-        updates, self.bounded = bounded(updates, self._bound(updates))
+        unit = "images" if self.weighted_by_key == WEIGHT_KEY else self.weighted_by_key
+        updates, self.bounded = bounded(updates, self._bound(updates), unit=unit)
         for claim in self.bounded:
             log(WARNING, "round %d: %s", round_number, claim)
         weights = self.combine(round_number, self.sent, updates)
         self.loss = _mean_loss(updates)
         self.averaged = tuple(update.client.partition for update in updates)
-        told = MetricRecord() if self.loss is None else MetricRecord({"loss": self.loss})
-        return ArrayRecord(dict(weights)), told
+        return ArrayRecord(dict(weights)), self._told(updates)
 
-    def _bound(self, updates: Sequence[Update]) -> int | None:
+    def _told(self, updates: Sequence[Update]) -> MetricRecord:
+        if self._agreement:
+            # Of one client nothing is known that could be aggregated: the mean loss was summed.
+            return MetricRecord() if self.loss is None else MetricRecord({"loss": self.loss})
+        return aggregated(updates, self._aggregate, self.weighted_by_key)
+
+    def _bound(self, updates: Sequence[Update]) -> float | None:
         """Return the bound on a weight; from the answers themselves where no app said before."""
-        known = self._weight_bound()
-        if known is not None:
-            return known
-        claims = [replace(update.client, examples=update.examples) for update in updates]
-        return weight_bound(claims, self.acceptance.weight_limit)
+        known = self._weight_bound() if self.weighted_by_key == WEIGHT_KEY else None
+        return claim_bound(updates, self.acceptance.weight_limit) if known is None else known
 
     def _usable(
         self, replies: Iterable[Message], sent: Distribution, round_number: int
@@ -309,6 +340,7 @@ class SeededFedAvg(FedAvg):
             asked={client.node: client for client in received},
             expected=self.expected(sent),
             round_number=round_number,
+            weight=self.weighted_by_key,
         )
         updates, large = refuse_large(updates, received, self.acceptance.norm_limit)
         return updates, refusals + large

@@ -8,9 +8,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedveil.federation.replies import Update as Reply
+from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import (
     Distribution,
-    Sampling,
     SeededFedAvg,
     Weights,
     weighted_mean,
@@ -89,7 +89,7 @@ class WatchingFedSGD(SeededFedAvg):
                     round_number,
                     ArrayRecord(dict(sent.copies[0])),
                     ArrayRecord(mean),
-                    sum(update.examples for update in seen),
+                    sum(int(update.examples) for update in seen),
                 )
             )
         return sent.copies[0]

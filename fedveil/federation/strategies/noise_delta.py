@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -16,15 +17,15 @@ from fedveil.copies.calibration import (
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update
-from fedveil.federation.roster import Client
+from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Sampling,
     Weights,
     weighted_mean,
 )
+from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
 
 
@@ -65,6 +66,7 @@ class NoiseDelta(NoisyFedAvg):
         run: Name of the run.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+        flower: FedAvg's own arguments, by their names.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class NoiseDelta(NoisyFedAvg):
         run: str = "run",
         sampling: Sampling | None = None,
         resume: Resume | None = None,
+        **flower: Unpack[FedAvgArguments],
     ) -> None:
         super().__init__(
             model=model,
@@ -90,6 +93,7 @@ class NoiseDelta(NoisyFedAvg):
             run=run,
             sampling=sampling,
             resume=resume,
+            **flower,
         )
         require_enough_images(cap)
         self.search = search or SigmaSearch()

@@ -3,23 +3,24 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 from torch import nn
 
 from fedveil.copies.calibration import Calibration, Copies, Evaluate, raise_until_below
 from fedveil.copies.noise import NoiseKey
-from fedveil.federation.replies import Update
-from fedveil.federation.roster import Client
+from fedveil.federation.replies import WEIGHT_KEY, Update
+from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Sampling,
     Weights,
     clone,
     unmarked,
     weighted_mean,
 )
+from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg, require_labels
 
 
@@ -63,6 +64,7 @@ class NoisePair(NoisyFedAvg):
         run: Name of the run.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+        flower: FedAvg's own arguments, by their names.
 
     Raises:
         FedveilError: ``cap`` asks for the label-free bound.
@@ -81,6 +83,7 @@ class NoisePair(NoisyFedAvg):
         run: str = "run",
         sampling: Sampling | None = None,
         resume: Resume | None = None,
+        **flower: Unpack[FedAvgArguments],
     ) -> None:
         require_labels(cap, "noise-pair")
         super().__init__(
@@ -93,6 +96,7 @@ class NoisePair(NoisyFedAvg):
             run=run,
             sampling=sampling,
             resume=resume,
+            **flower,
         )
         self.schedule = schedule or RaisingLoop()
         self.server_clients = server_clients
@@ -141,8 +145,9 @@ class NoisePair(NoisyFedAvg):
         held = [(self._delivered, float(count)) for count in counts]
         return self.keep_statistics(weighted_mean(returned + held), base)
 
-    def _server_counts(self, round_number: int, updates: Sequence[Update]) -> list[int]:
-        known = [client.examples for client in self.clients if client.examples is not None]
+    def _server_counts(self, round_number: int, updates: Sequence[Update]) -> list[float]:
+        said = self.clients if self.weighted_by_key == WEIGHT_KEY else ()
+        known: list[float] = [c.examples for c in said if c.examples is not None]
         bound = self._bound(updates)
         drawn_from = [
             count if bound is None else min(count, bound)

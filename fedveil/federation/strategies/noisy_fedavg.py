@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from logging import WARNING
+from typing import Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -28,15 +29,15 @@ from fedveil.copies.noise import NoiseKey, NoiseTarget, add_noise, noise_target
 from fedveil.copies.temperature import Temperature
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.roster import Client
+from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap, claimed_accuracy, disagreement
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Sampling,
     SeededFedAvg,
     Weights,
 )
+from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.models import has_batch_norm
 
 _BLOCK = 100
@@ -89,6 +90,7 @@ class NoisyFedAvg(SeededFedAvg):
         run: Name of the run, a part of what the noise is derived from.
         sampling: How each round chooses its clients.
         resume: Where an earlier process of the same run stopped.
+        flower: FedAvg's own arguments, by their names.
     """
 
     def __init__(
@@ -103,8 +105,9 @@ class NoisyFedAvg(SeededFedAvg):
         run: str = "run",
         sampling: Sampling | None = None,
         resume: Resume | None = None,
+        **flower: Unpack[FedAvgArguments],
     ) -> None:
-        super().__init__(sampling=sampling, resume=resume)
+        super().__init__(sampling=sampling, resume=resume, **flower)
         cap.check_model(model)
         channels, height, width = cap.shown.raw.shape[1:]
         shape = (channels, height, width)

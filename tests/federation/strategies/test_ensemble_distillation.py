@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedveil.data.augmentation import Augmentation
+from fedveil.errors import FedveilError
 from fedveil.federation import Distillation, EnsembleDistillation, Resume
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
@@ -119,7 +120,7 @@ def test_w_learns_the_mean_of_the_probabilities_weighted_by_images(share):
 
 
 def test_labels_that_count_must_be_there():
-    with pytest.raises(ValueError, match="labels are not given"):
+    with pytest.raises(FedveilError, match="labels= is not given"):
         strategy(linear(torch.zeros(3, 16)), distillation=Distillation(label_share=0.1))
 
 
