@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion import Inversion, LearnedInverse, build_attack, check_model
+from fedveil.attacks.inversion import (
+    Inversion,
+    LearnedInverse,
+    Observation,
+    build_attack,
+    check_model,
+)
 from fedveil.audit.adaptive import adaptive_for, attackers
 from fedveil.audit.membership import Recognition, best, picked_out
 from fedveil.audit.metrics import (
@@ -60,6 +66,7 @@ class LeakageSettings:
         inverse: Whether a network also learns, on the test images, to undo each transformation.
         seed: Seeds the division and the choice.
         workers: Worker processes of the federation.
+        recorded: What was recorded of another app's federation; None: fedveil runs one.
 
     Raises:
         FedveilError: No images, attacks or defences, images that make up no whole batches, or a
@@ -82,6 +89,7 @@ class LeakageSettings:
     inverse: bool = False
     seed: int = 0
     workers: int | None = None
+    recorded: str | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -287,52 +295,93 @@ def audit_leakage(
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
         adaptive_for(defense)
-    attacks = {name: build_attack(name) for name in settings.attacks}
+    for name in settings.attacks:
+        build_attack(name)
     federation = settings.federation
     used = federation.ground_truth(dataset)
-    victims, candidates = _truth(dataset, used, settings.seed)
-    originals = victims.pixels
-    trained: dict[str, Tensor] = {}
-    membership: dict[str, tuple[Recognition, ...]] = {}
-    rows = []
-    for defense in defenses:
-        transform = defense.transform
-        with torch.no_grad():
-            transformed = candidates if transform is None else transform(candidates)
-        trained[defense.label] = transformed[: len(originals)]
-        informed = federation.observe(model, dataset, defense)
-        told = picked_out(defense, informed, dataset, used, seed=settings.seed)
-        membership[defense.label] = told
-        undo = _inverse(dataset, defense, settings, progress)
-        for name, attack in attacks.items():
-            found: dict[int, Inversion] = {}
-            for attacker in attackers(defense, informed, name, inverse=undo is not None):
-                label = f"{name}+inverse" if attacker.inverse else name
-                step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
-                # The inverse goes on top of what the attacker before it has found already.
-                known = id(attacker.observation)
-                if known not in found:
-                    found[known] = attack(attacker.observation, progress=_named(progress, step))
-                result = found[known]
-                if attacker.inverse and undo is not None:
-                    result = _undone(result, undo)
-                images, scores = _score(
-                    result,
-                    victims,
-                    candidates,
-                    transformed,
-                    knows=attacker.adaptive and not attacker.inverse and transform is not None,
-                )
-                closest = best(told, adaptive=attacker.adaptive)
-                if closest is not None:
-                    scores["recognised"] = closest.picked
-                rows.append(
-                    Row(label, defense.label, attacker.adaptive, images, result.loss, scores)
-                )
-    report = LeakageReport(settings, originals, trained, tuple(rows), membership)
+    parts = [
+        attacked(
+            dataset,
+            settings,
+            defense,
+            federation.observe(model, dataset, defense),
+            used,
+            progress=progress,
+        )
+        for defense in defenses
+    ]
+    report = joined(settings, parts)
     if out is not None:
         report.write(out)
     return report
+
+
+def joined(settings: LeakageSettings, parts: Sequence[LeakageReport]) -> LeakageReport:
+    """Return the reports on several defences of the same images as one."""
+    return LeakageReport(
+        settings,
+        parts[0].originals,
+        {label: images for part in parts for label, images in part.trained.items()},
+        tuple(row for part in parts for row in part.rows),
+        {label: found for part in parts for label, found in part.membership.items()},
+    )
+
+
+def attacked(
+    dataset: Dataset,
+    settings: LeakageSettings,
+    defense: Defense,
+    informed: Observation,
+    used: Tensor,
+    *,
+    progress: Progress | None = None,
+) -> LeakageReport:
+    """Run the settings' attacks on one observation, and score them.
+
+    Args:
+        dataset: Where the images, the candidates and the strangers are from.
+        settings: What is audited.
+        defense: What the clients did.
+        informed: What the server has, with all public knowledge of the defence.
+        used: Int64 [M], which training images are behind it, one update after the other.
+        progress: As of ``audit_leakage``.
+
+    Raises:
+        FedveilError: What an attack refuses.
+    """
+    victims, candidates = _truth(dataset, used, settings.seed)
+    originals, transform = victims.pixels, defense.transform
+    with torch.no_grad():
+        transformed = candidates if transform is None else transform(candidates)
+    told = picked_out(defense, informed, dataset, used, seed=settings.seed)
+    undo = _inverse(dataset, defense, settings, progress)
+    rows = []
+    for name in settings.attacks:
+        attack = build_attack(name)
+        found: dict[int, Inversion] = {}
+        for attacker in attackers(defense, informed, name, inverse=undo is not None):
+            label = f"{name}+inverse" if attacker.inverse else name
+            step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
+            # The inverse goes on top of what the attacker before it has found already.
+            known = id(attacker.observation)
+            if known not in found:
+                found[known] = attack(attacker.observation, progress=_named(progress, step))
+            result = found[known]
+            if attacker.inverse and undo is not None:
+                result = _undone(result, undo)
+            images, scores = _score(
+                result,
+                victims,
+                candidates,
+                transformed,
+                knows=attacker.adaptive and not attacker.inverse and transform is not None,
+            )
+            closest = best(told, adaptive=attacker.adaptive)
+            if closest is not None:
+                scores["recognised"] = closest.picked
+            rows.append(Row(label, defense.label, attacker.adaptive, images, result.loss, scores))
+    trained = {defense.label: transformed[: len(originals)]}
+    return LeakageReport(settings, originals, trained, tuple(rows), {defense.label: told})
 
 
 def _inverse(

@@ -1,5 +1,8 @@
 """A leakage audit from its settings: loads what they name, shows progress, writes the report."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -7,10 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
-from fedveil.data import load_dataset
+from fedveil.audit.recorded import (
+    alike,
+    audit_recorded,
+    of_one_client,
+    pair,
+    read_truth,
+    truth_of,
+)
+from fedveil.data import Dataset, Images, load_dataset
 from fedveil.data.load import remarks_on
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
 
 
@@ -28,14 +40,97 @@ def run_leakage_audit(
     Raises:
         FedveilError: Anything the user can mend.
     """
-    dataset = load_dataset(settings.dataset, seed=settings.seed)
-    model = build_model(settings.model, dataset.shape, len(dataset.classes), seed=settings.seed)
+    console = Console(stderr=True)
+    dataset, model = _prepared(settings, console)
     if checkpoint:
         load_checkpoint(model, checkpoint)
-    model.train()  # as the clients will, whatever mode the user's factory leaves it in
+    with _shown(console) as show:
+        return audit_leakage(dataset, model, settings, out=out, progress=show)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where the exchanges of another app's federation lie.
+
+    Attributes:
+        directory: What the recorders wrote; None where there is a pair of files.
+        before, after: The model that was sent and the one that came back.
+        truth: File of the images that were trained on; None where they were recorded, too.
+
+    Raises:
+        FedveilError: Neither or both are given.
+    """
+
+    directory: Path | None = None
+    before: Path | None = None
+    after: Path | None = None
+    truth: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.before is None) != (self.after is None):
+            raise FedveilError("--before and --after belong together: give both")
+        if (self.directory is None) == (self.before is None):
+            raise FedveilError("give either --recorded DIR, or --before FILE and --after FILE")
+
+    def exchanges(self, given: Images | None) -> tuple[Exchange, ...]:
+        """Read the exchanges.
+
+        Raises:
+            FedveilError: They cannot be read.
+        """
+        if self.directory is None:
+            assert self.before is not None
+            assert self.after is not None
+            return pair(self.before, self.after, given)
+        key = recording_key()
+        if key is None:
+            raise FedveilError(
+                f"--recorded {self.directory} is encrypted: put the path of its key into "
+                f"{RECORD_KEY_FILE}"
+            )
+        return read_exchanges(self.directory, key)
+
+
+def run_recorded_audit(
+    settings: LeakageSettings, recorded: Recorded, *, out: Path | None
+) -> LeakageReport:
+    """Audit an app that fedveil is not part of, from what was recorded of it.
+
+    Args:
+        settings: What is audited; how many images there are follows from the recording.
+        recorded: Where it lies.
+        out: Directory for the results; ``None`` writes nothing.
+
+    Raises:
+        FedveilError: Anything the user can mend.
+    """
+    given = None if recorded.truth is None else read_truth(recorded.truth)
+    exchanges, left = alike(of_one_client(recorded.exchanges(given), settings.victim))
+    batch = exchanges[0].examples
+    place = recorded.directory or f"{recorded.before} to {recorded.after}"
+    settings = replace(settings, images=batch * len(exchanges), batch=batch, recorded=str(place))
     console = Console(stderr=True)
+    if left:
+        console.print(left, markup=False, soft_wrap=True)
+    dataset, model = _prepared(settings, console)
+    truth = truth_of(exchanges, dataset, given)
+    with _shown(console) as show:
+        report = audit_recorded(exchanges, truth, model, settings, progress=show)
+    if out is not None:
+        report.write(out)
+    return report
+
+
+def _prepared(settings: LeakageSettings, console: Console) -> tuple[Dataset, nn.Module]:
+    dataset = load_dataset(settings.dataset, seed=settings.seed)
+    model = build_model(settings.model, dataset.shape, len(dataset.classes), seed=settings.seed)
     for sentence in remarks_on(dataset.left_out, dataset.remarks):
         console.print(f"{settings.dataset}: {sentence}", markup=False, soft_wrap=True)
+    return dataset, model.train()  # as the clients will, whatever mode the factory leaves it in
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[str, int, int, float], None]]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -52,7 +147,7 @@ def run_leakage_audit(
                 tasks[step] = bars.add_task(step, total=total, loss="")
             bars.update(tasks[step], completed=done, total=total, loss=f"loss {loss:.2g}")
 
-        return audit_leakage(dataset, model, settings, out=out, progress=show)
+        yield show
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

@@ -97,7 +97,7 @@ class WatchedFederation:
             steps=self._steps(),
             images=strategy.exchanges[0].images,
             knows=None if defense.transform is None else defense.transform.surrogate,
-            sanitizer=_knowledge(defense, model, data),
+            sanitizer=public_knowledge(defense, model, data),
         )
 
     def ground_truth(self, data: Dataset) -> torch.Tensor:
@@ -161,7 +161,8 @@ class WatchedFederation:
         )
 
 
-def _knowledge(defense: Defense, model: nn.Module, data: Dataset) -> UpdateKnowledge | None:
+def public_knowledge(defense: Defense, model: nn.Module, data: Dataset) -> UpdateKnowledge | None:
+    """Return what is publicly known of a defence that changes the update itself."""
     if defense.soteria is not None:
         return defense.soteria.on(model, data.shape)
     return defense.sanitizer

@@ -595,19 +595,46 @@ def audit_leakage(
         float | None,
         typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
     ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(
+            help="What record_messages wrote in a Flower app: audited in place of a federation."
+        ),
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option(help="Weights as the server sent them, with --after.")
+    ] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="Weights as one client returned them, with --before.")
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="The images trained on, as tensors images and labels, to score by."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds model, partition and order.")] = 0,
 ) -> None:
     """Reconstruct a client's images from what the server receives, and score the result.
+
+    Of a recording (--recorded, or --before and --after) --images and --batch follow from it,
+    --victim counts the clients recorded, and --update, --epochs, --batch-size and --learning-rate
+    say how the app trained: step for one step on all images, fedavg for more.
 
     Writes leakage.json, reconstructions.png and reconstructions.npz.
     """
     check_directory(out, new=True)
     try:
         from fedveil.audit.leakage import LeakageSettings
-        from fedveil.audit.leakage_run import run_leakage_audit
+        from fedveil.audit.leakage_run import Recorded, run_leakage_audit, run_recorded_audit
         from fedveil.memory import keep_freed_memory
 
+        other = any((recorded, before, after))
+        if truth and not other:
+            raise FedveilError("--truth is for --recorded, or --before and --after: leave it out")
+        if other and checkpoint:
+            raise FedveilError("--checkpoint is in the recording already: leave it out")
+        if other and update is Update.GRADIENT:
+            update = Update.STEP  # a Flower app returns weights
         settings = LeakageSettings(
             dataset=dataset,
             model=model,
@@ -627,7 +654,11 @@ def audit_leakage(
             workers=workers,
         )
         keep_freed_memory()
-        report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
+        if other:
+            where = Recorded(recorded, before, after, truth)
+            report = run_recorded_audit(settings, where, out=out)
+        else:
+            report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)
         raise typer.Exit(130) from None

@@ -1,0 +1,366 @@
+"""A leakage audit of a Flower app that fedveil is not part of, from what was recorded of it."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedveil.attacks.inversion import LocalSteps, Observation, check_model
+from fedveil.audit.leakage import LeakageReport, LeakageSettings, Progress, Row, attacked, joined
+from fedveil.audit.observe import observation_from_records
+from fedveil.audit.watch import public_knowledge
+from fedveil.data import Dataset, Images
+from fedveil.defenses import Defense, check_defense, parse_defense
+from fedveil.errors import FedveilError
+from fedveil.runs.recordings import Exchange
+from fedveil.runs.state_files import read_state
+
+_OFF_THE_GRID = 0.01  # of a byte
+_ONE_STEP = 0.01
+_ANGLE, _LENGTHS = 0.3, (0.33, 3.0)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What recordings are scored by, never seen by an attack.
+
+    Attributes:
+        data: The dataset, the images that were trained on among its training images.
+        used: Int64 [E, N], which of those are behind each exchange.
+    """
+
+    data: Dataset
+    used: Tensor
+
+
+def pair(before: Path, after: Path, truth: Images | None) -> tuple[Exchange, ...]:
+    """Return two files of weights as the one exchange that was recorded.
+
+    Raises:
+        FedveilError: One cannot be read, they differ in names, or nothing says of how many images
+            the change is.
+    """
+    sent, returned = (
+        read_state(path, option=f"--{name}")
+        for name, path in (("before", before), ("after", after))
+    )
+    if odd := sorted(sent.keys() ^ returned.keys()):
+        raise FedveilError(
+            f"--before {before} and --after {after} are not of one model: {odd[0]} is in one only"
+        )
+    if truth is None:
+        raise FedveilError(
+            "--before and --after need --truth FILE, the images that were trained on in between: "
+            "what is rebuilt is scored by them"
+        )
+    return (Exchange(1, 0, sent, returned, len(truth)),)
+
+
+def read_truth(path: Path) -> Images:
+    """Read the images that were trained on: tensors ``images`` [M, C, H, W] and ``labels`` [M].
+
+    Raises:
+        FedveilError: The file holds something else.
+    """
+    held = read_state(path, option="--truth")
+    images, labels = held.get("images"), held.get("labels")
+    if (
+        images is None
+        or labels is None
+        or images.ndim != 4
+        or labels.shape != images.shape[:1]
+        or not len(labels)
+    ):
+        raise FedveilError(
+            f"--truth {path} must hold images [M, C, H, W], uint8 or floats in [0, 1], and labels "
+            "[M], int64: torch.save({'images': …, 'labels': …}, FILE)"
+        )
+    return Images(_bytes(images, f"--truth {path}"), labels.to(torch.int64))
+
+
+def of_one_client(exchanges: Sequence[Exchange], victim: int) -> tuple[Exchange, ...]:
+    """Return the exchanges of the client that stands at place ``victim`` of those recorded.
+
+    Raises:
+        FedveilError: Fewer clients were recorded.
+    """
+    clients = sorted({exchange.client for exchange in exchanges})
+    if not 0 <= victim < len(clients):
+        raise FedveilError(
+            f"--victim {victim}: {len(clients)} clients were recorded "
+            f"({', '.join(map(str, clients[:10]))}); give 0 to {len(clients) - 1}"
+        )
+    return tuple(exchange for exchange in exchanges if exchange.client == clients[victim])
+
+
+def alike(exchanges: Sequence[Exchange]) -> tuple[tuple[Exchange, ...], str | None]:
+    """Return the exchanges of as many images as most are of, and what is left out, in words."""
+    count, _ = Counter(exchange.examples for exchange in exchanges).most_common(1)[0]
+    kept = tuple(exchange for exchange in exchanges if exchange.examples == count)
+    if len(kept) == len(exchanges):
+        return kept, None
+    left = [exchange.server_round for exchange in exchanges if exchange.examples != count]
+    return kept, f"rounds {left} are left out: they are of other than {count} images"
+
+
+def truth_of(exchanges: Sequence[Exchange], data: Dataset, given: Images | None) -> Truth:
+    """Return which images of a dataset were trained on, with those that were given added to it.
+
+    Args:
+        exchanges: All of as many images.
+        data: The dataset.
+        given: The images, where a file named them.
+
+    Raises:
+        FedveilError: Nothing says which they were, or they are none of the dataset's.
+    """
+    everything = Images(
+        torch.cat([data.train.raw, data.test.raw]), torch.cat([data.train.labels, data.test.labels])
+    )
+    if given is not None:
+        everything = _added(everything, given, data)
+    wanted = [_images(exchange, given, number) for number, exchange in enumerate(exchanges)]
+    places = {image.numpy().tobytes(): place for place, image in enumerate(everything.raw)}
+    found = [places.get(image.numpy().tobytes()) for images in wanted for image in images]
+    if missing := sum(place is None for place in found):
+        raise FedveilError(
+            f"{missing} of {len(found)} recorded images are none of {data.name}: the app changes "
+            "them (normalised, augmented, resized) before its model; record images in [0, 1] as "
+            "they are, with the normalisation inside the model, or name them by --truth"
+        )
+    used = torch.tensor(found).view(len(exchanges), -1)
+    # None that was trained on may stand among the images that nobody trained on.
+    aside = torch.arange(len(data.train), len(data.train) + len(data.test))
+    aside = aside[~torch.isin(aside, used)]
+    rest = torch.ones(len(everything), dtype=torch.bool)
+    rest[aside] = False
+    moved = rest.cumsum(0) - 1
+    return Truth(replace(data, train=everything[rest], test=everything[aside]), moved[used])
+
+
+def _images(exchange: Exchange, given: Images | None, number: int) -> Tensor:
+    if given is not None:
+        start = number * exchange.examples
+        own = given.raw[start : start + exchange.examples]
+    elif exchange.images is not None:
+        own = _bytes(exchange.images, f"the images of round {exchange.server_round}")
+    else:
+        raise FedveilError(
+            "nothing says which images were trained on, and what is rebuilt is scored by them: "
+            "record with record_messages(DIR, images=True), or name them by --truth FILE"
+        )
+    if len(own) != exchange.examples:
+        raise FedveilError(
+            f"round {exchange.server_round}: the client says {exchange.examples} images, and "
+            f"{len(own)} are there; augmented images cannot be told apart, so record without "
+            "augmentation, or name the images by --truth FILE, round after round"
+        )
+    return own
+
+
+def _added(everything: Images, given: Images, data: Dataset) -> Images:
+    if given.raw.shape[1:] != everything.raw.shape[1:]:
+        raise FedveilError(
+            f"--truth holds images of shape {tuple(given.raw.shape[1:])}, {data.name} of "
+            f"{tuple(everything.raw.shape[1:])}: name a --dataset of such images"
+        )
+    return Images(
+        torch.cat([everything.raw, given.raw]), torch.cat([everything.labels, given.labels])
+    )
+
+
+def _bytes(images: Tensor, what: str) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images.contiguous()
+    scaled = images.double() * 255
+    whole = scaled.round()
+    if not bool(((scaled - whole).abs() < _OFF_THE_GRID).all() and (whole >= 0).all()) or bool(
+        (whole > 255).any()
+    ):
+        raise FedveilError(
+            f"{what} are no pixels in [0, 1] of 8 bits (they span {float(images.min()):.3g} to "
+            f"{float(images.max()):.3g}): attacks rebuild pixels, so put the normalisation into "
+            "the model, or name the images by --truth FILE"
+        )
+    return whole.to(torch.uint8).contiguous()
+
+
+def audit_recorded(
+    exchanges: Sequence[Exchange],
+    truth: Truth,
+    model: nn.Module,
+    settings: LeakageSettings,
+    *,
+    progress: Progress | None = None,
+) -> LeakageReport:
+    """Attack recorded exchanges as ``audit_leakage`` attacks those of its own federation.
+
+    Args:
+        exchanges: All of as many images.
+        truth: What is scored by.
+        model: The architecture, in the mode the client trains in; takes pixels in [0, 1].
+        settings: What is audited; its local steps are those the client took.
+        progress: As of ``audit_leakage``.
+
+    Raises:
+        FedveilError: The model is another, the settings do not lead from the images to the update,
+            or what an attack refuses.
+    """
+    data = truth.data
+    classes = len(data.classes)
+    check_model(model, data.shape, classes, images=settings.batch, batch_statistics=True)
+    defenses = [parse_defense(text) for text in settings.defenses]
+    if len(defenses) != 1:
+        raise FedveilError("of a recording name one --defense: the one its client used, or none")
+    (defense,) = defenses
+    check_defense(defense, model, data.shape)
+    reports = []
+    for group, used in _same_model(exchanges, truth.used):
+        seen = _observation(group, model, settings, defense, data)
+        for number, images in enumerate(used):
+            _check_settings(seen, number, data.train[images], settings, defense)
+        reports.append(attacked(data, settings, defense, seen, used.flatten(), progress=progress))
+    return _one_after_the_other(settings, reports)
+
+
+def _same_model(
+    exchanges: Sequence[Exchange], used: Tensor
+) -> Iterator[tuple[list[Exchange], Tensor]]:
+    """Yield the exchanges that answer the same model, which attacks take together."""
+    groups: dict[bytes, list[int]] = {}
+    for place, exchange in enumerate(exchanges):
+        groups.setdefault(_bits(exchange), []).append(place)
+    for own in groups.values():
+        yield [exchanges[place] for place in own], used[own]
+
+
+def _bits(exchange: Exchange) -> bytes:
+    return b"".join(exchange.sent[name].numpy().tobytes() for name in sorted(exchange.sent))
+
+
+def _observation(
+    group: Sequence[Exchange],
+    model: nn.Module,
+    settings: LeakageSettings,
+    defense: Defense,
+    data: Dataset,
+) -> Observation:
+    names = list(model.state_dict())
+    sent = _named(group[0].sent, names)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for name, value in sent.items():
+        if value.shape != shapes[name]:
+            raise FedveilError(
+                f"the recorded {name} has shape {tuple(value.shape)}, --model's "
+                f"{tuple(shapes[name])}: name the model that the app trains"
+            )
+    whole = settings.update == "step"
+    return observation_from_records(
+        model,
+        ArrayRecord(sent),
+        [ArrayRecord(_named(exchange.returned, names)) for exchange in group],
+        shape=data.shape,
+        classes=len(data.classes),
+        steps=LocalSteps(
+            1 if whole else settings.epochs,
+            settings.batch if whole else settings.batch_size,
+            settings.learning_rate,
+        ),
+        images=group[0].examples,
+        knows=None if defense.transform is None else defense.transform.surrogate,
+        sanitizer=public_knowledge(defense, model, data),
+    )
+
+
+def _named(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return recorded weights by the model's names; it may hold the app's model in a wrapper."""
+    held = dict(state)
+    if held.keys() == set(names):
+        return {name: held[name] for name in names}
+    first = next(iter(held), "")
+    for name in names:
+        prefix = name.removesuffix(first)
+        if first and name.endswith(first) and {prefix + own for own in held} == set(names):
+            return {prefix + own: value for own, value in held.items()}
+    odd = sorted(held.keys() ^ set(names))
+    raise FedveilError(
+        f"the recorded weights and --model's differ in their names ({', '.join(odd[:3])}, …): name "
+        "the factory of the model that the app trains"
+    )
+
+
+def _check_settings(
+    seen: Observation, number: int, images: Images, settings: LeakageSettings, defense: Defense
+) -> None:
+    """Refuse settings that do not lead from the images to the update: attacks on it say nothing.
+
+    Raises:
+        FedveilError: They do not.
+    """
+    if defense.sanitizer is not None or defense.soteria is not None or defense.privacy is not None:
+        return  # what was changed on purpose cannot be told from what was declared wrongly
+    pixels = images.pixels if defense.transform is None else defense.transform(images.pixels)
+    named = {name: p for name, p in seen.model.named_parameters() if p.requires_grad}
+    with torch.random.fork_rng(devices=[]):
+        loss = F.cross_entropy(seen.model(pixels), images.labels)
+    own = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    mine = torch.cat([gradient.flatten().double() for gradient in own])
+    theirs = torch.cat([seen.gradients[name][number].flatten().double() for name in named])
+    lengths = float(theirs.norm() / mine.norm().clamp(min=1e-30))
+    angle = float(mine @ theirs / (mine.norm() * theirs.norm()).clamp(min=1e-30))
+    if seen.local is None:
+        fits = float((mine - theirs).square().sum()) <= _ONE_STEP * float(theirs.square().sum())
+    else:
+        # The order of the steps is the client's own, so only where they lead can be compared.
+        fits = angle >= _ANGLE and _LENGTHS[0] <= lengths <= _LENGTHS[1]
+    if not fits:
+        fitting = settings.learning_rate * lengths
+        raise FedveilError(
+            "these settings do not lead from the client's images to what it returned: the change "
+            f"is {lengths:.3g} times as long as it would be, at a cosine of {angle:.2f}. Give the "
+            "app's own --epochs, --batch-size and --learning-rate"
+            + (f" ({fitting:.3g} would fit)" if angle > 1 - _ONE_STEP else "")
+            + "; plain gradient descent only, without momentum or augmentation; an audit under "
+            "other settings would find nothing and show nothing"
+        )
+
+
+def _one_after_the_other(
+    settings: LeakageSettings, reports: Sequence[LeakageReport]
+) -> LeakageReport:
+    """Return reports on different images of one defence as one."""
+    first = reports[0]
+    rows = [
+        Row(
+            row.attack,
+            row.defense,
+            row.adaptive,
+            torch.cat([report.rows[place].reconstructions for report in reports]),
+            torch.cat([report.rows[place].loss for report in reports]),
+            {
+                name: torch.cat([report.rows[place].scores[name] for report in reports])
+                for name in row.scores
+                if all(name in report.rows[place].scores for report in reports)
+            },
+        )
+        for place, row in enumerate(first.rows)
+    ]
+    whole = LeakageReport(
+        settings,
+        torch.cat([report.originals for report in reports]),
+        {
+            label: torch.cat([report.trained[label] for report in reports])
+            for label in first.trained
+        },
+        tuple(rows),
+        {
+            label: tuple(one for report in reports for one in report.membership[label])
+            for label in first.membership
+        },
+    )
+    return joined(settings, [whole])

@@ -1,0 +1,174 @@
+"""An app without fedveil inside it is audited from its messages, with the same figures."""
+
+import json
+import stat
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+from typer.testing import CliRunner
+
+from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.recorded import audit_recorded, of_one_client, truth_of
+from fedveil.cli.main import app as command
+from fedveil.data import load_dataset
+from fedveil.errors import FedveilError
+from fedveil.federation.engines.local import LocalGrid
+from fedveil.federation.recording import RecordingGrid
+from fedveil.federation.roster import Sampling
+from fedveil.federation.strategies.fedsgd import WatchingFedSGD
+from fedveil.models import build_model
+from fedveil.runs.recordings import RECORD_KEY_FILE, read_exchanges
+from fedveil.sealing import OperatorKey
+
+INSIDE = LeakageSettings(
+    dataset="digits",
+    model="lenet",
+    clients=2,
+    images=8,
+    update="step",
+    attacks=("lm",),
+    workers=1,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits")
+
+
+@pytest.fixture
+def key(tmp_path, monkeypatch):
+    file = tmp_path / "record.key"
+    made = OperatorKey.make(file)
+    monkeypatch.setenv(RECORD_KEY_FILE, str(file))
+    return made
+
+
+def record(strategy, model, places, tmp_path, monkeypatch, *, rate=1.0, server=False):
+    """Run the plain app for a round a list of places; return the folder of its recording."""
+    folder = tmp_path / "recorded"
+    monkeypatch.setenv("PLAIN", json.dumps({"places": places, "rate": rate}))
+    monkeypatch.setenv("PLAIN_RECORDED", str(tmp_path / "unused" if server else folder))
+    with LocalGrid("tests.audit.plain_app:app", nodes=2, workers=1) as inner:
+        grid = RecordingGrid(inner, folder) if server else inner
+        strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=len(places), timeout=60)
+    return folder
+
+
+def flowers():
+    return FedAvg(fraction_evaluate=0.0)
+
+
+def test_the_figures_are_those_inside_fedveil(data, key, tmp_path, monkeypatch):
+    model = build_model("lenet", data.shape, 10, seed=0).train()
+    expected = audit_leakage(data, model, INSIDE)
+    places = INSIDE.federation.ground_truth(data).view(8, 1).tolist()
+    names = [name for name, _ in model.named_parameters()]
+    strategy = WatchingFedSGD(
+        victims=(0,), parameters=names, action="step", sampling=Sampling(min_clients=2)
+    )
+    folder = record(strategy, model, places, tmp_path, monkeypatch)
+    exchanges = of_one_client(read_exchanges(folder, key), 0)
+    truth = truth_of(exchanges, data, None)
+    assert truth.used.tolist() == places
+    report = audit_recorded(exchanges, truth, model, INSIDE)
+    for mine, theirs in zip(report.rows, expected.rows, strict=True):
+        for name in theirs.scores.keys() - {"seconds_per_image"}:
+            assert torch.allclose(mine.scores[name], theirs.scores[name], atol=1e-3), name
+    told, asked = report.as_json()["membership"], expected.as_json()["membership"]
+    assert [one["picked_out"] for one in told] == pytest.approx(
+        [one["picked_out"] for one in asked]
+    )
+    assert report.rows[0].scores["exact"].mean() == 1
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_eight_images_of_flowers_own_fedavg_come_back_exactly(
+    data, key, tmp_path, monkeypatch, server
+):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    places = [[7 * number] for number in range(8)]
+    folder = record(flowers(), model, places, tmp_path, monkeypatch, rate=0.1, server=server)
+    files = sorted(folder.iterdir())
+    assert len(files) == (8 if server else 16)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    given = ["--model", "lenet", "--dataset", "digits", "--learning-rate", "0.1"]
+    if server:  # a server sees no images: the auditor names them
+        own = torch.tensor(places).flatten()
+        torch.save(
+            {"images": data.train.raw[own], "labels": data.train.labels[own]}, tmp_path / "own.pt"
+        )
+        given += ["--truth", str(tmp_path / "own.pt")]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        command, ["audit", "leakage", "--recorded", str(folder), *given, "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "leakage.json").read_text())
+    (row,) = told["rows"]
+    assert (row["images"], row["exact"], row["identified"]) == (8, 1.0, 1.0)
+    assert told["settings"]["recorded"] == str(folder)
+
+
+def test_a_pair_of_state_dicts(data, tmp_path):
+    model = build_model("lenet", data.shape, 10, seed=0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, labels = data.test.pixels[3:4], data.test.labels[3:4]
+    torch.nn.functional.cross_entropy(model(images), labels).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    torch.save(before, tmp_path / "before.pt")
+    torch.save(model.state_dict(), tmp_path / "after.pt")
+    torch.save({"images": images, "labels": labels}, tmp_path / "truth.pt")
+    given = ["audit", "leakage", "--model", "lenet", "--dataset", "digits"]
+    for name in ("before", "after", "truth"):
+        given += [f"--{name}", str(tmp_path / f"{name}.pt")]
+    wrong = CliRunner().invoke(command, [*given, "--out", str(tmp_path / "wrong")])
+    assert isinstance(wrong.exception, FedveilError)
+    assert "0.5 would fit" in str(wrong.exception)
+    assert not (tmp_path / "wrong").exists()
+    done = CliRunner().invoke(
+        command, [*given, "--learning-rate", "0.5", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/leakage.json").read_text())["rows"][0]["exact"] == 1.0
+
+
+def test_without_a_key_nothing_is_recorded_and_the_log_says_so(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv(RECORD_KEY_FILE, raising=False)
+    caplog.set_level("INFO", logger="flwr")
+    model = build_model("lenet", data.shape, 10, seed=0)
+    folder = record(flowers(), model, [[0]], tmp_path, monkeypatch, server=True)
+    assert not folder.exists()
+    assert [text for text in caplog.messages if "is off: FEDVEIL_RECORD_KEY_FILE" in text]
+
+
+def test_with_a_key_every_file_is_announced(data, key, tmp_path, monkeypatch, caplog):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    folder = record(flowers(), model, [[0]], tmp_path, monkeypatch, server=True)
+    (file,) = folder.iterdir()
+    loud = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(f"RECORDED {file}" in text for text in loud)
+    assert b"conv" not in file.read_bytes()
+    other = OperatorKey.make(tmp_path / "other.key")
+    with pytest.raises(FedveilError, match="under another key"):
+        read_exchanges(folder, other)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FedveilError, match="damaged"):
+        read_exchanges(folder, key)
+
+
+def test_images_that_the_app_normalises_are_not_scored(data, key, tmp_path, monkeypatch):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    folder = record(flowers(), model, [[0]], tmp_path, monkeypatch, server=True)
+    (exchange,) = read_exchanges(folder, key)
+    assert exchange.images is None
+    with pytest.raises(FedveilError, match="nothing says which images"):
+        truth_of([exchange], data, None)
+    normalised = (data.train.pixels[:1] - 0.5) / 0.25
+    with pytest.raises(FedveilError, match="no pixels in"):
+        truth_of([exchange.__class__(**(exchange.__dict__ | {"images": normalised}))], data, None)
+    strange = torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)
+    with pytest.raises(FedveilError, match="none of digits"):
+        truth_of([exchange.__class__(**(exchange.__dict__ | {"images": strange}))], data, None)
