@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from logging import WARNING
+from logging import INFO, WARNING
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
@@ -89,6 +89,11 @@ def query_roster(
         FedveilError: Too few nodes came, or no answer was usable.
     """
     _wait_for_nodes(grid, min_clients, timeout)
+    log(
+        INFO,
+        "asking every client how many images it has; one without a query function answers "
+        "with an error, which does no harm",
+    )
     content = RecordDict({key: config})
     messages = [
         Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)

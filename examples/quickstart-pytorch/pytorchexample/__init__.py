@@ -1,0 +1,1 @@
+"""A Flower app whose clients receive copies below a cap."""

@@ -1,0 +1,1 @@
+"""A Flower app of scikit-learn whose clients receive copies below a cap."""

@@ -1,0 +1,1 @@
+"""A Flower app whose server learns the sum of its clients' changes alone."""
