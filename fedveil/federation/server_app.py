@@ -395,6 +395,7 @@ def summarise(
     evaluations = sum(record.calibration_evaluations for record in noisy)
     return {
         "accuracy": job.accuracy(weights),
+        "chance": guessing(job.evaluation.report),
         "copies_max": max(max(record.copies) for record in rounds),
         "rounds_over_cap": sum(max(record.copies) > cap for record in rounds),
         "calibration_evaluations_per_round": evaluations / len(rounds),
@@ -413,6 +414,11 @@ def summarise(
         "configuration": job.config.model_dump(),
         "versions": versions(),
     }
+
+
+def guessing(images: Images) -> float:
+    """Return the accuracy of whoever always names the commonest class."""
+    return float(images.labels.bincount().max()) / len(images)
 
 
 def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str | None:

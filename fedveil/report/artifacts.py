@@ -68,6 +68,7 @@ class RunSummary(_Content):
     accuracy: Share
     report_images: Count
     calibration_images: Count = 0
+    chance: Share | None = None
     configuration: Configuration
     versions: dict[Text, Text] = Field(default_factory=dict)
     privacy: Privacy | None = None

@@ -28,9 +28,10 @@ from fedveil.report.artifacts import (
     TheftRow,
     read_artifacts,
 )
+from fedveil.report.controls import controls
 from fedveil.report.gallery import IMAGES, ROWS, Strip, gallery
 from fedveil.report.svg import Axis, Chart, Series, counts, draw, legend, shares
-from fedveil.report.verdict import percent, points, verdict
+from fedveil.report.verdict import percent, points, ranked
 
 _LISTED_ROUNDS = 200
 _LISTED_ROWS = 500
@@ -144,7 +145,8 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
         style=Markup(_resource("report.css")),
         script=Markup(script),
         script_digest=digest,
-        findings=verdict(artifacts),
+        findings=ranked(artifacts),
+        controls=controls(artifacts),
         runs=[_run_view(n, run) for n, run in enumerate(artifacts.runs)],
         leakages=leakages,
         thefts=[_theft_view(n, audit) for n, audit in enumerate(artifacts.thefts)],
@@ -401,6 +403,11 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
         yield (
             "The cap bounds what a copy does as it is. Whoever retrains a copy, or averages "
             "several, may get more out of it; only a theft audit measures that."
+        )
+    if unknown := [run.name for run in runs if run.summary.chance is None]:
+        yield (
+            f"How good guessing would be is not in the summary of {', '.join(unknown)[:600]}, so "
+            "whether that model is of any use was not checked."
         )
     for run in runs:
         yield from _limits_of_run(run)

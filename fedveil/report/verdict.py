@@ -1,4 +1,4 @@
-"""Three sentences on what was measured, by rule from the numbers.
+"""Sentences on what was measured, by rule from the numbers; the worst comes first.
 
 The rules never say more than the numbers do. A cap bounds the direct use of a copy, not theft. An
 attack that does not know the defence shows nothing about the defence when it fails. Every attack
@@ -6,7 +6,7 @@ named is the strongest of those tried, not of those that exist.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedveil.report.artifacts import (
     Artifacts,
@@ -20,6 +20,9 @@ _Leaked = LeakageRow | FrontierRow
 
 _FEW = 0.05
 _SURELY = 0.5
+_ORDER = ("bad", "unknown", "good")
+_NO_BETTER = 0.02
+_FAR = 0.1
 # None of n found still allows a rate of 3/n at 95 %.
 _ENOUGH = 60
 
@@ -48,7 +51,135 @@ def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
     grid: list[_Leaked] = [row for frontier in artifacts.frontiers for row in frontier.rows]
     # The two are different experiments; one sentence cannot speak of both.
     leakage = audited or grid
-    return _of_copies(artifacts.runs), _of_theft(theft), _of_leakage(leakage)
+    images = _of_leakage(leakage)
+    if audited:
+        images = _of_other_models(images, artifacts)
+    return _of_copies(artifacts.runs), _of_theft(theft), images
+
+
+def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
+    """Say where no audit looked at what a run trained; what leaks elsewhere clears nothing here."""
+    looked = {(a.settings.get("model"), a.settings.get("dataset")) for a in artifacts.leakages}
+    tried = {row.defense for audit in artifacts.leakages for row in audit.rows}
+    for run in artifacts.runs:
+        own = run.summary.configuration
+        defense = (own.model_extra or {}).get("defense", "none")
+        if looked and (own.model, own.dataset) not in looked:
+            model, dataset = next(iter(sorted(looked, key=str)))
+            missing = (
+                f"{run.name} trained {own.model} on {own.dataset}, and what was attacked is "
+                f"{model} on {dataset}, which shows nothing about that run"
+            )
+        elif isinstance(defense, str) and defense not in tried:
+            missing = f"the defence of {run.name}, {defense}, was not attacked"
+        else:
+            continue
+        kind = "unknown" if finding.kind == "good" else finding.kind
+        sentence = f"{finding.sentence.removesuffix('.')}; {missing}."
+        return replace(finding, kind=kind, sentence=sentence)
+    return finding
+
+
+def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
+    """Return the verdict as the page shows it: what is wrong with the model first, then the worst.
+
+    Nothing is marked good beside a model that is of no use: a cap that holds because nothing was
+    learnt protects nothing.
+    """
+    found: tuple[Finding, ...] = verdict(artifacts)
+    useless = _of_models(artifacts.runs)
+    if useless is not None:
+        found = tuple(
+            replace(
+                finding,
+                kind="unknown",
+                mark=f"{finding.mark}, of a model of no use",
+            )
+            if finding.kind == "good"
+            else finding
+            for finding in found
+        )
+    by_kind = sorted(found, key=lambda finding: _ORDER.index(finding.kind))
+    return tuple(by_kind) if useless is None else (useless, *by_kind)
+
+
+def _of_models(runs: Sequence[Run]) -> Finding | None:
+    """Return what a manager must know before anything else; None where nothing is."""
+    worst = min(runs, key=_over_chance, default=None)
+    if worst is None:
+        return None
+    topic, own = "The owner's model", worst.summary
+    if _useless(worst):
+        assert own.chance is not None
+        best = max(line.accuracy for line in worst.rounds)
+        fall = f", after {percent(best)} in an earlier round" if best > 2 * own.chance else ""
+        return Finding(
+            topic,
+            "Of no use",
+            "bad",
+            f"The model that was trained is of no use: it is right on {percent(own.accuracy)} of "
+            f"images, where always naming the commonest class is right on {percent(own.chance)}"
+            f"{fall}, so whatever else was measured of {worst.name} protects nothing of value.",
+        )
+    return _far_behind(topic, runs) or _collapsed(topic, runs)
+
+
+def _useless(run: Run) -> bool:
+    chance, images = run.summary.chance, max(run.summary.report_images, 1)
+    if chance is None:
+        return False
+    slack = 3 * (chance * (1 - chance) / images) ** 0.5
+    return bool(run.summary.accuracy <= chance + max(slack, _NO_BETTER))
+
+
+def _over_chance(run: Run) -> float:
+    return run.summary.accuracy - (run.summary.chance or 0.0)
+
+
+def _far_behind(topic: str, runs: Sequence[Run]) -> Finding | None:
+    """Return the protected run that falls furthest behind the same training without protection."""
+    pairs = [
+        (other.summary.accuracy - run.summary.accuracy, run, other)
+        for run in runs
+        for other in runs
+        if run.cap is not None and other.cap is None and _same_task(run, other)
+    ]
+    gap, run, other = max(pairs, key=lambda pair: pair[0], default=(0.0, None, None))
+    if run is None or other is None or gap < _FAR:
+        return None
+    return Finding(
+        topic,
+        f"{points(gap)} behind",
+        "bad",
+        f"The protection costs {points(gap)}: {run.name} ends with a model right on "
+        f"{percent(run.summary.accuracy)} of images, and the same data without protection "
+        f"({other.name}) gives {percent(other.summary.accuracy)}.",
+    )
+
+
+def _collapsed(topic: str, runs: Sequence[Run]) -> Finding | None:
+    falls = [
+        (max(line.accuracy for line in run.rounds) - run.summary.accuracy, run) for run in runs
+    ]
+    fall, run = max(falls, key=lambda pair: pair[0])
+    if fall < _FAR:
+        return None
+    return Finding(
+        topic,
+        "Collapsed",
+        "bad",
+        f"Training collapsed: {run.name} ends with a model right on "
+        f"{percent(run.summary.accuracy)} of images, {points(fall)} less than in its best round.",
+    )
+
+
+def _fall(run: Run) -> float:
+    return max(line.accuracy for line in run.rounds) - run.summary.accuracy
+
+
+def _same_task(run: Run, other: Run) -> bool:
+    own, its = run.summary.configuration, other.summary.configuration
+    return (own.dataset, own.model) == (its.dataset, its.model)
 
 
 def percent(share: float) -> str:

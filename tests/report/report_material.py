@@ -22,7 +22,9 @@ def configuration(**changes):
     }
 
 
-def make_run(path: Path, *, copies=(0.3, 0.5, 0.55), accuracy=0.9, images=500, **changes) -> Path:
+def make_run(
+    path: Path, *, copies=(0.3, 0.5, 0.55), accuracy=0.9, images=500, chance=None, **changes
+) -> Path:
     path.mkdir(parents=True)
     lines = [
         {
@@ -44,6 +46,7 @@ def make_run(path: Path, *, copies=(0.3, 0.5, 0.55), accuracy=0.9, images=500, *
         "calibration_images": 200,
         "configuration": settings,
         "versions": {"fedveil": "0.1.0", "torch": "2.13.0"},
+        "chance": chance,
     }
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "config.json").write_text(json.dumps({"configuration": settings}))

@@ -30,8 +30,9 @@ from fedveil.report.artifacts import (
     TheftAudit,
     TheftRow,
 )
+from fedveil.report.controls import controls
 from fedveil.report.svg import Chart, Series, counts, draw, shares
-from fedveil.report.verdict import percent
+from fedveil.report.verdict import percent, ranked
 from tests.report.report_material import (
     CANARY,
     NASTY,
@@ -288,6 +289,87 @@ def test_a_verdict_never_says_more_than_was_measured(artifacts):
         informed = {row.defense for row in rows if row.adaptive} - {"none"}
         strongest = [max(r.identified for r in rows if r.defense == name) for name in informed]
         assert min(strongest) <= 0.05
+
+
+# What leads the page
+
+
+def leads(*directories):
+    return ranked(read_artifacts(directories))
+
+
+def test_a_model_of_no_use_leads_the_page_and_nothing_beside_it_is_good(tmp_path):
+    run = make_run(tmp_path / "run", accuracy=0.11, copies=(0.1, 0.1), chance=0.102)
+    no_gain = make_theft(tmp_path / "theft", [theft_row(accuracy=0.5)])
+    first, *others = leads(run, no_gain)
+    assert plain(first.sentence).startswith(
+        "The model that was trained is of no use: it is right on 11 % of images, where always "
+        "naming the commonest class is right on 10 %"
+    )
+    assert (first.kind, first.mark) == ("bad", "Of no use")
+    assert others
+    assert all(finding.kind != "good" for finding in others)
+    page = build_page(read_artifacts([run, no_gain]), title="t", now=NOW)
+    assert "✓" not in page
+    assert page.index("of no use: it is right") < page.index("Table of controls")
+
+
+def test_a_model_far_behind_the_same_training_unprotected_leads(tmp_path):
+    own = make_run(tmp_path / "own", accuracy=0.7, copies=(0.5,), chance=0.1)
+    plain_fedavg = {"strategy": "fedavg", "copies": (0.9,), "chance": 0.1}
+    other = make_run(tmp_path / "other", accuracy=0.95, **plain_fedavg)
+    elsewhere = make_run(tmp_path / "else", accuracy=0.99, dataset="x", **plain_fedavg)
+    first = leads(own, other, elsewhere)[0]
+    assert plain(first.sentence).startswith("The protection costs 25.0 points")
+    assert first.kind == "bad"
+    assert leads(own, elsewhere)[0].topic != "The owner's model"
+
+
+def test_a_collapse_leads(tmp_path):
+    run = make_run(tmp_path / "run", accuracy=0.9, copies=(0.5, 0.5), chance=0.1)
+    lines = (run / "rounds.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"accuracy": 0.4}
+    (run / "rounds.jsonl").write_text(lines[0] + "\n" + json.dumps(last) + "\n")
+    summary = json.loads((run / "summary.json").read_text()) | {"accuracy": 0.4}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert leads(run)[0].mark == "Collapsed"
+
+
+def test_the_worst_comes_first(tmp_path):
+    run = make_run(tmp_path / "run", chance=0.1)
+    kinds = [finding.kind for finding in leads(run, make_theft(tmp_path / "theft"))]
+    assert kinds == ["bad", "unknown", "good"]
+
+
+@pytest.mark.parametrize(
+    ("run", "audit", "words"),
+    [
+        ({"model": "cnn"}, {"model": "lenet"}, "which shows nothing about that run"),
+        ({"model": "lenet", "defense": "prune:share=0.9"}, {"model": "lenet"}, "was not attacked"),
+    ],
+)
+def test_what_was_attacked_elsewhere_clears_no_run(tmp_path, run, audit, words):
+    rows = [
+        leakage_row(images=100),
+        leakage_row(defense="a", adaptive=True, identified=0.0, images=100),
+    ]
+    leaked = make_leakage(tmp_path / "leak", rows, arrays=False, dataset="digits", **audit)
+    assert marks(leaked)[2][0] == "good"
+    both = (make_run(tmp_path / "run", **run), leaked)
+    assert marks(*both)[2][0] == "unknown"
+    assert words in sentences(*both)[2]
+
+
+def test_the_table_of_controls_names_control_evidence_and_limit(tmp_path):
+    run = make_run(tmp_path / "run", secure_aggregation=True, defense="dct:keep=6")
+    rows = controls(read_artifacts([run]))
+    assert "SATRE 3.3.07" in rows[0].question
+    assert plain(rows[0].control) == "copies under a cap of 60 % (noise-delta)"
+    assert rows[2].control.startswith("defence dct:keep=6, the server learns")
+    assert "not measured: run fedveil audit leakage" in rows[2].limit
+    assert rows[3].evidence.startswith("no bound holds")
+    plain_run = make_run(tmp_path / "plain", strategy="fedavg")
+    assert controls(read_artifacts([plain_run]))[0].control.startswith("none: clients receive")
 
 
 # The page
