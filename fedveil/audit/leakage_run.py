@@ -22,6 +22,7 @@ from fedveil.data import Dataset, Images, load_dataset
 from fedveil.data.load import remarks_on
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.progress import PlainLines
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
 
@@ -131,6 +132,7 @@ def _prepared(settings: LeakageSettings, console: Console) -> tuple[Dataset, nn.
 
 @contextmanager
 def _shown(console: Console) -> Iterator[Callable[[str, int, int, float], None]]:
+    plain = PlainLines(console)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -143,6 +145,7 @@ def _shown(console: Console) -> Iterator[Callable[[str, int, int, float], None]]
         tasks = {"": bars.add_task("federation", total=None, loss="")}
 
         def show(step: str, done: int, total: int, loss: float) -> None:
+            plain(step, done, total, f"loss {loss:.2g}")
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=total, loss="")
             bars.update(tasks[step], completed=done, total=total, loss=f"loss {loss:.2g}")

@@ -1,5 +1,6 @@
 """A theft audit from its settings: thieves in worker processes, each kept as soon as it is done."""
 
+import itertools
 import json
 import multiprocessing
 import signal
@@ -22,6 +23,7 @@ from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, write_atomically
+from fedveil.progress import PlainLines
 
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -76,7 +78,13 @@ def _shown(total: int, done: int) -> Iterator[Any]:
         disable=not console.is_terminal,
     ) as bars:
         task = bars.add_task("starting", total=total, completed=done)
-        yield lambda name: bars.update(task, advance=1, description=name)
+        plain, finished = PlainLines(console), itertools.count(done + 1)
+
+        def show(name: str) -> None:
+            bars.update(task, advance=1, description=name)
+            plain("thieves", next(finished), total, name)
+
+        yield show
 
 
 def _stolen(settings: TheftSettings, thieves: Sequence[Thief], workers: int) -> Iterator[Theft]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedveil import __version__
+from fedveil import __version__, interrupts
 from fedveil.cli.deploy import deploy
+from fedveil.cli.doctor import doctor
 from fedveil.cli.key import deliver, key
 from fedveil.cli.report import report
 from fedveil.cli.transform import transform
@@ -33,6 +34,9 @@ app.add_typer(reproduce, name="reproduce")
 app.add_typer(audit, name="audit")
 app.add_typer(deploy, name="deploy")
 app.add_typer(key, name="key")
+
+
+_NO_BETTER = 0.02
 
 
 class Strategy(StrEnum):
@@ -79,6 +83,7 @@ def main() -> None:
     # Before torch is loaded: threads that spin while they wait stall the server whenever another
     # process wants its core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    interrupts.answer_sigterm()
     try:
         app()
     except FedveilError as error:
@@ -347,6 +352,8 @@ def _finish_training(directory: "RunDirectory") -> None:
         )
         raise typer.Exit(130) from None
     capped = summary["configuration"]["strategy"] != "fedavg"
+    if warning := _of_no_use(summary):
+        typer.echo(warning, err=True)
     typer.echo(f"w: {summary['accuracy']:.2%} on {summary['report_images']} images it never met")
     if capped:
         typer.echo(
@@ -355,6 +362,17 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"of {summary['configuration']['rounds']} rounds)"
         )
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _of_no_use(summary: dict[str, Any]) -> str | None:
+    chance, settings = summary.get("chance"), summary["configuration"]
+    if chance is None or summary["accuracy"] > chance + _NO_BETTER:
+        return None
+    return (
+        f"w is of no use: naming the commonest class is right on {chance:.1%}. Training diverged "
+        f"or learnt nothing: lower --learning-rate ({settings['learning_rate']:g}), give "
+        "--clip 1, or train more --rounds or --epochs"
+    )
 
 
 @reproduce.command("noise")
@@ -814,6 +832,7 @@ def demo(
     typer.echo(run_demo(out))
 
 
+app.command("doctor")(doctor)
 app.command("transform")(transform)
 app.command("report")(report)
 app.command("deliver")(deliver)

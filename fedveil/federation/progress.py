@@ -12,6 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedveil.progress import PlainLines
 from fedveil.runs.directory import RoundRecord
 
 
@@ -22,7 +23,7 @@ class RoundProgress:
         rounds: Rounds in all.
         completed: Rounds an earlier process completed.
         cap: Accuracy the copies stay below; ``None`` where nothing is capped.
-        console: Where to draw; standard error if not given. Nothing is drawn off a terminal.
+        console: Where to draw; standard error if not given. Off a terminal, plain lines.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class RoundProgress:
     ) -> None:
         console = console or Console(stderr=True)
         self.cap = cap
+        self._rounds = rounds
+        self._plain = PlainLines(console)
         self.last = completed
         self._progress = Progress(
             TextColumn("round"),
@@ -68,3 +71,4 @@ class RoundProgress:
         if self.cap is not None:
             text += f"  copies {max(record.copies):.1%} (cap {self.cap:.0%})"
         self._progress.update(self._task, completed=record.round, description=text)
+        self._plain("round", record.round, self._rounds, text)

@@ -99,7 +99,10 @@ def _read(
         allowed = f"1 to {most}" if counts else f"a number above 0, at most {most}"
         return f"{weight} is {examples!r}; allowed: {allowed}"
     if loss is not None and not _is_loss(loss):
-        return f"its loss is {loss!r}; allowed: a finite number up to {_LARGEST_LOSS:g}, or none"
+        return (
+            f"its loss is {loss!r}; allowed: a finite number up to {_LARGEST_LOSS:g}, or none; "
+            "where training diverged, lower --learning-rate, or give --clip 1"
+        )
     sent = next(iter(arrays.values()))
     if large := _too_large(sent, expected):
         return large
@@ -161,4 +164,4 @@ def _not_finite(value: Tensor, expected: Tensor) -> str | None:
     # A model may hold infinities of its own, an attention mask's: they come back as they went.
     if bool((torch.isfinite(value) | (value == expected)).all()):
         return None
-    return "NaN or infinity"
+    return "NaN or infinity: its training diverged; lower --learning-rate, or give --clip 1"

@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedveil import interrupts
 from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.leakage_run import run_leakage_audit
 from fedveil.defenses import parse_defense
@@ -223,12 +223,15 @@ def run_pieces(
 def _start(context: BaseContext, piece: Piece) -> tuple[BaseProcess, Any]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(piece, sender))  # type: ignore[attr-defined]
-    process.start()
+    with interrupts.held():
+        process.start()
     sender.close()
     return process, receiver
 
 
 def _work(piece: Piece, sender: Any) -> None:
+    # What a piece is ended by; Ctrl-C is not heard by one that was started under nohup or cron.
+    interrupts.answer_sigterm()
     # Several processes would draw their progress bars over one another.
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -250,7 +253,7 @@ def _work(piece: Piece, sender: Any) -> None:
 def _stop(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
+            process.terminate()
     for process in processes:
         process.join(_PATIENCE_SECONDS)
         if process.is_alive():

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Literal, Self
 from uuid import uuid4
 
@@ -27,6 +26,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedveil import interrupts
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import (
     FIRST_NODE_ID,
@@ -460,31 +460,10 @@ class LocalGrid(Grid):
             name="fedveil-worker",
             daemon=False,  # a client app may itself start processes, as a data loader does
         )
-        with _interrupt_held():
+        with interrupts.held():
             process.start()
         theirs.close()
         return _Worker(process, ours)
-
-
-@contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is over.
-
-    Python runs its own hooks around a fork and drops whatever they raise, so an interrupt that
-    came then would be lost; in the new worker it would come before the worker can ignore it.
-    """
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *interrupt: came.append(interrupt))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if came:
-            previous(*came[0])
 
 
 def _how_it_ended(process: BaseProcess) -> str:

@@ -209,5 +209,10 @@ class EnsembleDistillation(SeededFedAvg):
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+        if not bool(loss.isfinite()):
+            raise FedveilError(
+                f"teaching w diverged: lower Distillation(learning_rate={how.learning_rate:g}), "
+                "or, where clients' models answer without bounds, --learning-rate"
+            )
         self.model.eval()
         return clone({name: value.detach() for name, value in self.model.state_dict().items()})

@@ -1,0 +1,53 @@
+"""Requests to end: SIGTERM is answered as Ctrl-C is, so that what is done is kept."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+_BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: of a scheduler, a container's stop, a shutdown."""
+
+
+def answer_sigterm() -> None:
+    """Let SIGTERM raise where Ctrl-C would; nothing else hears it in a process started by nohup.
+
+    Has no effect outside the main thread, which is the only one that signals reach.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let requests to end wait until the block is over.
+
+    Python runs its own hooks around a fork and drops whatever they raise, so an interrupt that
+    came then would be lost; in the new process it would come before that can ignore it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in _BOTH}
+    came: list[tuple[int, FrameType | None]] = []
+    ours = [number for number in _BOTH if callable(previous[number])]
+    for number in ours:
+        signal.signal(number, lambda *interrupt: came.append(interrupt))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, previous[number])
+        if came:
+            handler = previous[signal.Signals(came[0][0])]
+            assert callable(handler)
+            handler(*came[0])
