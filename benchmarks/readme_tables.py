@@ -1,0 +1,109 @@
+"""The READMEs' tables, from docs/results: ``python benchmarks/readme_tables.py`` writes them."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.ko.md")
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+_VIEW = "best by the owner's view"
+
+
+def _results(name: str) -> Any:
+    return json.loads((ROOT / "docs/results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def theft(words: Mapping[str, str]) -> list[str]:
+    """Accuracy of w, and the most that one thief with 10 labels gains on training alone."""
+    rows = [
+        row
+        for row in _results("theft-study")["rows"]
+        if (row["dataset"].partition("@")[0], row["partition"]) == ("mnist", "iid")
+    ]
+    lines = [f"| {words['strategy']} | {words['accuracy']} | {words['gain']} |", "|---|---|---|"]
+    for arm in ("fedavg", "noise-delta", "protected"):
+        row = next(row for row in rows if row["arm"] == arm)
+        best = [
+            one
+            for one in row["theft"]
+            if (one["attack"], one["labels"], one["colluders"]) == (_VIEW, 10, 1)
+        ]
+        gain = _range(best[0]) if best else words["itself"]
+        lines.append(f"| `{arm}` | {row['final_mean']:.1%} | {gain} |")
+    return lines
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    middle, low, high = (
+        round(100 * row[name]) for name in ("advantage", "advantage_low", "advantage_high")
+    )
+    return f"{middle:+d} [{low:+d}, {high:+d}]"
+
+
+def leakage(words: Mapping[str, str]) -> list[str]:
+    """What the attack that knows the transformation gives back of 100 images."""
+    lines = [
+        f"| {words['transformation']} | {words['exact']} | {words['decibels']} |",
+        "|---|---|---|",
+    ]
+    rows = {row["defense"]: row for row in _results("dct")["rows"]}
+    for defense in ("none", "dct:keep=21", "dct:keep=6", "dct:keep=1"):
+        found = rows[defense]["adaptive"]
+        name = words["none"] if defense == "none" else f"`{defense}`"
+        exact = f"{found['exact'] * found['images']:.0f} / {found['images']}"
+        lines.append(f"| {name} | {exact} | {found['psnr_original']:.1f} dB |")
+    return lines
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
+    "theft": theft,
+    "leakage": leakage,
+}
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "README.md": {
+        "strategy": "strategy",
+        "accuracy": "accuracy of the owner's model",
+        "gain": "a thief with 10 labels gains, points",
+        "itself": "is sent the model itself",
+        "transformation": "transformation",
+        "exact": "what was trained on, rebuilt exactly",
+        "decibels": "and so the original to",
+        "none": "none",
+    },
+    "README.ko.md": {
+        "strategy": "전략",
+        "accuracy": "소유자 모델의 정확도",
+        "gain": "레이블 10개를 가진 도용자의 이득(퍼센트 포인트)",
+        "itself": "모델 자체를 받음",
+        "transformation": "변환",
+        "exact": "학습에 쓰인 이미지를 정확히 복원",
+        "decibels": "그 결과 원본과의 차이",
+        "none": "없음",
+    },
+}
+
+
+def rendered(name: str, text: str) -> str:
+    """Return a README with its tables as docs/results has them.
+
+    Args:
+        name: Of the file, a key of ``WORDS``.
+        text: What it holds.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        lines = TABLES[found["name"]](WORDS[name])
+        return found[1] + "\n".join(lines) + "\n" + found[3]
+
+    return _BLOCK.sub(table, text)
+
+
+if __name__ == "__main__":
+    for readme in READMES:
+        path = ROOT / readme
+        path.write_text(rendered(readme, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""The READMEs say what docs/results says, in few words, and their commands are ones that exist."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from click import Command
+from typer.main import get_command
+
+from fedveil.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import readme_tables  # noqa: E402
+
+BLOCK = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=readme_tables.READMES)
+def readme(request):
+    return request.param
+
+
+def test_every_table_is_what_docs_results_gives(readme):
+    assert len(BLOCK.findall(text(readme))) == len(readme_tables.TABLES)
+    assert readme_tables.rendered(readme, text(readme)) == text(readme)
+
+
+def test_a_changed_result_would_be_noticed(readme, monkeypatch):
+    true = readme_tables._results
+
+    def changed(name):
+        results = true(name)
+        for row in results["rows"]:
+            if "final_mean" in row:
+                row["final_mean"] -= 0.01
+        return results
+
+    monkeypatch.setattr(readme_tables, "_results", changed)
+    assert readme_tables.rendered(readme, text(readme)) != text(readme)
+
+
+def test_no_other_figure_was_measured(readme):
+    """What stands outside the tables with a unit is the picture's own description, or a setting."""
+    rest = FENCE.sub("", BLOCK.sub("", text(readme)))
+    rest = re.sub(r"!\[.*?\]", "", rest, flags=re.DOTALL)
+    assert not re.findall(r"\d[\d.,]*\s*(?:%|dB|points|seconds|minutes|포인트|초|분\b)", rest)
+
+
+def test_it_is_short(readme):
+    assert len(text(readme).split()) <= 900
+
+
+def test_links_lead_somewhere(readme):
+    for target in re.findall(r"\]\(([^)#:]+)\)", text(readme)):
+        assert (ROOT / target).exists(), target
+
+
+def _options(words):
+    command: Command = get_command(app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def test_its_commands_have_these_options(readme):
+    lines = [
+        line
+        for language, block in FENCE.findall(text(readme))
+        if language == "sh"
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    ours = [shlex.split(line.partition("fedveil ")[2]) for line in lines if "fedveil " in line]
+    assert len([words for words in ours if words]) >= 6
+    for words in ours:
+        known = _options(words)
+        for word in words:
+            if word.startswith("--"):
+                assert word in known, words
