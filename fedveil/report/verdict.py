@@ -234,7 +234,7 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
     owner = _range([run.summary.accuracy for run in capped])
     # The run whose copy came closest to its cap, or passed it by most.
     worst = max(capped, key=lambda run: run.best_copy - (run.cap or 0))
-    limits = "bounds direct use of a copy and does not bound theft"
+    limits = "bounds direct use of a copy and does not bound theft" + _uncapped(runs)
     measured = f"at most {percent(worst.best_copy)}, the cap being {percent(worst.cap or 0)}"
     if over:
         return Finding(
@@ -254,6 +254,16 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
         f"({measured}, on {images:,} images a round that the noise was not set on), "
         f"while the owner's model reached {owner}; such a cap {limits}.",
     )
+
+
+def _uncapped(runs: Sequence[Run]) -> str:
+    """Say which runs beside the capped ones had no cap: nothing held there."""
+    bare = [run for run in runs if run.cap is None]
+    if not bare:
+        return ""
+    names = ", ".join(run.name for run in bare[:3]) + (" and others" if len(bare) > 3 else "")
+    best = percent(max(run.best_copy for run in bare))
+    return f", and {names} had no cap at all and sent clients the model itself, up to {best}"
 
 
 def _images_a_round(run: Run) -> int:

@@ -325,6 +325,15 @@ def test_a_model_far_behind_the_same_training_unprotected_leads(tmp_path):
     assert leads(own, elsewhere)[0].topic != "The owner's model"
 
 
+def test_a_run_without_a_cap_is_named_beside_one_whose_cap_held(tmp_path):
+    held = make_run(tmp_path / "held")
+    bare = make_run(tmp_path / "bare", strategy="fedavg", copies=(0.97,))
+    told = sentences(held, bare)[0]
+    assert told.endswith(f"and {bare} had no cap at all and sent clients the model itself, up to "
+                         "97.0 %.")  # fmt: skip
+    assert "no cap" not in sentences(held)[0]
+
+
 def test_a_collapse_leads(tmp_path):
     run = make_run(tmp_path / "run", accuracy=0.9, copies=(0.5, 0.5), chance=0.1)
     lines = (run / "rounds.jsonl").read_text().splitlines()
