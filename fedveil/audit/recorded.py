@@ -1,5 +1,6 @@
 """A leakage audit of a Flower app that fedveil is not part of, from what was recorded of it."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from fedveil.errors import FedveilError
 from fedveil.runs.recordings import Exchange
 from fedveil.runs.state_files import read_state
 
+_PLAIN = Defense("none")
 _OFF_THE_GRID = 0.01  # of a byte
 _ONE_STEP = 0.01
 _ANGLE, _LENGTHS = 0.3, (0.33, 3.0)
@@ -221,9 +223,9 @@ def audit_recorded(
     check_defense(defense, model, data.shape)
     reports = []
     for group, used in _same_model(exchanges, truth.used):
-        seen = _observation(group, model, settings, defense, data)
+        seen = observed(group, model, settings, data, defense)
         for number, images in enumerate(used):
-            _check_settings(seen, number, data.train[images], settings, defense)
+            check_settings(seen, number, data.train[images], settings, defense)
         reports.append(attacked(data, settings, defense, seen, used.flatten(), progress=progress))
     return _one_after_the_other(settings, reports)
 
@@ -243,13 +245,18 @@ def _bits(exchange: Exchange) -> bytes:
     return b"".join(exchange.sent[name].numpy().tobytes() for name in sorted(exchange.sent))
 
 
-def _observation(
+def observed(
     group: Sequence[Exchange],
     model: nn.Module,
     settings: LeakageSettings,
-    defense: Defense,
     data: Dataset,
+    defense: Defense = _PLAIN,
 ) -> Observation:
+    """Return what the server has of exchanges that answer the same model.
+
+    Raises:
+        FedveilError: ``model`` is not the one that was sent.
+    """
     names = list(model.state_dict())
     sent = _named(group[0].sent, names)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -294,7 +301,7 @@ def _named(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tenso
     )
 
 
-def _check_settings(
+def check_settings(
     seen: Observation, number: int, images: Images, settings: LeakageSettings, defense: Defense
 ) -> None:
     """Refuse settings that do not lead from the images to the update: attacks on it say nothing.
@@ -305,9 +312,11 @@ def _check_settings(
     if defense.sanitizer is not None or defense.soteria is not None or defense.privacy is not None:
         return  # what was changed on purpose cannot be told from what was declared wrongly
     pixels = images.pixels if defense.transform is None else defense.transform(images.pixels)
-    named = {name: p for name, p in seen.model.named_parameters() if p.requires_grad}
+    # A copy: a forward pass in training mode moves batch statistics, which attacks go by.
+    model = copy.deepcopy(seen.model)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=[]):
-        loss = F.cross_entropy(seen.model(pixels), images.labels)
+        loss = F.cross_entropy(model(pixels), images.labels)
     own = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     mine = torch.cat([gradient.flatten().double() for gradient in own])
     theirs = torch.cat([seen.gradients[name][number].flatten().double() for name in named])

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +11,26 @@ from flwr.serverapp.strategy import FedAvg
 from typer.testing import CliRunner
 
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
-from fedveil.audit.recorded import audit_recorded, of_one_client, truth_of
+from fedveil.audit.recorded import (
+    audit_recorded,
+    check_settings,
+    observed,
+    of_one_client,
+    truth_of,
+)
 from fedveil.cli.main import app as command
 from fedveil.data import load_dataset
+from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.recording import RecordingGrid
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedsgd import WatchingFedSGD
 from fedveil.models import build_model
-from fedveil.runs.recordings import RECORD_KEY_FILE, read_exchanges
+from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges
 from fedveil.sealing import OperatorKey
 
+NONE = parse_defense("none")
 INSIDE = LeakageSettings(
     dataset="digits",
     model="lenet",
@@ -172,3 +181,19 @@ def test_images_that_the_app_normalises_are_not_scored(data, key, tmp_path, monk
     strange = torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)
     with pytest.raises(FedveilError, match="none of digits"):
         truth_of([exchange.__class__(**(exchange.__dict__ | {"images": strange}))], data, None)
+
+
+def test_checking_the_settings_leaves_a_batch_normalised_model_as_it_was(data):
+    model = build_model("resnet-bn", data.shape, 10, seed=0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = data.train[:4]
+    torch.nn.functional.cross_entropy(model(images.pixels), images.labels).backward()
+    model.load_state_dict(before)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    own = Exchange(1, 0, before, model.state_dict(), 4, images.pixels)
+    seen = observed([own], model, replace(INSIDE, learning_rate=0.5, batch=4), data)
+    check_settings(seen, 0, images, replace(INSIDE, learning_rate=0.5, batch=4), NONE)
+    for name, value in seen.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(FedveilError, match="do not lead"):
+        check_settings(seen, 0, data.train[4:8], replace(INSIDE, learning_rate=0.5, batch=4), NONE)
