@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
+GUIDES = ("docs/guide.md", "docs/guide.ko.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -60,9 +61,23 @@ def leakage(words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def noise(words: Mapping[str, str]) -> list[str]:
+    """Accuracy of w, the best copy and the rounds over the cap, on images that chose no setting."""
+    lines = (ROOT / "docs/results/noise-blind.md").read_text(encoding="utf-8").splitlines()
+    heads = (words[key] for key in ("partition", "strategy", "accuracy", "copy", "over"))
+    table = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|"]
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        partition, strategy, _, accuracy, copy, over = cells[:6]
+        told = re.sub(r"(\d+) of (\d+)", words["of"], over)
+        table.append(f"| {partition} | `{strategy}` | {accuracy} | {copy} | {told} |")
+    return table
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
     "leakage": leakage,
+    "noise": noise,
 }
 WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {
@@ -74,6 +89,10 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "exact": "what was trained on, rebuilt exactly",
         "decibels": "and so the original to",
         "none": "none",
+        "partition": "partition",
+        "copy": "best copy",
+        "over": "rounds over the cap",
+        "of": r"\1 of \2",
     },
     "README.ko.md": {
         "strategy": "전략",
@@ -84,26 +103,33 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "exact": "학습에 쓰인 이미지를 정확히 복원",
         "decibels": "그 결과 원본과의 차이",
         "none": "없음",
+        "partition": "분할",
+        "copy": "가장 좋은 사본",
+        "over": "상한을 넘은 라운드",
+        "of": r"\2라운드 중 \1라운드",
     },
 }
+
+
+_LANGUAGE = {name: name for name in READMES} | dict(zip(GUIDES, READMES, strict=True))
 
 
 def rendered(name: str, text: str) -> str:
     """Return a README with its tables as docs/results has them.
 
     Args:
-        name: Of the file, a key of ``WORDS``.
+        name: Of the file, in ``READMES`` or ``GUIDES``.
         text: What it holds.
     """
 
     def table(found: re.Match[str]) -> str:
-        lines = TABLES[found["name"]](WORDS[name])
+        lines = TABLES[found["name"]](WORDS[_LANGUAGE[name]])
         return found[1] + "\n".join(lines) + "\n" + found[3]
 
     return _BLOCK.sub(table, text)
 
 
 if __name__ == "__main__":
-    for readme in READMES:
+    for readme in (*READMES, *GUIDES):
         path = ROOT / readme
         path.write_text(rendered(readme, path.read_text(encoding="utf-8")), encoding="utf-8")
