@@ -295,6 +295,7 @@ def audit_leakage(
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
         adaptive_for(defense)
+        settings.federation.try_out(model, dataset, defense)
     for name in settings.attacks:
         build_attack(name)
     federation = settings.federation

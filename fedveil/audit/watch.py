@@ -16,8 +16,10 @@ from fedveil.errors import FedveilError
 from fedveil.federation.client_app import fedsgd_batch
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.roster import Sampling
+from fedveil.federation.strategies.fedavg import SeededFedAvg
 from fedveil.federation.strategies.fedsgd import Update, WatchingFedSGD
 from fedveil.federation.task import ClientTask
+from fedveil.federation.trial import Trial, try_out
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class WatchedFederation:
     aggregate: int = 1
     seed: int = 0
     workers: int | None = None
+
+    def try_out(self, model: nn.Module, data: Dataset, defense: Defense) -> None:
+        """Do once what the federation will do, before any of it.
+
+        Raises:
+            FedveilError: What would fail in every client.
+        """
+        shares = (2,) * self.clients
+        task = self._task(defense)
+        try_out(Trial(model, data.train, len(data.classes), shares, task, SeededFedAvg()))
 
     def observe(self, model: nn.Module, data: Dataset, defense: Defense) -> Observation:
         """Run the federation and return what its server has, the knowledge of the defence with it.

@@ -316,6 +316,8 @@ def _new_run(
     job = prepare_job(checked)  # so that a setting that does not fit leaves nothing behind
     for sentence in (outlook(job), *remarks_on(job.dataset.left_out, job.dataset.remarks)):
         typer.echo(f"{checked.dataset}: {sentence}", err=True)
+    for note in job.notes:
+        typer.echo(note, err=True)
     return RunDirectory.create(out, checked, noise_key=key)
 
 

@@ -126,7 +126,8 @@ class DPSGD:
         pixels = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
         _check_no_memory(own, pixels[:2])
         _check_no_mixing(own, pixels)
-        self._check_trainable(own, pixels[:2])
+        with torch.random.fork_rng(devices=[]):
+            self._check_trainable(own, pixels[:2])
 
     def _check_trainable(self, model: nn.Module, pixels: Tensor) -> None:
         try:

@@ -75,6 +75,21 @@ def train_on_the_rounds_images(message: Message, context: Context) -> Message:
     return _train_on(message, context, _rounds_images(message, context))
 
 
+def answer(message: Message, context: Context, images: Images) -> Message:
+    """Return what a client with these images, not transformed yet, answers a train message.
+
+    Under the defence that the task names, as ``train`` does.
+    """
+    transform = _defense(_task(message).defense).transform
+    if transform is not None and is_fixed(transform):
+        images = transformed(images, transform)
+
+    def trained(message: Message, context: Context) -> Message:
+        return _train_on(message, context, images)
+
+    return defense_mod(message, context, trained)
+
+
 def _train_on(message: Message, context: Context, images: Images) -> Message:
     torch.set_num_threads(1)
     task = _task(message)
@@ -292,9 +307,14 @@ def _model_for(task: ClientTask, context: Context) -> nn.Module:
             f"{task.model!r}; ask the site to allow it, or train another"
         )
     if task.shape is not None:
-        return _model(task.model, task.shape, len(task.classes)).train()
+        return model_of(task, task.shape, len(task.classes))
     dataset = _dataset(task.dataset, task.seed)
-    return _model(task.model, dataset.shape, len(dataset.classes)).train()
+    return model_of(task, dataset.shape, len(dataset.classes))
+
+
+def model_of(task: ClientTask, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Return the model that clients of this process train, one object for all of them."""
+    return _model(task.model, shape, classes).train()
 
 
 def _generator(task: ClientTask, context: Context) -> torch.Generator:

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from fedveil.federation.strategies.fedavg import (
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.task import ClientTask
+from fedveil.federation.trial import Trial, try_out
 from fedveil.models import build_model, check_sendable, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
@@ -69,12 +70,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything one run is made of, built once from the configuration."""
+    """Everything one run is made of, built once from the configuration.
+
+    Attributes:
+        config: The settings.
+        dataset: The images.
+        evaluation: The test split, divided.
+        model: Freshly built; evaluating weights means taking them on.
+        notes: What the trial step found that hinders nothing.
+    """
 
     config: TrainConfig
     dataset: Dataset
     evaluation: Evaluation
     model: nn.Module
+    notes: tuple[str, ...] = ()
 
     def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
         """Return the accuracy of a model on the first ``images`` report images (or on all)."""
@@ -101,11 +111,22 @@ def prepare_job(config: TrainConfig) -> Job:
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
-    partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    shares = partition(
+        dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed
+    )
     check_defense(parse_defense(config.defense), model, dataset.shape)
     job = Job(config, dataset, split, model.eval())
-    build_strategy(job, Resume(), NoiseKey.generate())
-    return job
+    strategy = build_strategy(job, Resume(), NoiseKey.generate())
+    trial = Trial(
+        model,
+        dataset.train,
+        len(dataset.classes),
+        tuple(map(len, shares)),
+        ClientTask.of(config, dataset),
+        strategy,
+        _mark_strength(config),
+    )
+    return replace(job, notes=tuple(try_out(trial)))
 
 
 def _check_test_split(name: str, dataset: Dataset) -> None:
@@ -271,9 +292,13 @@ _STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
 
 def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
     """Return what tells the clients' copies apart; the others have none unless asked for."""
-    default = 0.0 if job.config.strategy in _WITHOUT_FINGERPRINT else FINGERPRINT_STRENGTH
-    strength = default if job.config.fingerprint is None else job.config.fingerprint
+    strength = _mark_strength(job.config)
     return Fingerprint.of(job.model, key, strength=strength) if strength else None
+
+
+def _mark_strength(config: TrainConfig) -> float:
+    default = 0.0 if config.strategy in _WITHOUT_FINGERPRINT else FINGERPRINT_STRENGTH
+    return default if config.fingerprint is None else config.fingerprint
 
 
 class Recorder:

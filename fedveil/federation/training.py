@@ -103,7 +103,7 @@ def train_locally(
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     held = images.labels.bincount().nonzero().flatten()
-    sizes = _batch_sizes(model, len(images), settings.batch_size)
+    sizes = batch_sizes(model, len(images), settings.batch_size)
     steps = settings.epochs * len(sizes)
     with _repeatable(generator), _descent(model, settings, steps) as step:
         for _ in range(settings.epochs):
@@ -122,7 +122,7 @@ def train_locally(
     return float(total) / (settings.epochs * len(images))
 
 
-def _batch_sizes(model: nn.Module, images: int, batch_size: int) -> list[int]:
+def batch_sizes(model: nn.Module, images: int, batch_size: int) -> list[int]:
     """Return the sizes of an epoch's minibatches.
 
     A last image that would be alone joins the batch before where batch normalisation cannot train
