@@ -44,7 +44,7 @@ def reestimate_batch_norm(
         with torch.no_grad():
             for batch in torch.split(pixels, 250):
                 if len(batch) > 1:
-                    functional_call(model, state, (batch,))
+                    functional_call(model, state, (batch,), tie_weights=False)
     finally:
         for name, layer in layers.items():
             layer.train(modes[name][0])

@@ -160,7 +160,7 @@ def _copy(trial: Trial) -> Weights:
         if trial.fingerprint:
             mark = Fingerprint.of(model, key, strength=trial.fingerprint)
             weights = mark.apply(weights, round_number=1, client=0)
-        functional_call(model, dict(weights), (trial.images[:2].pixels,))
+        functional_call(model, dict(weights), (trial.images[:2].pixels,), tie_weights=False)
     return weights
 
 
