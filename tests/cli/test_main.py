@@ -211,7 +211,7 @@ def test_an_audit_of_own_images_and_own_trained_model(folder):
     ("model", "words"),
     [
         ("factories:failing", ["fails on images", "broken on purpose", "another model"]),
-        ("factories:failing_in_training", ["fails in training", "broken in training"]),
+        ("factories:failing_in_training", ["fails on images", "broken in training"]),
         ("factories:other_size", ["fails on images", "(1, 8, 8)", "of the size it takes"]),
         ("factories:rounding", ["not differentiable", "remove", "rounding"]),
         ("factories:detaching", ["not differentiable", "detach()"]),

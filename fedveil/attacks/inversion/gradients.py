@@ -523,6 +523,33 @@ def check_model(
             "input, so no gradient-matching attack applies; remove detach(), rounding or argmax "
             "from its forward pass"
         )
+    _check_mapped(probed, shape, classes)
+
+
+def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
+    """Refuse a model whose gradients torch cannot take image by image, as every audit does."""
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    rest |= dict(model.named_buffers())
+
+    def loss(own: dict[str, Tensor], pixels: Tensor) -> Tensor:
+        # Two of one image, since batch normalisation may not train on one.
+        batch = torch.stack([pixels, pixels + 1 / 255])
+        logits = functional_call(model, {**own, **rest}, (batch,))
+        return F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64))
+
+    try:
+        with differentiable_attention():
+            torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(
+                parameters, torch.full((2, *shape), 0.5)
+            )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FedveilError(
+            f"model {type(model).__name__}: its gradient cannot be taken image by image ({reason}), "
+            "so no audit can look at it, which says nothing about what it leaks; recurrent layers "
+            "of torch and operations in place are the usual causes"
+        ) from None
 
 
 def _probe(model: nn.Module, shape: Shape, classes: int, count: int) -> tuple[Tensor, Tensor]:
