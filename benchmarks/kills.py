@@ -34,6 +34,7 @@ from fedveil.runs.directory import versions
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.deployment.conftest import NODES, Federation, free_block, train_command, write_sites
 
+APP = "--app=@fedveil/fedveil-run==1.0.0"  # nodes run what is signed, and nothing else
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 RUN = ["train", "--dataset", "digits", "--clients", "4", "--fraction", "1", "--rounds", "6"]
 RUN += ["--strategy", "noise-delta", "--learning-rate", "0.1", "--clip", "5", "--workers", "2"]
@@ -156,7 +157,11 @@ class Deployed:
         for number in range(NODES):
             self.federation.start_node(number)
         self.federation.until(lambda: all(n.status == "online" for n in status(home).nodes))
-        self.folder, self.seconds = folder, 25.0
+        self.folder = folder
+        started = time.monotonic()
+        if self.train(folder / "whole").wait(timeout=600):
+            raise RuntimeError(f"the run that is left alone failed: {self.federation.log('whole')}")
+        self.seconds = time.monotonic() - started
 
     def __call__(self, number: int, moment: float) -> dict[str, Any]:
         """Kill once; return when, and whether the run finished."""
@@ -181,11 +186,11 @@ class Deployed:
 
     def train(self, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
         """Start or go on with a run on the deployment."""
-        command = train_command(self.federation, out, "--rounds=2", "--timeout=30")
+        command = train_command(self.federation, out, "--rounds=2", "--timeout=30", APP)
         if resume:
-            command = [*command[:4], "--resume", str(out)]
-        quiet = subprocess.DEVNULL
-        return subprocess.Popen(command, stdout=quiet, stderr=quiet)
+            command = [*command[:4], "--resume", str(out), APP]
+        with (self.federation.logs / f"{out.name}.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log)
 
     def end(self) -> None:
         """Stop everything."""

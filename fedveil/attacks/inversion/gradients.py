@@ -547,8 +547,8 @@ def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
         reason = " ".join(str(error).split())[:160]
         raise FedveilError(
             f"model {type(model).__name__}: its gradient cannot be taken image by image "
-            f"({reason}), so no audit can look at it, which says nothing about what it leaks; recurrent layers "
-            "of torch and operations in place are the usual causes"
+            f"({reason}), so no audit can look at it, which says nothing about what it leaks; "
+            "recurrent layers of torch and operations in place are the usual causes"
         ) from None
 
 
