@@ -156,7 +156,7 @@ class Deployed:
         register(home)
         for number in range(NODES):
             self.federation.start_node(number)
-        self.federation.until(lambda: all(n.status == "online" for n in status(home).nodes))
+        self.federation.until(self.whole)
         self.folder = folder
         started = time.monotonic()
         if self.train(folder / "whole").wait(timeout=600):
@@ -180,15 +180,20 @@ class Deployed:
         while not (out / "summary.json").exists() and resumed < 3:
             resumed += 1
             begun = any(out.glob("noise.key*"))
+            self.federation.until(self.whole)
             self.train(out, resume=begun).wait(timeout=600)
         right = (out / "summary.json").exists()
         return {"seconds": round(moment * self.seconds, 2), "resumed": resumed, "right": right}
+
+    def whole(self) -> bool:
+        """Whether every node is there."""
+        return all(node.status == "online" for node in status(self.federation.home).nodes)
 
     def train(self, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
         """Start or go on with a run on the deployment."""
         command = train_command(self.federation, out, "--rounds=2", "--timeout=30", APP)
         if resume:
-            command = [*command[:4], "--resume", str(out), APP]
+            command = [*command[:4], "--resume", str(out)]
         with (self.federation.logs / f"{out.name}.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 

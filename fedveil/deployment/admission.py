@@ -30,6 +30,11 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_signature
 from google.protobuf.message import DecodeError, Message
 
+# An answer is about as long as the model that it answers; twice that in a secure sum's words, and
+# what got lost is sent again. What is not a model's (statistics, a first answer) has the least.
+_PER_BYTE = 4
+_LEAST = 256 * 1024 * 1024
+
 Clock = Callable[[], datetime]
 
 _QUESTIONS: Mapping[str, type[Message]] = {
@@ -58,6 +63,33 @@ class Node:
     number: int
     public_key: bytes
     key: ec.EllipticCurvePublicKey
+
+
+class Allowance:
+    """How many bytes a node may push: for its last two messages, by what it was handed with them.
+
+    A node may be handed a message while it still answers the one before.
+    """
+
+    def __init__(self) -> None:
+        self._of_this = self._left = _LEAST
+
+    def asked(self) -> None:
+        """Count a message that the node is handed."""
+        self._left = min(self._left, self._of_this) + _LEAST
+        self._of_this = _LEAST
+
+    def handed(self, count: int) -> None:
+        """Count the bytes of a model that it pulled."""
+        self._of_this += _PER_BYTE * count
+        self._left += _PER_BYTE * count
+
+    def spend(self, count: int) -> bool:
+        """Count bytes that it pushes; False where they are more than it has left."""
+        if count > self._left:
+            return False
+        self._left -= count
+        return True
 
 
 class Register:

@@ -16,7 +16,8 @@ import asyncio
 import json
 import logging
 import ssl
-from collections import Counter
+from asyncio.sslproto import SSLProtocol
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.error import ApiErrorCode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedveil.deployment.admission import Node, Register, authenticated, objection
+from fedveil.deployment.admission import Allowance, Node, Register, authenticated, objection
 
 _Event = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Event]]
@@ -38,6 +39,7 @@ _PULL = f"{_FLEET}pull-messages"
 _PUSH = f"{_FLEET}push-messages"
 _ACTIVATE = f"{_FLEET}activate-node"
 _PUSH_OBJECT = f"{_FLEET}push-object"
+_PULL_OBJECT = f"{_FLEET}pull-object"
 # Neither of Flower's ways for a node to register itself is among them.
 _OPEN = frozenset(
     f"{_FLEET}{name}"
@@ -65,6 +67,7 @@ _LARGEST_OBJECT = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 1024 * 1024
 _QUESTION_SECONDS = 20.0
 _SILENCE_SECONDS = 30.0
 _AT_ONCE = 16  # requests of one node
+_HANDSHAKE_SECONDS = 10
 _REQUEST_SECONDS = 10.0  # until a connection has sent the headers of its first request
 _CONNECTIONS = 256  # from one address; several nodes may share one
 
@@ -86,6 +89,7 @@ class Gate:
     def __init__(self, superlink: str, *, authority: Path, register: Register) -> None:
         self._register = register
         self._busy: Counter[int] = Counter()
+        self._allowances: defaultdict[int, Allowance] = defaultdict(Allowance)
         self._client = httpx.AsyncClient(
             base_url=f"https://{superlink}",
             verify=ssl.create_default_context(cafile=authority),
@@ -118,7 +122,8 @@ class Gate:
     async def _admit(self, node: Node, scope: _Event, receive: _Receive, send: _Send) -> None:
         path = scope["path"]
         if path == _PUSH_OBJECT:
-            await self._pass(scope, _limited(receive, _LARGEST_OBJECT), send)
+            body = _limited(receive, _LARGEST_OBJECT)
+            await self._pass(scope, _spending(body, self._allowances[node.number]), send)
             return
         most = _LARGEST_LIST if path == _PUSH else _LARGEST_QUESTION
         try:
@@ -134,11 +139,14 @@ class Gate:
             _log.warning("refused %s: %s", path, wrong)
             await _say(send, 403, wrong)
         elif path == _PULL:
-            await self._pull(question, scope, receive, send)
+            await self._pull(node, question, scope, receive, send)
         else:
-            await self._pass(scope, _once(question), send)
+            sent = await self._pass(scope, _once(question), send)
+            if path == _PULL_OBJECT:
+                self._allowances[node.number].handed(sent)
 
-    async def _pass(self, scope: _Event, body: AsyncIterator[bytes], send: _Send) -> None:
+    async def _pass(self, scope: _Event, body: AsyncIterator[bytes], send: _Send) -> int:
+        """Hand a question and its answer through; return the answer's bytes."""
         request = self._client.build_request(
             "POST", scope["path"], headers=_headers(scope), content=body
         )
@@ -146,19 +154,24 @@ class Gate:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError:
             await _unavailable(send)
-            return
+            return 0
         except _TooLargeError:
             await _say(send, 413, "the request is too large")
-            return
+            return 0
+        sent = 0
         try:
             await send(_start(answer))
             async for part in answer.aiter_raw():
+                sent += len(part)
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             await answer.aclose()
+        return sent
 
-    async def _pull(self, question: bytes, scope: _Event, receive: _Receive, send: _Send) -> None:
+    async def _pull(
+        self, node: Node, question: bytes, scope: _Event, receive: _Receive, send: _Send
+    ) -> None:
         gone = asyncio.ensure_future(receive())
         deadline = asyncio.get_running_loop().time() + _HOLD_SECONDS
         try:
@@ -179,6 +192,8 @@ class Gate:
             return
         finally:
             gone.cancel()
+        if answer.content and answer.status_code == httpx.codes.OK:
+            self._allowances[node.number].asked()
         await send(_start(answer))
         await send({"type": "http.response.body", "body": answer.content})
 
@@ -187,32 +202,48 @@ class _TooLargeError(Exception):
     """A body is longer than its path allows."""
 
 
-class _Patience(H11Protocol):
-    """A connection that must say what it wants before long, and is one of not too many."""
+class _Connection(SSLProtocol):
+    """TLS that must be agreed on before long, on one of not too many connections.
+
+    asyncio counts and times nothing before TLS is agreed on, when strangers hold what costs least.
+    """
 
     _open: ClassVar[Counter[str]] = Counter()
-    _counted = False
-    _late: asyncio.TimerHandle | None = None
+    _address: str | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection; one too many of its address is closed."""
-        super().connection_made(transport)
-        address = self.client[0] if self.client else ""
+        address = transport.get_extra_info("peername")[0]
         if self._open[address] >= _CONNECTIONS:
+            assert isinstance(transport, asyncio.Transport)
             transport.abort()
             return
         self._open[address] += 1
-        self._counted = True
+        self._address = address
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Take it off the count."""
+        if self._address is None:
+            return
+        self._open[self._address] -= 1
+        if not self._open[self._address]:
+            del self._open[self._address]
+        super().connection_lost(exc)
+
+
+class _Patience(H11Protocol):
+    """HTTP on a connection that must say what it wants before long."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
         self._late = self.loop.call_later(_REQUEST_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take it off the count."""
-        if self._counted:
-            self._counted = False
-            address = self.client[0] if self.client else ""
-            self._open[address] -= 1
-            if not self._open[address]:
-                del self._open[address]
+        """Wait no more."""
         if self._late:
             self._late.cancel()
         super().connection_lost(exc)
@@ -232,13 +263,25 @@ def serve(gate: Gate, *, host: str, port: int, certificate: Path, key: Path) -> 
         certificate: PEM file of the server's certificate.
         key: PEM file of its private key.
     """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    def connection(**given: Any) -> _Connection:
+        return _Connection(
+            asyncio.get_running_loop(),
+            _Patience(**given),
+            context,
+            waiter=None,  # type: ignore[arg-type]  # of whoever connects; this accepts
+            server_side=True,
+            ssl_handshake_timeout=_HANDSHAKE_SECONDS,
+        )
+
     uvicorn.run(
         gate,
         host=host,
         port=port,
-        ssl_certfile=str(certificate),
-        ssl_keyfile=str(key),
-        http=_Patience,
+        http=connection,  # type: ignore[arg-type]  # any factory of protocols will do
+        loop="asyncio",
         ws="none",
         lifespan="off",
         access_log=False,
@@ -271,6 +314,13 @@ async def _limited(receive: _Receive, most: int) -> AsyncIterator[bytes]:
             raise _TooLargeError
         yield part
         more = event.get("more_body", False)
+
+
+async def _spending(body: AsyncIterator[bytes], allowance: Allowance) -> AsyncIterator[bytes]:
+    async for part in body:
+        if not allowance.spend(len(part)):
+            raise _TooLargeError
+        yield part
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

@@ -9,9 +9,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -352,3 +353,71 @@ def test_strangers_that_hold_connections_keep_no_node_out(federation):
         assert signed.ask(port, "send-node-heartbeat", beat, authority, head)[0] == 200
         answer = b"".join(iter(lambda: strangers[0].recv(4096), b""))  # to the end: it is closed
         assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+def _said(federation, sent, *, pauses=0):
+    """Return how the gate answers raw bytes, the last of them sent one by one."""
+    port = Deployment.open(federation.home).port
+    with _connected(federation, port) as stranger:
+        with suppress(OSError):  # it may close before all is sent
+            stranger.sendall(sent)
+            for _ in range(pauses):
+                stranger.sendall(b"x")
+                time.sleep(0.5)
+        with suppress(OSError):
+            return b"".join(iter(lambda: stranger.recv(4096), b""))
+    return b""
+
+
+_ASK = b"POST /v1/fleet/send-node-heartbeat HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (_ASK + b"X-Huge: " + b"a" * 10_000_000, b"HTTP/1.1 400 "),
+        (_ASK + b"X: 1\r\n" * 1_000_000, b"HTTP/1.1 400 "),
+        (_ASK + b"Content-Length: 9\r\nContent-Length: 8\r\n\r\n", b"HTTP/1.1 400 "),
+        (_ASK + b"Content-Length: -1\r\n\r\n", b"HTTP/1.1 400 "),
+        (_ASK + b"Transfer-Encoding: chunked\r\n\r\n" + b"5\r\nhello\r\n" * 9, b"HTTP/1.1 401 "),
+        (b"\x16\x03\x01" * 99, b"HTTP/1.1 400 "),
+    ],
+)
+def test_headers_and_bodies_of_strangers_that_never_end_or_lie_are_refused(
+    federation, sent, answer
+):
+    told = _said(federation, sent)
+    assert told.startswith(answer) or not told  # or cut off while it still sends
+    assert _beats(federation)
+
+
+def test_headers_that_come_byte_by_byte_are_given_up(federation):
+    assert _said(federation, _ASK, pauses=30) == b""
+
+
+def test_a_body_of_a_node_that_is_shorter_than_it_says_is_given_up(federation):
+    port, authority, head, ids = _as_node(federation, 0)
+    lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in head.items())
+    beat = signed.heartbeat(ids[0])
+    with _connected(federation, port) as node:
+        node.sendall(_ASK + lines + b"Content-Length: 9000\r\n\r\n" + beat)
+        assert node.recv(4096).startswith(b"HTTP/1.1 408 ")
+    assert signed.ask(port, "send-node-heartbeat", beat, authority, head)[0] == 200
+
+
+def _beats(federation):
+    port, authority, head, ids = _as_node(federation, 0)
+    beat = signed.heartbeat(ids[0])
+    return signed.ask(port, "send-node-heartbeat", beat, authority, head)[0] == 200
+
+
+def test_connections_that_never_agree_on_tls_are_counted_and_let_go(federation):
+    """Before, uvicorn saw none of them, and asyncio kept each for a minute."""
+    port = Deployment.open(federation.home).port
+    with ExitStack() as held:
+        strangers = [
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            for _ in range(200)
+        ]
+        assert _beats(federation)
+        assert strangers[0].recv(1) == b""  # closed after ten seconds
