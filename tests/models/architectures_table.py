@@ -58,9 +58,8 @@ def _trained(name, strategy, defense="none"):
         run = RunDirectory.create(Path(folder) / "run", config)
         summary = run_to_completion(run)
         refused = run.rounds()[-1].refused
-    if refused:
-        return f"FAULT: {len(refused)} answers refused: {refused[0]}"
-    return f"trained: {summary['accuracy']:.0%}"
+    trained = f"trained: {summary['accuracy']:.0%}"
+    return f"{trained}, without {refused[0]}" if refused else trained
 
 
 def _audited(name):

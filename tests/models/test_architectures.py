@@ -34,7 +34,7 @@ def test_it_passes_the_trial_step_of_every_strategy_or_says_why(name, strategy):
         assert prepare_job(config).notes == ()
 
 
-@pytest.mark.parametrize("name", ["Siamese, tied", "Conv3d", "GRU over rows"])
+@pytest.mark.parametrize("name", ["Siamese, tied", "Conv3d", "GRU over rows", "LSTM over rows"])
 def test_an_audit_attacks_it_or_says_why(name, tmp_path):
     settings = LeakageSettings(
         dataset="digits", model=f"tests.models.architectures_table:{become(name)}", clients=2,

@@ -540,7 +540,7 @@ def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
 
     try:
         with differentiable_attention():
-            torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(
+            torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(
                 parameters, torch.full((2, *shape), 0.5)
             )
     except RuntimeError as error:
@@ -548,7 +548,8 @@ def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
         raise FedveilError(
             f"model {type(model).__name__}: its gradient cannot be taken image by image "
             f"({reason}), so no audit can look at it, which says nothing about what it leaks; "
-            "recurrent layers of torch and operations in place are the usual causes"
+            "recurrent layers of torch, layers that draw at random and operations in place are "
+            "the usual causes"
         ) from None
 
 
