@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
 GUIDES = ("docs/guide.md", "docs/guide.ko.md")
+PAGES = ("docs/models.md",)
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -74,10 +75,29 @@ def noise(words: Mapping[str, str]) -> list[str]:
     return table
 
 
+def architectures(_words: Mapping[str, str]) -> list[str]:
+    """What became of other people's architectures, by strategy, DP-SGD and audit."""
+    found = _results("architectures")["architectures"]
+    columns = list(next(iter(found.values())))
+    heads = (f"`{column}`" for column in columns)
+    lines = [f"| architecture | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
+    for name, row in found.items():
+        cells = [_OUTCOMES[row[column].partition(":")[0]] for column in columns]
+        cells = [
+            f"{cell} (without a client)" if ", without node" in row[column] else cell
+            for cell, column in zip(cells, columns, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+_OUTCOMES = {"trained": "trains", "attacked": "attacked", "refused": "said"}
+
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
     "leakage": leakage,
     "noise": noise,
+    "architectures": architectures,
 }
 WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {
@@ -112,13 +132,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
 
 
 _LANGUAGE = {name: name for name in READMES} | dict(zip(GUIDES, READMES, strict=True))
+_LANGUAGE |= dict.fromkeys(PAGES, "README.md")
 
 
 def rendered(name: str, text: str) -> str:
     """Return a README with its tables as docs/results has them.
 
     Args:
-        name: Of the file, in ``READMES`` or ``GUIDES``.
+        name: Of the file, in ``READMES``, ``GUIDES`` or ``PAGES``.
         text: What it holds.
     """
 
@@ -130,6 +151,6 @@ def rendered(name: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    for readme in (*READMES, *GUIDES):
+    for readme in (*READMES, *GUIDES, *PAGES):
         path = ROOT / readme
         path.write_text(rendered(readme, path.read_text(encoding="utf-8")), encoding="utf-8")

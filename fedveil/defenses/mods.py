@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
@@ -120,9 +121,27 @@ def _sanitized(
         for name, value in answer.items()
         if value.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS
     }
-    clean = sanitizer(update, generator)
-    changed = {name: sent[name] + value if sent else value for name, value in clean.items()}
+    first = _one_of_twins(update, sent)
+    clean = sanitizer({name: update[name] for name in dict.fromkeys(first.values())}, generator)
+    changed = {name: sent[name] + clean[own] if sent else clean[own] for name, own in first.items()}
     return {**answer, **changed}
+
+
+def _one_of_twins(update: dict[str, Tensor], sent: dict[str, Tensor]) -> dict[str, str]:
+    """Return name to the first name of the same tensor: a tied weight is one, whatever its names.
+
+    Noise drawn anew under each name would halve where a reader averages them. Messages keep no
+    identity of tensors, so the same values before and after stand for it.
+    """
+    first: dict[str, str] = {}
+    for name, value in update.items():
+        twins = (
+            own
+            for own in dict.fromkeys(first.values())
+            if torch.equal(update[own], value) and (not sent or torch.equal(sent[own], sent[name]))
+        )
+        first[name] = next(twins, name)
+    return first
 
 
 def transform_inputs(transform: nn.Module) -> Mod:

@@ -161,6 +161,20 @@ def test_a_mod_leaves_evaluation_alone_and_draws_new_noise_every_time():
     assert not torch.equal(_ask(app, sent)["w"], _ask(app, sent)["w"])
 
 
+def test_a_tied_weight_carries_the_same_noise_under_each_of_its_names():
+    """Noise drawn anew for each name would shrink where whoever reads them takes the mean."""
+    sent = {"encoder.weight": torch.zeros(50), "decoder.weight": torch.zeros(50)}
+    other = {"head.weight": torch.ones(50)}
+    app = _app(
+        defense_mods(parse_defense("noise:ratio=1")),
+        lambda arrays: {name: value + 1 for name, value in arrays.items()},
+    )
+    got = _ask(app, sent | other)
+    assert torch.equal(got["encoder.weight"], got["decoder.weight"])
+    assert not torch.equal(got["encoder.weight"], torch.ones(50))
+    assert not torch.equal(got["head.weight"] - 1, got["encoder.weight"])
+
+
 def test_an_app_that_trains_in_place_is_sanitised_all_the_same():
     def in_place(arrays):
         arrays["w"].add_(3)
