@@ -312,6 +312,11 @@ def _model_for(task: ClientTask, context: Context) -> nn.Module:
     return model_of(task, dataset.shape, len(dataset.classes))
 
 
+def forget_models() -> None:
+    """Let the next client of this process build its model anew."""
+    _model.cache_clear()
+
+
 def model_of(task: ClientTask, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Return the model that clients of this process train, one object for all of them."""
     return _model(task.model, shape, classes).train()

@@ -84,9 +84,13 @@ def try_out(trial: Trial) -> list[str]:
         sent = clone(trial.model.state_dict())
         _check_alike("a client's copy", _copy(trial), sent)
         smallest, client = _smallest_batch(trial)
-        for count, who in ((2, 0), (smallest, client)):
-            _train(trial, own, sent, trial.images[:count], who)
-        return _repeats(trial, own, trial.images[:2])
+        try:
+            for count, who in ((2, 0), (smallest, client)):
+                _train(trial, own, sent, trial.images[:count], who)
+            return _repeats(trial, own, trial.images[:2])
+        finally:
+            # A memory layout that stays behind rounds otherwise in the clients of this process.
+            client_app.forget_models()
 
 
 def _as_clients_build_it(trial: Trial) -> nn.Module:

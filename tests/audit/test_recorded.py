@@ -85,7 +85,9 @@ def test_the_figures_are_those_inside_fedveil(data, key, tmp_path, monkeypatch):
     report = audit_recorded(exchanges, truth, model, INSIDE)
     for mine, theirs in zip(report.rows, expected.rows, strict=True):
         for name in theirs.scores.keys() - {"seconds_per_image"}:
-            assert torch.allclose(mine.scores[name], theirs.scores[name], atol=1e-3), name
+            # Beyond 100 dB it is the rounding of float32 that is compared.
+            one, other = (row.scores[name].clamp(max=100) for row in (mine, theirs))
+            assert torch.allclose(one, other, atol=1e-3), name
     told, asked = report.as_json()["membership"], expected.as_json()["membership"]
     assert [one["picked_out"] for one in told] == pytest.approx(
         [one["picked_out"] for one in asked]
