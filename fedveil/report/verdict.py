@@ -5,8 +5,9 @@ attack that does not know the defence shows nothing about the defence when it fa
 named is the strongest of those tried, not of those that exist.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fedveil.report.artifacts import (
     Artifacts,
@@ -59,7 +60,7 @@ def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
 
 def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
     """Say where no audit looked at what a run trained; what leaks elsewhere clears nothing here."""
-    looked = {(a.settings.get("model"), a.settings.get("dataset")) for a in artifacts.leakages}
+    looked = {_of_what(a.settings) for a in artifacts.leakages}
     tried = {row.defense for audit in artifacts.leakages for row in audit.rows}
     for run in artifacts.runs:
         own = run.summary.configuration
@@ -78,6 +79,10 @@ def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
         sentence = f"{finding.sentence.removesuffix('.')}; {missing}."
         return replace(finding, kind=kind, sentence=sentence)
     return finding
+
+
+def _of_what(settings: Mapping[str, Any]) -> tuple[str, str]:
+    return str(settings.get("model")), str(settings.get("dataset"))
 
 
 def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:

@@ -142,7 +142,8 @@ def test_a_node_that_cannot_take_part_is_named_at_the_start(caplog):
         clients = query_roster(grid, ConfigRecord(), min_clients=3, timeout=60)
         missing = grid.get_node_ids()[1]
     assert [client.partition for client in clients] == [0, 2]
-    (record,) = caplog.records
+    # A busy machine also logs that it waits for nodes.
+    (record,) = (r for r in caplog.records if "takes no part" in r.getMessage())
     assert record.getMessage().startswith(f"node {missing} takes no part: ")
     assert "'/srv/images' of this node does not exist" in record.getMessage()
 

@@ -523,11 +523,12 @@ def check_model(
             "input, so no gradient-matching attack applies; remove detach(), rounding or argmax "
             "from its forward pass"
         )
-    _check_mapped(probed, shape, classes)
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        _check_mapped(probed, shape, classes)
 
 
 def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
-    """Refuse a model whose gradients torch cannot take image by image, as every audit does."""
+    """Refuse recurrent layers whose gradients torch cannot take image by image."""
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     rest |= dict(model.named_buffers())
@@ -548,8 +549,7 @@ def _check_mapped(model: nn.Module, shape: Shape, classes: int) -> None:
         raise FedveilError(
             f"model {type(model).__name__}: its gradient cannot be taken image by image "
             f"({reason}), so no audit can look at it, which says nothing about what it leaks; "
-            "recurrent layers of torch, layers that draw at random and operations in place are "
-            "the usual causes"
+            "write the recurrent layer with torch's cells, or audit another model"
         ) from None
 
 

@@ -219,9 +219,10 @@ def work(setting: Setting, channel: socket.socket, inherited: Sequence[socket.so
         inherited: The grid's own ends, which a forked child holds too: while it does, its siblings
             would not see the grid close them.
     """
+    # First of all: a grid that closes at once ends its workers before they have begun.
+    _isolate(setting.parent)
     for other in inherited:
         other.close()
-    _isolate(setting.parent)
     app = setting.client_app
     client = load_client_app(app) if isinstance(app, str) else app
     held: dict[int, bytes] = {}
