@@ -16,12 +16,15 @@ from fedveil.defenses.dp_sgd import DPSGD
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.federation.server_app import guessing, split_test
+from fedveil.runs.config import TrainConfig
 from fedveil.sealing import KEY_FILE
 
 _FLOWER = "1.41"
 _KNOWN = ("mnist", "cifar10", "cifar100")
-_CALIBRATION = 2_000
-_ROUNDS, _BATCH, _NOISE = 20, 10, 1.0
+_ROUNDS, _NOISE = 20, 1.0
+_CALIBRATION, _BATCH = (
+    TrainConfig.model_fields[name].default for name in ("calibration_images", "batch_size")
+)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class LeakageSettings:
         seed: Seeds the division and the choice.
         workers: Worker processes of the federation.
         recorded: What was recorded of another app's federation; None: fedveil runs one.
+        unchecked: What of a recording could not be checked, in a sentence.
 
     Raises:
         FedveilError: No images, attacks or defences, images that make up no whole batches, or a
@@ -90,6 +91,7 @@ class LeakageSettings:
     seed: int = 0
     workers: int | None = None
     recorded: str | None = None
+    unchecked: str | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:

@@ -17,9 +17,11 @@ from fedveil.audit.recorded import (
     pair,
     read_truth,
     truth_of,
+    unchecked,
 )
 from fedveil.data import Dataset, Images, load_dataset
 from fedveil.data.load import remarks_on
+from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
 from fedveil.progress import PlainLines
@@ -109,10 +111,17 @@ def run_recorded_audit(
     exchanges, left = alike(of_one_client(recorded.exchanges(given), settings.victim))
     batch = exchanges[0].examples
     place = recorded.directory or f"{recorded.before} to {recorded.after}"
-    settings = replace(settings, images=batch * len(exchanges), batch=batch, recorded=str(place))
+    told = unchecked(parse_defense(settings.defenses[0]))
+    settings = replace(
+        settings,
+        images=batch * len(exchanges),
+        batch=batch,
+        recorded=str(place),
+        unchecked=told,
+    )
     console = Console(stderr=True)
-    if left:
-        console.print(left, markup=False, soft_wrap=True)
+    for sentence in filter(None, (left, told)):
+        console.print(sentence, markup=False, soft_wrap=True)
     dataset, model = _prepared(settings, console)
     truth = truth_of(exchanges, dataset, given)
     with _shown(console) as show:

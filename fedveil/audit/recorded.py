@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +82,8 @@ def read_truth(path: Path) -> Images:
             f"--truth {path} must hold images [M, C, H, W], uint8 or floats in [0, 1], and labels "
             "[M], int64: torch.save({'images': …, 'labels': …}, FILE)"
         )
+    if labels.is_floating_point() or bool((labels < 0).any()):
+        raise FedveilError(f"--truth {path}: labels must be the numbers of classes, int64 from 0")
     return Images(_bytes(images, f"--truth {path}"), labels.to(torch.int64))
 
 
@@ -171,6 +173,11 @@ def _added(everything: Images, given: Images, data: Dataset) -> Images:
             f"--truth holds images of shape {tuple(given.raw.shape[1:])}, {data.name} of "
             f"{tuple(everything.raw.shape[1:])}: name a --dataset of such images"
         )
+    if int(given.labels.max()) >= len(data.classes):
+        raise FedveilError(
+            f"--truth holds label {int(given.labels.max())}, and {data.name} has "
+            f"{len(data.classes)} classes, numbered from 0: name a --dataset of the app's classes"
+        )
     return Images(
         torch.cat([everything.raw, given.raw]), torch.cat([everything.labels, given.labels])
     )
@@ -242,7 +249,9 @@ def _same_model(
 
 
 def _bits(exchange: Exchange) -> bytes:
-    return b"".join(exchange.sent[name].numpy().tobytes() for name in sorted(exchange.sent))
+    tensors = (exchange.sent[name].contiguous().flatten() for name in sorted(exchange.sent))
+    # By bytes: numpy has no bfloat16.
+    return b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 def observed(
@@ -257,20 +266,17 @@ def observed(
     Raises:
         FedveilError: ``model`` is not the one that was sent.
     """
-    names = list(model.state_dict())
+    own = model.state_dict()
+    names = list(own)
     sent = _named(group[0].sent, names)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    for name, value in sent.items():
-        if value.shape != shapes[name]:
-            raise FedveilError(
-                f"the recorded {name} has shape {tuple(value.shape)}, --model's "
-                f"{tuple(shapes[name])}: name the model that the app trains"
-            )
+    returned = [_named(exchange.returned, names) for exchange in group]
+    for state in (sent, *returned):
+        _check_alike(state, own)
     whole = settings.update == "step"
     return observation_from_records(
         model,
         ArrayRecord(sent),
-        [ArrayRecord(_named(exchange.returned, names)) for exchange in group],
+        [ArrayRecord(state) for state in returned],
         shape=data.shape,
         classes=len(data.classes),
         steps=LocalSteps(
@@ -285,20 +291,35 @@ def observed(
 
 
 def _named(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return recorded weights by the model's names; it may hold the app's model in a wrapper."""
+    """Return recorded weights by the model's names; either may hold the other in a wrapper."""
     held = dict(state)
-    if held.keys() == set(names):
-        return {name: held[name] for name in names}
-    first = next(iter(held), "")
-    for name in names:
-        prefix = name.removesuffix(first)
-        if first and name.endswith(first) and {prefix + own for own in held} == set(names):
-            return {prefix + own: value for own, value in held.items()}
+    for prefix in _prefixes(held, names):
+        if {prefix + own for own in held} == set(names):
+            return {name: held[name.removeprefix(prefix)] for name in names}
+    for prefix in _prefixes(names, held):
+        if {prefix + name for name in names} == held.keys():
+            return {name: held[prefix + name] for name in names}
     odd = sorted(held.keys() ^ set(names))
     raise FedveilError(
         f"the recorded weights and --model's differ in their names ({', '.join(odd[:3])}, …): name "
         "the factory of the model that the app trains"
     )
+
+
+def _prefixes(inner: Iterable[str], outer: Iterable[str]) -> Iterator[str]:
+    """Yield what may stand before each inner name to make it an outer one."""
+    first = next(iter(inner), "")
+    return (name.removesuffix(first) for name in outer if first and name.endswith(first))
+
+
+def _check_alike(recorded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, value in recorded.items():
+        if (value.shape, value.dtype) != (own[name].shape, own[name].dtype):
+            raise FedveilError(
+                f"the recorded {name} is {value.dtype} {tuple(value.shape)}, --model's "
+                f"{own[name].dtype} {tuple(own[name].shape)}: name the model that the app trains, "
+                "in the precision in which it sends weights"
+            )
 
 
 def check_settings(
@@ -309,8 +330,8 @@ def check_settings(
     Raises:
         FedveilError: They do not.
     """
-    if defense.sanitizer is not None or defense.soteria is not None or defense.privacy is not None:
-        return  # what was changed on purpose cannot be told from what was declared wrongly
+    if unchecked(defense):
+        return
     pixels = images.pixels if defense.transform is None else defense.transform(images.pixels)
     # A copy: a forward pass in training mode moves batch statistics, which attacks go by.
     model = copy.deepcopy(seen.model)
@@ -337,6 +358,17 @@ def check_settings(
             + "; plain gradient descent only, without momentum or augmentation; an audit under "
             "other settings would find nothing and show nothing"
         )
+
+
+def unchecked(defense: Defense) -> str | None:
+    """Say so where an update was changed on purpose: that hides what was declared wrongly."""
+    if defense.sanitizer is None and defense.soteria is None and defense.privacy is None:
+        return None
+    return (
+        f"{defense.label} changes the update, so whether --learning-rate, --epochs and "
+        "--batch-size of this recording are the app's own could not be checked; under wrong ones "
+        "an audit finds nothing and shows nothing"
+    )
 
 
 def _one_after_the_other(

@@ -17,7 +17,7 @@ from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.server_app import Job, prepare_job
+from fedveil.federation.server_app import Job, load_job
 from fedveil.federation.strategies.fedavg import Weights
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally
@@ -85,7 +85,7 @@ class AuditedRun:
     @cached_property
     def job(self) -> Job:
         """Data and model of the run."""
-        return prepare_job(self.config)
+        return load_job(self.config)
 
     @cached_property
     def rounds(self) -> tuple["SentRound", ...]:

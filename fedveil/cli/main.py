@@ -36,9 +36,6 @@ app.add_typer(deploy, name="deploy")
 app.add_typer(key, name="key")
 
 
-_NO_BETTER = 0.02
-
-
 class Strategy(StrEnum):
     """Strategies of ``fedveil train``."""
 
@@ -367,8 +364,10 @@ def _finish_training(directory: "RunDirectory") -> None:
 
 
 def _of_no_use(summary: dict[str, Any]) -> str | None:
+    from fedveil.report.verdict import learnt_nothing
+
     chance, settings = summary.get("chance"), summary["configuration"]
-    if chance is None or summary["accuracy"] > chance + _NO_BETTER:
+    if chance is None or not learnt_nothing(summary["accuracy"], chance, summary["report_images"]):
         return None
     return (
         f"w is of no use: naming the commonest class is right on {chance:.1%}. Training diverged "

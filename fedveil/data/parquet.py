@@ -107,6 +107,8 @@ def _features(schema: Any) -> dict[str, Any]:
                 features[column.name] = datasets.features.features.generate_from_arrow_type(
                     _plain(column.type)
                 )
+        # datasets raises any of these for a type that it lacks. Beside images and labels such a
+        # column is of no matter; where one of these is missing, the error lists every column.
         except (ValueError, TypeError, NotImplementedError, KeyError):
             features[column.name] = None
     return features

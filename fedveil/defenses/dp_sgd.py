@@ -242,8 +242,8 @@ class _PerImage:
         except (NotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise FedveilError(
-                f"model {type(model).__name__} cannot train with DP-SGD: {reason}; use a model "
-                "without batch normalisation (--model resnet-gn is one)"
+                f"model {type(model).__name__} cannot train with DP-SGD: {reason}; use layers that "
+                "opacus knows, and group normalisation (--model resnet-gn has it)"
             ) from error
 
     def __enter__(self) -> nn.Module:

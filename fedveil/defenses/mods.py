@@ -1,7 +1,7 @@
 """Defences as Flower client mods, for apps that this package did not write."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -176,23 +176,40 @@ def transform_inputs(transform: nn.Module) -> Mod:
     return mod
 
 
+def _transformed(transform: nn.Module) -> AbstractContextManager[None]:
+    return each_call_on_images(
+        lambda _module, images: transform(images), apart_from=set(transform.modules())
+    )
+
+
 @contextmanager
-def _transformed(transform: nn.Module) -> Iterator[None]:
-    own = set(transform.modules())
+def each_call_on_images(
+    use: Callable[[nn.Module, Tensor], Tensor | None],
+    *,
+    apart_from: Collection[nn.Module] = (),
+) -> Iterator[None]:
+    """Let ``use`` see what the outermost call of any module is given, where that is images.
+
+    Args:
+        use: Given the module and its first argument, float [N, C, H, W]; what it returns takes
+            the argument's place, unless that is None.
+        apart_from: Modules whose calls count for nothing.
+    """
     depth = 0
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal depth
-        if module in own:
+        if module in apart_from:
             return None
         depth += 1
         if depth > 1 or not inputs or not _is_images(inputs[0]):
             return None
-        return transform(inputs[0]), *inputs[1:]
+        used = use(module, inputs[0])
+        return None if used is None else (used, *inputs[1:])
 
     def leave(module: nn.Module, _inputs: object, _output: object) -> None:
         nonlocal depth
-        if module not in own:
+        if module not in apart_from:
             depth -= 1
 
     before = nn.modules.module.register_module_forward_pre_hook(enter)  # type: ignore[arg-type]

@@ -73,14 +73,19 @@ class Allowance:
 
     def __init__(self) -> None:
         self._of_this = self._left = _LEAST
+        self._pulled: set[str] = set()
 
     def asked(self) -> None:
         """Count a message that the node is handed."""
         self._left = min(self._left, self._of_this) + _LEAST
         self._of_this = _LEAST
+        self._pulled.clear()
 
-    def handed(self, count: int) -> None:
-        """Count the bytes of a model that it pulled."""
+    def handed(self, name: str, count: int) -> None:
+        """Count the bytes of an object that it pulled; again and again is once."""
+        if name in self._pulled:
+            return
+        self._pulled.add(name)
         self._of_this += _PER_BYTE * count
         self._left += _PER_BYTE * count
 
@@ -173,6 +178,11 @@ def objection(question: str, body: bytes, node: Node) -> str | None:
     if number != node.number:
         return f"node {node.number} speaks as node {number}"
     return _forged(asked, node) if isinstance(asked, PushMessagesRequest) else None
+
+
+def object_asked_for(body: bytes) -> str:
+    """Return the name of the object that a node pulls, of a question without objection."""
+    return str(PullObjectRequest.FromString(body).object_id)
 
 
 def _forged(pushed: PushMessagesRequest, node: Node) -> str | None:

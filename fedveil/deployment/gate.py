@@ -28,7 +28,14 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.error import ApiErrorCode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedveil.deployment.admission import Allowance, Node, Register, authenticated, objection
+from fedveil.deployment.admission import (
+    Allowance,
+    Node,
+    Register,
+    authenticated,
+    object_asked_for,
+    objection,
+)
 
 _Event = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Event]]
@@ -143,7 +150,7 @@ class Gate:
         else:
             sent = await self._pass(scope, _once(question), send)
             if path == _PULL_OBJECT:
-                self._allowances[node.number].handed(sent)
+                self._allowances[node.number].handed(object_asked_for(question), sent)
 
     async def _pass(self, scope: _Event, body: AsyncIterator[bytes], send: _Send) -> int:
         """Hand a question and its answer through; return the answer's bytes."""

@@ -6,10 +6,9 @@ and loud while they are on: whoever has the key can attack what was recorded.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -20,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor, nn
 
+from fedveil.defenses.mods import each_call_on_images
 from fedveil.federation.replies import WEIGHT_KEY
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, recording_key, write_exchange
 
@@ -58,9 +58,7 @@ def record_messages(
         found = _exchange(message, sent, reply, client, weighted_by_key)
         if found is not None:
             met = _distinct(seen) if images else None
-            written = write_exchange(
-                Path(directory), Exchange(**(found.__dict__ | {"images": met})), key
-            )
+            written = write_exchange(Path(directory), replace(found, images=met), key)
             log(WARNING, "RECORDED %s: its images can be rebuilt from it", written)
         return reply
 
@@ -237,30 +235,13 @@ def _noted(*, enabled: bool) -> Iterator[list[Tensor]]:
     if not enabled:
         yield seen
         return
-    depth = 0
 
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal depth
-        depth += 1
-        trains = module.training and torch.is_grad_enabled()  # and no evaluation on the way
-        if depth == 1 and trains and inputs and _is_images(inputs[0]):
-            seen.append(inputs[0].detach().clone())
+    def note(module: nn.Module, images: Tensor) -> None:
+        if module.training and torch.is_grad_enabled():  # and no evaluation on the way
+            seen.append(images.detach().clone())
 
-    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
-        nonlocal depth
-        depth -= 1
-
-    before = nn.modules.module.register_module_forward_pre_hook(enter)
-    after = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-    try:
+    with each_call_on_images(note):
         yield seen
-    finally:
-        before.remove()
-        after.remove()
-
-
-def _is_images(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
 def _distinct(seen: list[Tensor]) -> Tensor | None:

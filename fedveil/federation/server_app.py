@@ -99,7 +99,32 @@ class Job:
 
 
 def prepare_job(config: TrainConfig) -> Job:
-    """Load the data and build the model; check that the settings fit both.
+    """Load and check what a new run is made of, and try one step of it.
+
+    Raises:
+        FedveilError: A setting does not fit the data or the model, or a step fails.
+    """
+    job = load_job(config)
+    shares = [2] * config.clients  # where each node has images of its own, nobody knows how many
+    if config.engine != "deployed":
+        scheme = parse_partition(config.partition)
+        labels = job.dataset.train.labels
+        parts = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
+        shares = [len(part) for part in parts]
+    trial = Trial(
+        job.model,
+        job.dataset.train,
+        len(job.dataset.classes),
+        tuple(shares),
+        ClientTask.of(config, job.dataset),
+        build_strategy(job, Resume(), NoiseKey.generate()),
+        _mark_strength(config),
+    )
+    return replace(job, notes=tuple(try_out(trial)))
+
+
+def load_job(config: TrainConfig) -> Job:
+    """Load the data and build the model of a run that exists; check that the settings fit both.
 
     Raises:
         FedveilError: A setting does not fit the data or the model.
@@ -111,22 +136,11 @@ def prepare_job(config: TrainConfig) -> Job:
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
-    shares = partition(
-        dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed
-    )
+    partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
     check_defense(parse_defense(config.defense), model, dataset.shape)
     job = Job(config, dataset, split, model.eval())
-    strategy = build_strategy(job, Resume(), NoiseKey.generate())
-    trial = Trial(
-        model,
-        dataset.train,
-        len(dataset.classes),
-        tuple(map(len, shares)),
-        ClientTask.of(config, dataset),
-        strategy,
-        _mark_strength(config),
-    )
-    return replace(job, notes=tuple(try_out(trial)))
+    build_strategy(job, Resume(), NoiseKey.generate())
+    return job
 
 
 def _check_test_split(name: str, dataset: Dataset) -> None:
@@ -501,5 +515,5 @@ def main(grid: Grid, context: Context) -> None:
     if not out:
         raise FedveilError("the run configuration has no 'out', the directory of the run")
     directory = RunDirectory.open(Path(str(out)))
-    job = prepare_job(directory.config)
+    job = load_job(directory.config)
     run_rounds(EagerGrid(grid), job, directory, on_round=lambda _: None)

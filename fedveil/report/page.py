@@ -440,6 +440,9 @@ def _limits_of_leakage(artifacts: Artifacts, leakages: Sequence[LeakageView]) ->
             "intervals say. Where all or none of them were hit, resampling shows no spread, and "
             f"the true share may still be off by {percent(min(1.0, 3 / max(fewest, 1)))} (95 %)."
         )
+    for audit in artifacts.leakages:
+        if audit.settings.get("unchecked"):
+            yield str(audit.settings["unchecked"])[:600]
     rows = [row for audit in artifacts.leakages for row in audit.rows]
     informed = {row.defense for row in rows if row.adaptive} | {"none"}
     if naive := sorted({row.defense for row in rows} - informed):

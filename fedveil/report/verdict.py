@@ -5,6 +5,7 @@ attack that does not know the defence shows nothing about the defence when it fa
 named is the strongest of those tried, not of those that exist.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,8 +93,8 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     learnt protects nothing.
     """
     found: tuple[Finding, ...] = verdict(artifacts)
-    useless = _of_models(artifacts.runs)
-    if useless is not None:
+    leading = _of_models(artifacts.runs)
+    if any(map(_useless, artifacts.runs)):
         found = tuple(
             replace(
                 finding,
@@ -105,7 +106,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
             for finding in found
         )
     by_kind = sorted(found, key=lambda finding: _ORDER.index(finding.kind))
-    return tuple(by_kind) if useless is None else (useless, *by_kind)
+    return tuple(by_kind) if leading is None else (leading, *by_kind)
 
 
 def _of_models(runs: Sequence[Run]) -> Finding | None:
@@ -130,11 +131,20 @@ def _of_models(runs: Sequence[Run]) -> Finding | None:
 
 
 def _useless(run: Run) -> bool:
-    chance, images = run.summary.chance, max(run.summary.report_images, 1)
-    if chance is None:
-        return False
-    slack = 3 * (chance * (1 - chance) / images) ** 0.5
-    return bool(run.summary.accuracy <= chance + max(slack, _NO_BETTER))
+    own = run.summary
+    return own.chance is not None and learnt_nothing(own.accuracy, own.chance, own.report_images)
+
+
+def learnt_nothing(accuracy: float, chance: float, images: int) -> bool:
+    """Say whether a model is no better than naming the commonest class.
+
+    Args:
+        accuracy: Of the model, on ``images`` images.
+        chance: Of naming the commonest class, on the same.
+        images: How many they are.
+    """
+    slack = 3 * math.sqrt(chance * (1 - chance) / max(images, 1))
+    return accuracy <= chance + max(slack, _NO_BETTER)
 
 
 def _over_chance(run: Run) -> float:
@@ -163,10 +173,8 @@ def _far_behind(topic: str, runs: Sequence[Run]) -> Finding | None:
 
 
 def _collapsed(topic: str, runs: Sequence[Run]) -> Finding | None:
-    falls = [
-        (max(line.accuracy for line in run.rounds) - run.summary.accuracy, run) for run in runs
-    ]
-    fall, run = max(falls, key=lambda pair: pair[0])
+    run = max(runs, key=_fall)
+    fall = _fall(run)
     if fall < _FAR:
         return None
     return Finding(
@@ -183,8 +191,14 @@ def _fall(run: Run) -> float:
 
 
 def _same_task(run: Run, other: Run) -> bool:
-    own, its = run.summary.configuration, other.summary.configuration
-    return (own.dataset, own.model) == (its.dataset, its.model)
+    return _task(run) == _task(other)
+
+
+def _task(run: Run) -> tuple[object, ...]:
+    own = run.summary.configuration
+    extra = own.model_extra or {}
+    shared = (str(extra.get(name)) for name in ("clients", "fraction", "partition"))
+    return (own.dataset, own.model, own.rounds, *shared)
 
 
 def percent(share: float) -> str:
@@ -253,8 +267,10 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
     images = min(_images_a_round(run) for run in capped)
     return Finding(
         topic,
-        "Cap held",
-        "good",
+        "Cap held"
+        if len(capped) == len(runs)
+        else f"Cap held in {len(capped)} of {len(runs)} runs",
+        "good" if len(capped) == len(runs) else "unknown",
         f"In all {rounds} rounds of {which} every copy stayed at or below the accuracy cap "
         f"({measured}, on {images:,} images a round that the noise was not set on), "
         f"while the owner's model reached {owner}; such a cap {limits}.",

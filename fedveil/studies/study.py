@@ -24,7 +24,7 @@ from fedveil.audit.leakage_run import run_leakage_audit
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.server_app import prepare_job
+from fedveil.federation.server_app import load_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
 from fedveil.memory import keep_freed_memory
@@ -107,7 +107,7 @@ def trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
 def _accuracy_transformed(run: RunDirectory) -> float:
     """Return the accuracy on the report images as the clients would have transformed them."""
     config = run.config
-    job = prepare_job(config)
+    job = load_job(config)
     job.model.load_state_dict(run.model())
     transform = parse_defense(config.defense).transform or nn.Identity()
     report, correct = job.evaluation.report, 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
-from fedveil.federation.server_app import Job, prepare_job
+from fedveil.federation.server_app import Job, load_job
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import check_directory, write_atomically
@@ -209,7 +209,7 @@ def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, A
     check_directory(out)
     runs = {name: _run(study, name, out) for name in ("leaked", "other", "fedavg")}
     archive = _archive(runs["leaked"])
-    thief = Thief(prepare_job(runs["leaked"].config))
+    thief = Thief(load_job(runs["leaked"].config))
     among = tuple(lineups(archive))
     delivered = runs["leaked"].model()
     bench = Bench(study, thief, tuple(archive), among, _innocents(study, thief, runs, delivered))

@@ -16,6 +16,7 @@ from fedveil.audit.recorded import (
     check_settings,
     observed,
     of_one_client,
+    read_truth,
     truth_of,
 )
 from fedveil.cli.main import app as command
@@ -27,6 +28,7 @@ from fedveil.federation.recording import RecordingGrid
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedsgd import WatchingFedSGD
 from fedveil.models import build_model
+from fedveil.report import write_report
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges
 from fedveil.sealing import OperatorKey
 
@@ -146,6 +148,62 @@ def test_a_pair_of_state_dicts(data, tmp_path):
     assert json.loads((tmp_path / "out/leakage.json").read_text())["rows"][0]["exact"] == 1.0
 
 
+def test_a_defence_of_the_update_hides_wrong_settings_and_that_is_said(data, tmp_path):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    torch.save(model.state_dict(), tmp_path / "before.pt")
+    changed = {name: value + 0.01 for name, value in model.state_dict().items()}
+    torch.save(changed, tmp_path / "after.pt")
+    own = {"images": data.train.raw[:1], "labels": data.train.labels[:1]}
+    torch.save(own, tmp_path / "truth.pt")
+    given = ["audit", "leakage", "--model", "lenet", "--dataset", "digits", "--attack", "lm"]
+    for name in ("before", "after", "truth"):
+        given += [f"--{name}", str(tmp_path / f"{name}.pt")]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(command, [*given, "--defense", "prune:share=0.5", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "leakage.json").read_text())["settings"]["unchecked"]
+    assert "could not be checked" in told
+    write_report([out], tmp_path / "report.html")
+    assert "could not be checked" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_a_wrapper_around_the_model_changes_no_figure(data, wrapper):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    sent = {name: value.clone() for name, value in model.state_dict().items()}
+    returned = {name: value + 0.01 for name, value in sent.items()}
+    plain, wrapped = (
+        observed([Exchange(1, 0, *states, 1)], model, INSIDE, data)
+        for states in (
+            (sent, returned),
+            [{wrapper + n: v for n, v in state.items()} for state in (sent, returned)],
+        )
+    )
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(gradient, wrapped.gradients[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_precision_is_named(data, dtype):
+    model = build_model("lenet", data.shape, 10, seed=0)
+    other = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    exchange = Exchange(1, 0, other, other, 1, data.train.raw[:1])
+    with pytest.raises(FedveilError, match=f"is {dtype} .* --model's torch.float32"):
+        audit_recorded([exchange], truth_of([exchange], data, None), model, INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [(torch.tensor([10]), "holds label 10, and digits has 10"), (torch.tensor([-1]), "from 0")],
+)
+def test_labels_that_are_no_classes_are_named(data, tmp_path, labels, told):
+    path = tmp_path / "truth.pt"
+    torch.save({"images": data.train.raw[:1], "labels": labels}, path)
+    model = build_model("lenet", data.shape, 10, seed=0).state_dict()
+    with pytest.raises(FedveilError, match=told):
+        truth_of([Exchange(1, 0, model, model, 1)], data, read_truth(path))
+
+
 def test_without_a_key_nothing_is_recorded_and_the_log_says_so(data, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv(RECORD_KEY_FILE, raising=False)
     caplog.set_level("INFO", logger="flwr")
@@ -179,10 +237,10 @@ def test_images_that_the_app_normalises_are_not_scored(data, key, tmp_path, monk
         truth_of([exchange], data, None)
     normalised = (data.train.pixels[:1] - 0.5) / 0.25
     with pytest.raises(FedveilError, match="no pixels in"):
-        truth_of([exchange.__class__(**(exchange.__dict__ | {"images": normalised}))], data, None)
+        truth_of([replace(exchange, images=normalised)], data, None)
     strange = torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)
     with pytest.raises(FedveilError, match="none of digits"):
-        truth_of([exchange.__class__(**(exchange.__dict__ | {"images": strange}))], data, None)
+        truth_of([replace(exchange, images=strange)], data, None)
 
 
 def test_checking_the_settings_leaves_a_batch_normalised_model_as_it_was(data):

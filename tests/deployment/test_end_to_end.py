@@ -387,7 +387,8 @@ def test_headers_and_bodies_of_strangers_that_never_end_or_lie_are_refused(
     federation, sent, answer
 ):
     told = _said(federation, sent)
-    assert told.startswith(answer) or not told  # or cut off while it still sends
+    # What is cut off while it still sends may never read why.
+    assert told.startswith(answer) or (not told and len(sent) > 2**20)
     assert _beats(federation)
 
 
@@ -415,9 +416,15 @@ def test_connections_that_never_agree_on_tls_are_counted_and_let_go(federation):
     """Before, uvicorn saw none of them, and asyncio kept each for a minute."""
     port = Deployment.open(federation.home).port
     with ExitStack() as held:
-        strangers = [
-            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
-            for _ in range(200)
-        ]
+        strangers = [held.enter_context(_unsaid(port)) for _ in range(300)]
         assert _beats(federation)
+        with suppress(ConnectionResetError):  # one too many of its address: closed at once
+            strangers[-1].settimeout(5)
+            assert strangers[-1].recv(1) == b""
         assert strangers[0].recv(1) == b""  # closed after ten seconds
+
+
+def _unsaid(port):
+    """Return a connection on which nothing is said, not even TLS."""
+    address = ("127.0.0.1", port)
+    return socket.create_connection(address, timeout=30, source_address=("127.0.0.2", 0))

@@ -125,6 +125,8 @@ def test_a_client_of_one_image_whom_batch_normalisation_cannot_train_is_named():
     with pytest.raises(FedveilError, match=r"on 1 image at once \(client \d+ has 1\).*group norm"):
         _prepare(BatchNormed, clients=images)
     _prepare(BatchNormed, batch_size=50)
+    # Nodes of a deployment have images of their own; nobody here knows how many.
+    _prepare(BatchNormed, clients=images, engine="deployed")
 
 
 def test_what_no_seed_reaches_is_told_and_does_not_hinder():

@@ -276,7 +276,8 @@ def test_a_verdict_never_says_more_than_was_measured(artifacts):
                              finding.sentence)  # fmt: skip
     capped = [run for run in artifacts.runs if run.cap is not None]
     over = any(max(r.copies) > run.cap for run in capped for r in run.rounds)
-    assert (copies.kind == "good") == (bool(capped) and not over)
+    every = bool(capped) and len(capped) == len(artifacts.runs)
+    assert (copies.kind == "good") == (every and not over)
     if capped:
         assert "not bound theft" in copies.sentence
     gains = [row.advantage for audit in artifacts.thefts for row in audit.rows]
@@ -322,7 +323,11 @@ def test_a_model_far_behind_the_same_training_unprotected_leads(tmp_path):
     first = leads(own, other, elsewhere)[0]
     assert plain(first.sentence).startswith("The protection costs 25.0 points")
     assert first.kind == "bad"
+    # It is behind, not of no use: its cap held all the same.
+    assert "of no use" not in " ".join(finding.mark for finding in leads(own, other))
     assert leads(own, elsewhere)[0].topic != "The owner's model"
+    longer = make_run(tmp_path / "longer", accuracy=0.99, **plain_fedavg | {"copies": (0.9,) * 9})
+    assert leads(own, longer)[0].topic != "The owner's model"
 
 
 def test_a_run_without_a_cap_is_named_beside_one_whose_cap_held(tmp_path):
@@ -332,6 +337,7 @@ def test_a_run_without_a_cap_is_named_beside_one_whose_cap_held(tmp_path):
     assert told.endswith(f"and {bare} had no cap at all and sent clients the model itself, up to "
                          "97.0 %.")  # fmt: skip
     assert "no cap" not in sentences(held)[0]
+    assert marks(held, bare)[0] == ("unknown", "Cap held in 1 of 2 runs")
 
 
 def test_a_collapse_leads(tmp_path):
@@ -377,6 +383,9 @@ def test_the_table_of_controls_names_control_evidence_and_limit(tmp_path):
     assert rows[2].control.startswith("defence dct:keep=6, the server learns")
     assert "not measured: run fedveil audit leakage" in rows[2].limit
     assert rows[3].evidence.startswith("no bound holds")
+    shared = make_run(tmp_path / "shared", strategy="protected", shared_rounds=5)
+    told = controls(read_artifacts([shared]))[0].control
+    assert told == "what 5 rounds of plain averaging gave is sent (protected)"
     plain_run = make_run(tmp_path / "plain", strategy="fedavg")
     assert controls(read_artifacts([plain_run]))[0].control.startswith("none: clients receive")
 

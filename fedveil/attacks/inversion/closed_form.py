@@ -108,7 +108,20 @@ class Convolution:
 
         Returns:
             Float64 [V, C·H·W].
+
+        Raises:
+            FedveilError: The equations have no solution, as those of no image.
         """
+        try:
+            return self._solve(z, dz, gradient)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not among its exports
+            raise FedveilError(
+                f"the closed-form attack rgap stops at {self.layer.name}: its equations have no "
+                "solution, so the update is not one image's plain gradient (a defence, another "
+                "learning rate, or damage); use --attack lm or ig"
+            ) from None
+
+    def _solve(self, z: Tensor, dz: Tensor, gradient: Tensor) -> Tensor:
         victims, maps = len(z), self.out_shape[0]
         target = z - self._constant
         slopes = dz.reshape(victims * maps, -1)

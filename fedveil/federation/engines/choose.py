@@ -12,7 +12,7 @@ from fedveil.federation.client_app import app as client_app
 from fedveil.federation.engines.deployed import ENVIRONMENT, run_deployed
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.engines.worker import usable_cores
-from fedveil.federation.server_app import OnRound, prepare_job, run_rounds
+from fedveil.federation.server_app import OnRound, load_job, run_rounds
 from fedveil.federation.threads import torch_threads
 from fedveil.runs.directory import RunDirectory
 
@@ -54,7 +54,7 @@ def train(directory: RunDirectory, *, on_round: OnRound) -> None:
 
 def train_local(directory: RunDirectory, machine: Machine, on_round: OnRound) -> None:
     """Run clients in this machine's worker processes, without Ray."""
-    job = prepare_job(directory.config)
+    job = load_job(directory.config)
     workers = machine.workers
     # The server works while the workers wait, so it may use their cores.
     with (
@@ -68,7 +68,7 @@ def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> N
     """Run clients in Flower's own simulation on Ray."""
     from flwr.simulation import run_simulation
 
-    job = prepare_job(directory.config)
+    job = load_job(directory.config)
     failures: list[BaseException] = []
     server_app = ServerApp()
 
