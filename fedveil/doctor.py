@@ -144,8 +144,12 @@ def _cap(data: Dataset, cap: float, seed: int) -> Check:
 def _epsilon(images: int) -> Check:
     batch = min(_BATCH, images)
     steps = _ROUNDS * -(-images // batch)
-    spent = DPSGD(noise=_NOISE).epsilon(images=images, batch_size=batch, steps=steps)
-    how = f"ε = {spent:.1f} for one image, {_ROUNDS} rounds of one epoch, batches of {batch}"
+    privacy = DPSGD(noise=_NOISE)
+    spent = privacy.epsilon(images=images, batch_size=batch, steps=steps)
+    how = (
+        f"ε = {spent:.1f} at δ = {privacy.delta:g} for one image, {_ROUNDS} rounds of one epoch, "
+        f"batches of {batch}"
+    )
     return Check(
         f"DP-SGD, noise {_NOISE:g}",
         how,
