@@ -23,6 +23,15 @@ def answer_sigterm() -> None:
         signal.signal(signal.SIGTERM, _terminate)
 
 
+def leave_to_parent() -> None:
+    """Let a worker process ignore Ctrl-C, which its parent answers, and end at SIGTERM.
+
+    A fork inherits its parent's answer to SIGTERM, and would print it when the parent ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     raise Terminated
 

@@ -99,3 +99,22 @@ def test_plain_lines_come_at_most_every_30_seconds_and_at_the_end():
 def test_python_m_fedveil_is_the_command_line():
     done = subprocess.run([*FEDVEIL, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fedveil ")
+
+
+def test_workers_that_their_parent_ends_print_nothing():
+    """Before, a fork answered SIGTERM as its parent does: with a traceback."""
+    code = (
+        "import multiprocessing\n"
+        "from fedveil import interrupts\n"
+        "interrupts.answer_sigterm()\n"
+        "for _ in range(20):\n"
+        "    with interrupts.held():\n"
+        "        context = multiprocessing.get_context('fork')\n"
+        "        pool = context.Pool(4, interrupts.leave_to_parent)\n"
+        "    pool.apply(abs, (1,))\n"
+        "    pool.terminate()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")

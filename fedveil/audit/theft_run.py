@@ -3,7 +3,6 @@
 import itertools
 import json
 import multiprocessing
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedveil import interrupts
 from fedveil.audit.theft import Theft, TheftReport, TheftSettings, steal
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
@@ -113,8 +113,7 @@ def _stolen(settings: TheftSettings, thieves: Sequence[Thief], workers: int) -> 
 
 
 def _prepare_worker() -> None:
-    # Ctrl-C is the parent's to answer; it ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts.leave_to_parent()
     torch.set_num_threads(1)
 
 

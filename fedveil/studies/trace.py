@@ -4,7 +4,6 @@ import io
 import json
 import multiprocessing
 import random
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedveil import interrupts
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
@@ -360,12 +360,13 @@ def _adopt(bench: Bench) -> None:
     global _bench
     _bench = bench
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts.leave_to_parent()
 
 
 def _workers(bench: Bench, workers: int | None) -> Pool:
     context = multiprocessing.get_context("fork")
-    return context.Pool(workers or usable_cores(), _adopt, (bench,))
+    with interrupts.held():
+        return context.Pool(workers or usable_cores(), _adopt, (bench,))
 
 
 def _on_bench(task: Leak | Innocent) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import pickle
-import signal
 import socket
 import struct
 import sys
@@ -31,6 +30,7 @@ from flwr.common.constant import (
     ErrorCode,
 )
 
+from fedveil import interrupts
 from fedveil.errors import FedveilError
 from fedveil.memory import keep_freed_memory
 
@@ -239,8 +239,7 @@ def work(setting: Setting, channel: socket.socket, inherited: Sequence[socket.so
 
 def _isolate(parent: int) -> None:
     # Ctrl-C reaches the whole process group; the grid decides what becomes of its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    interrupts.leave_to_parent()
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     keep_freed_memory()
     # Workers run side by side, and the thread count changes float32 results.
