@@ -21,6 +21,7 @@ def answer_sigterm() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BOTH)
 
 
 def leave_to_parent() -> None:
@@ -30,6 +31,7 @@ def leave_to_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BOTH)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -41,8 +43,21 @@ def held() -> Iterator[None]:
     """Let requests to end wait until the block is over.
 
     Python runs its own hooks around a fork and drops whatever they raise, so an interrupt that
-    came then would be lost; in the new process it would come before that can ignore it.
+    came then would be lost. A process that is begun here begins with them waiting, too: it calls
+    ``leave_to_parent`` or ``answer_sigterm`` first.
     """
+    # The mask is inherited, and hides nothing that another thread of this process takes: for that
+    # the answer is put off.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BOTH)
+    try:
+        with _put_off():
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _put_off() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

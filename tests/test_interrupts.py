@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -37,6 +38,27 @@ def test_a_request_that_comes_while_held_is_answered_after(sigterm):
 
     with pytest.raises(Terminated):
         fork_like()
+    assert reached
+
+
+def test_it_is_held_where_another_thread_takes_the_signal(sigterm):
+    running, reached = threading.Event(), False
+    other = threading.Thread(target=running.wait)
+    other.start()
+
+    def fork_like():
+        nonlocal reached
+        with held():
+            signal.pthread_kill(other.ident, signal.SIGTERM)
+            time.sleep(0.2)
+            reached = True
+
+    try:
+        with pytest.raises(Terminated):
+            fork_like()
+    finally:
+        running.set()
+        other.join()
     assert reached
 
 
@@ -107,7 +129,7 @@ def test_workers_that_their_parent_ends_print_nothing():
         "import multiprocessing\n"
         "from fedveil import interrupts\n"
         "interrupts.answer_sigterm()\n"
-        "for _ in range(20):\n"
+        "for _ in range(50):\n"
         "    with interrupts.held():\n"
         "        context = multiprocessing.get_context('fork')\n"
         "        pool = context.Pool(4, interrupts.leave_to_parent)\n"
