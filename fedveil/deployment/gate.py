@@ -13,6 +13,7 @@ seconds, so an empty answer is held back for a while, in case a message comes.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import ssl
@@ -73,6 +74,7 @@ _LARGEST_LIST = 8 * 1024 * 1024
 _LARGEST_OBJECT = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 1024 * 1024
 _QUESTION_SECONDS = 20.0
 _SILENCE_SECONDS = 30.0
+_DRAIN_SECONDS = 5.0
 _AT_ONCE = 16  # requests of one node
 _HANDSHAKE_SECONDS = 10
 _REQUEST_SECONDS = 10.0  # until a connection has sent the headers of its first request
@@ -127,6 +129,14 @@ class Gate:
                 self._busy[node.number] -= 1
 
     async def _admit(self, node: Node, scope: _Event, receive: _Receive, send: _Send) -> None:
+        try:
+            await self._answer(node, scope, receive, send)
+        except _TooLargeError:
+            # A connection that is closed while the node still sends loses it the answer.
+            await _drain(receive)
+            await _say(send, 413, "the request is too large")
+
+    async def _answer(self, node: Node, scope: _Event, receive: _Receive, send: _Send) -> None:
         path = scope["path"]
         if path == _PUSH_OBJECT:
             body = _limited(receive, _LARGEST_OBJECT)
@@ -138,9 +148,6 @@ class Gate:
                 question = b"".join([part async for part in _limited(receive, most)])
         except (TimeoutError, httpx.ReadError):
             await _say(send, 408, "the request took too long")
-            return
-        except _TooLargeError:
-            await _say(send, 413, "the request is too large")
             return
         if wrong := objection(path.removeprefix(_FLEET), question, node):
             _log.warning("refused %s: %s", path, wrong)
@@ -161,9 +168,6 @@ class Gate:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError:
             await _unavailable(send)
-            return 0
-        except _TooLargeError:
-            await _say(send, 413, "the request is too large")
             return 0
         sent = 0
         try:
@@ -321,6 +325,13 @@ async def _limited(receive: _Receive, most: int) -> AsyncIterator[bytes]:
             raise _TooLargeError
         yield part
         more = event.get("more_body", False)
+
+
+async def _drain(receive: _Receive) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 async def _spending(body: AsyncIterator[bytes], allowance: Allowance) -> AsyncIterator[bytes]:
