@@ -78,7 +78,7 @@ def _known_factory(name: str) -> Factory:
 
 def _import_factory(path: str) -> Factory:
     module_name, _, attribute = path.partition(":")
-    _look_here()
+    look_here()
     try:
         factory: Any = getattr(importlib.import_module(module_name), attribute)
     except (Exception, SystemExit) as error:  # the user's own module may raise anything
@@ -92,7 +92,7 @@ def _import_factory(path: str) -> Factory:
     return factory  # type: ignore[no-any-return]
 
 
-def _look_here() -> None:
+def look_here() -> None:
     """Let modules of the current folder be imported, unless it is a run's own directory.
 
     Whoever may write into a run's directory must not choose what code its operator runs.

@@ -1,0 +1,24 @@
+"""Classifiers that follow in closed form from sums over images, so that nothing is trained."""
+
+from fedveil.analytic.classifier import AnalyticClassifier, load_classifier, steepness_for
+from fedveil.analytic.ridge import Head, ridge
+from fedveil.analytic.statistics import (
+    FRACTION_BITS,
+    MOST_IMAGES,
+    Layout,
+    Statistics,
+    quantised,
+)
+
+__all__ = [
+    "FRACTION_BITS",
+    "MOST_IMAGES",
+    "AnalyticClassifier",
+    "Head",
+    "Layout",
+    "Statistics",
+    "load_classifier",
+    "quantised",
+    "ridge",
+    "steepness_for",
+]

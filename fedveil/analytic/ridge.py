@@ -1,0 +1,105 @@
+"""The ridge that sums determine, its penalty chosen by generalised cross-validation."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.analytic.statistics import Statistics
+from fedveil.errors import FedveilError
+
+# Powers of two around the mean eigenvalue of G that are tried as λ.
+_LOWEST, _HIGHEST, _PER_OCTAVE = -26, 6, 4
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier of features: scores are W·φ + b.
+
+    Attributes:
+        weight: W, float64 [K, D].
+        bias: b, float64 [K].
+        penalty: λ.
+        error: GCV's estimate of the mean squared error on images that are not in the sums.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    error: float
+
+
+def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
+    """Return the ridge regression of the classes' unit vectors on the features, with intercept.
+
+    W = (G - N·mmᵀ + λI)⁻¹ (H - m·nᵀ), where m are the features' means and n the images of each
+    class: the intercept is not penalised. Without ``penalty`` λ minimises
+
+        V(λ) = (‖Y - Ŷ‖²/N) / (1 - (1 + tr S(λ))/N)²,
+
+    which takes nothing but the sums.
+
+    Source: Golub, Heath and Wahba, "Generalized Cross-Validation as a Method for Choosing a Good
+    Ridge Parameter", Technometrics 1979, equation 1.4.
+
+    Args:
+        statistics: The sums, of at least two images.
+        penalty: λ, above 0; None for GCV's.
+
+    Raises:
+        FedveilError: Too few images, or a penalty out of range.
+    """
+    images = statistics.images
+    if images < 2:
+        raise FedveilError(f"{images} images are in the sums; a ridge needs at least 2")
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise FedveilError(f"a penalty of {penalty} is out of range: give a number above 0")
+    counts, moments = statistics.counts.double(), statistics.moments
+    means = moments.sum(1) / images
+    gram = statistics.gram.sub_(torch.outer(means, means), alpha=images)
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_(min=0)
+    targets = vectors.T @ (moments - torch.outer(means, counts))
+    spread = float(images - counts.square().sum() / images)
+    spectrum = _Spectrum(values, targets.square().sum(1), spread, images)
+    chosen = spectrum.best() if penalty is None else penalty
+    weight = (vectors @ (targets / (values[:, None] + chosen))).T
+    bias = counts / images - weight @ means
+    return Head(weight, bias, chosen, spectrum.error(chosen))
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """All that GCV needs.
+
+    Attributes:
+        values: Eigenvalues of the centred G, float64 [D].
+        powers: Squared length of the centred H along each eigenvector, float64 [D].
+        spread: ‖Y - mean‖².
+        images: N.
+    """
+
+    values: Tensor
+    powers: Tensor
+    spread: float
+    images: int
+
+    def error(self, penalty: float) -> float:
+        """Return V(λ); infinite where the fit has as many freedoms as images."""
+        raised = self.values + penalty
+        fitted = self.powers / raised
+        left = self.spread - 2 * fitted.sum() + (fitted / raised * self.values).sum()
+        freedom = 1 - (1 + float((self.values / raised).sum())) / self.images
+        if freedom <= 0:
+            return math.inf
+        return max(float(left), 0.0) / self.images / freedom**2
+
+    def best(self) -> float:
+        """Return the λ of least error among powers of 2¹ᐟ⁴; the largest of equally good ones."""
+        middle = float(self.values.mean()) or 1.0
+        tried = [
+            middle * 2 ** (step / _PER_OCTAVE)
+            for step in range(_HIGHEST * _PER_OCTAVE, _LOWEST * _PER_OCTAVE - 1, -1)
+        ]
+        return min(tried, key=self.error)

