@@ -33,7 +33,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
-from torch import nn
 
 from fedveil.attacks.inversion import (
     DLG,
@@ -44,8 +43,8 @@ from fedveil.attacks.inversion import (
     build_attack,
 )
 from fedveil.audit.metrics import bootstrap, exact, label_accuracy, match, median, psnr, wilson
-from fedveil.audit.watch import WatchedFederation
-from fedveil.data import Dataset, load_dataset
+from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.data import load_dataset
 from fedveil.defenses import Defense, parse_defense
 from fedveil.models import build_model
 
@@ -61,11 +60,9 @@ def attack_of(name: str) -> Any:
     return build_attack(name)
 
 
-def measure(
-    name: str, watched: WatchedFederation, data: Dataset, model: nn.Module, defense: Defense
-) -> dict[str, Any]:
-    observation = watched.observe(model, data, defense)
-    images = data.train[watched.ground_truth(data)]
+def measure(name: str, watched: WatchedFederation, defense: Defense) -> dict[str, Any]:
+    observation = watched.observe(defense)
+    images = watched.data.train[watched.ground_truth()]
     trained = images.pixels if defense.transform is None else defense.transform(images.pixels)
     begin, worked = time.perf_counter(), time.process_time()
     result = attack_of(name)(
@@ -73,7 +70,7 @@ def measure(
         progress=lambda done, total, loss: print(f"{name} {done}/{total} {loss:.1e}", flush=True),
     )
     wall, work = time.perf_counter() - begin, time.process_time() - worked
-    batch = watched.batch_size
+    batch = watched.watching.batch
     batches = trained.split(batch)
     found = torch.cat(
         [match(f.float(), own) for f, own in zip(result.images, batches, strict=True)]
@@ -169,25 +166,18 @@ def main() -> None:
         model = build_model("lenet", data.shape, len(data.classes), seed=args.seed)
 
         def watch(images: int, batch: int) -> WatchedFederation:
-            return WatchedFederation(
-                folder,
-                "lenet",
-                clients=CLIENTS,
-                victim=0,
-                rounds=images // batch,
-                batch_size=batch,
-                seed=args.seed,
-            )
+            watching = Watching(clients=CLIENTS, images=images, batch=batch, seed=args.seed)
+            return WatchedFederation(data, model, watching)
 
         defense = parse_defense(f"dct:keep={args.keep}" if args.keep else "none")
         rows = []
         for name in [] if args.attack == ["none"] else args.attack or ALL:
             count = args.slow_images if name in SLOW else args.images
             watched = watch(count, args.batch)
-            rows.append(measure(name, watched, data, model, defense))
+            rows.append(measure(name, watched, defense))
         rates = []
         if args.throughput:
-            seen = watch(args.throughput, 1).observe(model, data, parse_defense("none"))
+            seen = watch(args.throughput, 1).observe(parse_defense("none"))
             rates = throughput(seen, args.throughput_steps, args.alone, args.turns)
     own = next((row["seconds_per_image"] for row in rows if row["attack"] == "lm"), None)
     for row in rows:

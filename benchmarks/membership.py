@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedveil.attacks.membership import ATTACKS
 from fedveil.audit.membership import Recognition, picked_out
 from fedveil.audit.metrics import over_updates
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.files import write_atomically
@@ -37,19 +36,17 @@ _SCORED = 1024  # of the images behind an update
 DEFENSES = ("none", "dct:keep=10", "noise:ratio=3")
 
 
-def watched(run: RunDirectory, images: int, clients: int, seed: int) -> WatchedFederation:
-    """Return the federation of one row: a round of ``clients`` with ``images`` each, summed."""
+def watching(run: RunDirectory, images: int, clients: int, seed: int) -> Watching:
+    """Return what is watched for one row: a round of ``clients`` with ``images`` each, summed."""
     config = run.config
-    return WatchedFederation(
-        dataset=config.dataset,
-        model=config.model,
+    return Watching(
         clients=config.clients,
         victim=3,
-        rounds=1,
-        batch_size=images,
+        images=images * clients,
+        batch=images,
         aggregate=clients,
         update="fedavg",
-        local_batch_size=config.batch_size,
+        batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,
         workers=1,
@@ -71,8 +68,9 @@ def rows(
         for clients in (1, run.config.clients):
             for spec in defenses:
                 updates = [
-                    picked(watched(run, images, clients, seed), model, data, spec, attacks)
+                    picked(WatchedFederation(data, model, watched), spec, attacks)
                     for seed in range(draws)
+                    for watched in [watching(run, images, clients, seed)]
                 ]
                 for attack in attacks:
                     found = [update[attack] for update in updates if attack in update]
@@ -87,17 +85,13 @@ def rows(
 
 
 def picked(
-    federation: WatchedFederation,
-    model: nn.Module,
-    data: Dataset,
-    spec: str,
-    attacks: tuple[str, ...],
+    federation: WatchedFederation, spec: str, attacks: tuple[str, ...]
 ) -> dict[str, Recognition]:
     """Return what each attack that knows the defence recognises of one update."""
-    defense, used = parse_defense(spec), federation.ground_truth(data)
-    informed = federation.observe(model, data, defense)
+    defense, used = parse_defense(spec), federation.ground_truth()
+    informed, seed = federation.observe(defense), federation.watching.seed
     found = picked_out(
-        defense, informed, data, used, seed=federation.seed, scored=_SCORED, attacks=attacks
+        defense, informed, federation.data, used, seed=seed, scored=_SCORED, attacks=attacks
     )
     return {one.attack: one for one in found if one.adaptive}
 

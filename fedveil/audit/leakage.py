@@ -32,11 +32,10 @@ from fedveil.audit.metrics import (
     psnr,
     ssim,
 )
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.strategies.fedsgd import Update
 from fedveil.files import write_results
 
 _DRAWN = 16
@@ -44,107 +43,35 @@ _PUBLIC = 2_000  # test images that an inverse learns from
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeakageSettings:
-    """What is audited.
+class LeakageSettings(Watching):
+    """What is audited: whom the server watches, as of ``Watching``, and by which attacks.
 
     Attributes:
-        dataset: Name for the report.
-        model: Name for the report.
-        clients: Clients among whom the training images are divided at random.
-        victim: Which of them is observed.
-        images: Its images in all.
-        batch: How many of them it uses in a round.
         attacks: As ``fedveil.attacks.inversion.build_attack`` reads them.
         defenses: As ``fedveil.defenses.parse_defense`` reads them.
-        aggregate: How many clients secure aggregation adds up: the server then sees only the mean
-            update of the victim and the clients after it, and ``images`` are of them all.
-        update: What clients return: ``gradient``; ``step``, the weights after one local step on
-            the batch; or ``fedavg``, the weights after local training on it.
-        epochs: Passes of ``fedavg`` over the batch.
-        batch_size: Images a local step of ``fedavg``.
-        learning_rate: Of a local step, where weights are returned.
         inverse: Whether a network also learns, on the test images, to undo each transformation.
-        seed: Seeds the division and the choice.
-        workers: Worker processes of the federation.
         recorded: What was recorded of another app's federation; None: fedveil runs one.
         unchecked: What of a recording could not be checked, in a sentence.
 
     Raises:
-        FedveilError: No images, attacks or defences, images that make up no whole batches, or a
-            victim that is none of the clients.
+        FedveilError: As of ``Watching``; or no attacks or defences.
     """
 
-    dataset: str
-    model: str
-    clients: int = 10
-    victim: int = 0
-    images: int = 16
-    batch: int = 1
-    aggregate: int = 1
     attacks: tuple[str, ...] = ("dlg", "lm")
     defenses: tuple[str, ...] = ("none",)
-    update: Update = "gradient"
-    epochs: int = 1
-    batch_size: int = 10
-    learning_rate: float = 1.0
     inverse: bool = False
-    seed: int = 0
-    workers: int | None = None
     recorded: str | None = None
     unchecked: str | None = None
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise FedveilError(f"--images {self.images} is out of range: give at least 1")
-        for name in ("batch", "epochs", "batch_size", "learning_rate"):
-            value = getattr(self, name)
-            if value <= 0:
-                option = name.replace("_", "-")
-                raise FedveilError(f"--{option} {value} is out of range: give more than 0")
-        if not 1 <= self.aggregate <= self.clients:
-            raise FedveilError(
-                f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
-                "number of clients"
-            )
+        super().__post_init__()
         if self.aggregate > 1 and self.update == "fedavg":
             raise FedveilError(
                 "--aggregate with --update fedavg is not attacked: no attack of this package "
                 "simulates several clients' local training at once; use gradient or step"
             )
-        together = self.batch * self.aggregate
-        if self.images % together:
-            raise FedveilError(
-                f"--images {self.images} is no multiple of the {together} images of a round "
-                f"(--batch times --aggregate): give {-(-self.images // together) * together}"
-            )
-        if not 0 <= self.victim < self.clients:
-            raise FedveilError(
-                f"--victim {self.victim} is no client: there are {self.clients}, "
-                f"so give 0 to {self.clients - 1}"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise FedveilError(f"--workers {self.workers} is out of range: give at least 1")
         if not self.attacks or not self.defenses:
             raise FedveilError("name at least one --attack and one --defense")
-
-    @property
-    def federation(self) -> WatchedFederation:
-        """The federation that is watched, a round a batch."""
-        return WatchedFederation(
-            dataset=self.dataset,
-            model=self.model,
-            clients=self.clients,
-            victim=self.victim,
-            rounds=self.images // (self.batch * self.aggregate),
-            batch_size=self.batch,
-            aggregate=self.aggregate,
-            update=self.update,
-            local_epochs=self.epochs,
-            local_batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            workers=self.workers,
-        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +122,8 @@ class LeakageReport:
     """The result of an audit.
 
     Attributes:
+        dataset: Name of the dataset whose images were attacked.
+        model: Name of the model that was attacked.
         settings: What was audited.
         originals: [M, C, H, W], the victim's images.
         trained: Defence to [M, C, H, W], what the victim trained on under it.
@@ -202,6 +131,8 @@ class LeakageReport:
         membership: Defence to what membership attacks, which rebuild nothing, recognise.
     """
 
+    dataset: str
+    model: str
     settings: LeakageSettings
     originals: Tensor
     trained: dict[str, Tensor]
@@ -211,7 +142,7 @@ class LeakageReport:
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``leakage.json``."""
         return {
-            "settings": asdict(self.settings),
+            "settings": {"dataset": self.dataset, "model": self.model, **asdict(self.settings)},
             "rows": [row.summary() for row in self.rows],
             "membership": [
                 {"defense": defense, **one.as_json()}
@@ -266,6 +197,7 @@ def audit_leakage(
     model: nn.Module,
     settings: LeakageSettings,
     *,
+    model_name: str | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> LeakageReport:
@@ -277,17 +209,19 @@ def audit_leakage(
     as the adaptive ones of ``fedveil.audit.adaptive``, who do.
 
     Args:
-        dataset: The dataset the settings name.
-        model: What the server sends, in the mode the client trains in.
+        dataset: What the clients hold.
+        model: What the server sends, with its weights; clients train it in training mode.
         settings: What is audited.
+        model_name: What the report calls the model; None for the name of its class.
         out: Folder for the results; None writes nothing.
         progress: Called as ``progress(step, images done, images, loss)``.
 
     Raises:
         FedveilError: Fewer images than asked for, or what an attack refuses.
     """
+    federation = WatchedFederation(dataset, model, settings)
     check_model(
-        model,
+        federation.model,
         dataset.shape,
         len(dataset.classes),
         images=settings.batch * settings.aggregate,
@@ -297,36 +231,34 @@ def audit_leakage(
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
         adaptive_for(defense)
-        settings.federation.try_out(model, dataset, defense)
+        federation.try_out(defense)
     for name in settings.attacks:
         build_attack(name)
-    federation = settings.federation
-    used = federation.ground_truth(dataset)
+    used = federation.ground_truth()
     parts = [
         attacked(
             dataset,
             settings,
             defense,
-            federation.observe(model, dataset, defense),
+            federation.observe(defense),
             used,
             progress=progress,
         )
         for defense in defenses
     ]
-    report = joined(settings, parts)
+    report = replace(joined(parts), model=model_name or type(model).__name__)
     if out is not None:
         report.write(out)
     return report
 
 
-def joined(settings: LeakageSettings, parts: Sequence[LeakageReport]) -> LeakageReport:
+def joined(parts: Sequence[LeakageReport]) -> LeakageReport:
     """Return the reports on several defences of the same images as one."""
-    return LeakageReport(
-        settings,
-        parts[0].originals,
-        {label: images for part in parts for label, images in part.trained.items()},
-        tuple(row for part in parts for row in part.rows),
-        {label: found for part in parts for label, found in part.membership.items()},
+    return replace(
+        parts[0],
+        trained={label: images for part in parts for label, images in part.trained.items()},
+        rows=tuple(row for part in parts for row in part.rows),
+        membership={label: found for part in parts for label, found in part.membership.items()},
     )
 
 
@@ -383,8 +315,15 @@ def attacked(
             if closest is not None:
                 scores["recognised"] = closest.picked
             rows.append(Row(label, defense.label, attacker.adaptive, images, result.loss, scores))
-    trained = {defense.label: transformed[: len(originals)]}
-    return LeakageReport(settings, originals, trained, tuple(rows), {defense.label: told})
+    return LeakageReport(
+        dataset=dataset.name,
+        model=type(informed.model).__name__,
+        settings=settings,
+        originals=originals,
+        trained={defense.label: transformed[: len(originals)]},
+        rows=tuple(rows),
+        membership={defense.label: told},
+    )
 
 
 def _inverse(

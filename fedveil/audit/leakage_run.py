@@ -30,11 +30,18 @@ from fedveil.runs.state_files import read_state
 
 
 def run_leakage_audit(
-    settings: LeakageSettings, *, out: Path | None, checkpoint: Path | None = None
+    dataset: str,
+    model: str,
+    settings: LeakageSettings,
+    *,
+    out: Path | None,
+    checkpoint: Path | None = None,
 ) -> LeakageReport:
-    """Audit what the settings name.
+    """Audit a dataset and a model by their names.
 
     Args:
+        dataset: As ``fedveil.data.load_dataset`` reads it.
+        model: As ``fedveil.models.build_model`` reads it.
         settings: What is audited.
         out: Directory for the results; ``None`` writes nothing.
         checkpoint: Trained weights for the model; freshly initialised by the seed otherwise, which
@@ -44,11 +51,11 @@ def run_leakage_audit(
         FedveilError: Anything the user can mend.
     """
     console = Console(stderr=True)
-    dataset, model = _prepared(settings, console)
+    data, built = _prepared(dataset, model, settings.seed, console)
     if checkpoint:
-        load_checkpoint(model, checkpoint)
+        load_checkpoint(built, checkpoint)
     with _shown(console) as show:
-        return audit_leakage(dataset, model, settings, out=out, progress=show)
+        return audit_leakage(data, built, settings, model_name=model, out=out, progress=show)
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,13 @@ class Recorded:
 
 
 def run_recorded_audit(
-    settings: LeakageSettings, recorded: Recorded, *, out: Path | None
+    dataset: str, model: str, settings: LeakageSettings, recorded: Recorded, *, out: Path | None
 ) -> LeakageReport:
     """Audit an app that fedveil is not part of, from what was recorded of it.
 
     Args:
+        dataset: Where the images, the candidates and the strangers are from.
+        model: What the app trains, as ``fedveil.models.build_model`` reads it.
         settings: What is audited; how many images there are follows from the recording.
         recorded: Where it lies.
         out: Directory for the results; ``None`` writes nothing.
@@ -122,21 +131,21 @@ def run_recorded_audit(
     console = Console(stderr=True)
     for sentence in filter(None, (left, told)):
         console.print(sentence, markup=False, soft_wrap=True)
-    dataset, model = _prepared(settings, console)
-    truth = truth_of(exchanges, dataset, given)
+    data, built = _prepared(dataset, model, settings.seed, console)
+    truth = truth_of(exchanges, data, given)
     with _shown(console) as show:
-        report = audit_recorded(exchanges, truth, model, settings, progress=show)
+        report = audit_recorded(exchanges, truth, built, settings, model_name=model, progress=show)
     if out is not None:
         report.write(out)
     return report
 
 
-def _prepared(settings: LeakageSettings, console: Console) -> tuple[Dataset, nn.Module]:
-    dataset = load_dataset(settings.dataset, seed=settings.seed)
-    model = build_model(settings.model, dataset.shape, len(dataset.classes), seed=settings.seed)
-    for sentence in remarks_on(dataset.left_out, dataset.remarks):
-        console.print(f"{settings.dataset}: {sentence}", markup=False, soft_wrap=True)
-    return dataset, model.train()  # as the clients will, whatever mode the factory leaves it in
+def _prepared(dataset: str, model: str, seed: int, console: Console) -> tuple[Dataset, nn.Module]:
+    data = load_dataset(dataset, seed=seed)
+    built = build_model(model, data.shape, len(data.classes), seed=seed)
+    for sentence in remarks_on(data.left_out, data.remarks):
+        console.print(f"{dataset}: {sentence}", markup=False, soft_wrap=True)
+    return data, built.train()  # as the clients will, whatever mode the factory leaves it in
 
 
 @contextmanager

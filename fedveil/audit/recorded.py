@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import LocalSteps, Observation, check_model
-from fedveil.audit.leakage import LeakageReport, LeakageSettings, Progress, Row, attacked, joined
-from fedveil.audit.observe import observation_from_records
-from fedveil.audit.watch import public_knowledge
+from fedveil.audit.leakage import LeakageReport, LeakageSettings, Progress, Row, attacked
+from fedveil.audit.watch import observation_from_records, public_knowledge
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
@@ -205,6 +204,7 @@ def audit_recorded(
     model: nn.Module,
     settings: LeakageSettings,
     *,
+    model_name: str | None = None,
     progress: Progress | None = None,
 ) -> LeakageReport:
     """Attack recorded exchanges as ``audit_leakage`` attacks those of its own federation.
@@ -214,6 +214,7 @@ def audit_recorded(
         truth: What is scored by.
         model: The architecture, in the mode the client trains in; takes pixels in [0, 1].
         settings: What is audited; its local steps are those the client took.
+        model_name: What the report calls the model; None for the name of its class.
         progress: As of ``audit_leakage``.
 
     Raises:
@@ -234,7 +235,8 @@ def audit_recorded(
         for number, images in enumerate(used):
             check_settings(seen, number, data.train[images], settings, defense)
         reports.append(attacked(data, settings, defense, seen, used.flatten(), progress=progress))
-    return _one_after_the_other(settings, reports)
+    name = model_name or type(model).__name__
+    return replace(_one_after_the_other(reports), model=name)
 
 
 def _same_model(
@@ -371,9 +373,7 @@ def unchecked(defense: Defense) -> str | None:
     )
 
 
-def _one_after_the_other(
-    settings: LeakageSettings, reports: Sequence[LeakageReport]
-) -> LeakageReport:
+def _one_after_the_other(reports: Sequence[LeakageReport]) -> LeakageReport:
     """Return reports on different images of one defence as one."""
     first = reports[0]
     rows = [
@@ -391,17 +391,16 @@ def _one_after_the_other(
         )
         for place, row in enumerate(first.rows)
     ]
-    whole = LeakageReport(
-        settings,
-        torch.cat([report.originals for report in reports]),
-        {
+    return replace(
+        first,
+        originals=torch.cat([report.originals for report in reports]),
+        trained={
             label: torch.cat([report.trained[label] for report in reports])
             for label in first.trained
         },
-        tuple(rows),
-        {
+        rows=tuple(rows),
+        membership={
             label: tuple(one for report in reports for one in report.membership[label])
             for label in first.membership
         },
     )
-    return joined(settings, [whole])

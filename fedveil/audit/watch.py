@@ -1,19 +1,20 @@
 """What the server of a running federation can note of one of its clients."""
 
+import copy
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ArrayRecord
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
-from fedveil.audit.observe import observation_from_records
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses import Defense
 from fedveil.errors import FedveilError
-from fedveil.federation.client_app import fedsgd_batch
+from fedveil.federation.client_app import OnObjects, fedsgd_batch
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import SeededFedAvg
@@ -22,155 +23,225 @@ from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
 
 
-@dataclass(frozen=True)
-class WatchedFederation:
-    """A federation whose server sends the same model every round and watches one client.
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """Whom a server watches, and what its clients do meanwhile.
 
     Attributes:
-        dataset: Dataset the clients share out among them at random.
-        model: Architecture; clients build it by this name.
-        clients: Clients in all.
-        victim: Partition of the client that is watched.
-        rounds: Rounds, each with other images of the victim's.
-        batch_size: Images the victim uses in a round.
-        update: What the clients return: ``gradient``; ``step``, the weights after one step; or
-            ``fedavg``, the weights after local training.
-        learning_rate: Of a step; the larger, the less the rounding of the weights hides.
-        local_epochs: Passes of ``fedavg`` over the round's images.
-        local_batch_size: Images a step of ``fedavg``.
-        aggregate: How many clients' updates the server sees the mean of only, as under secure
-            aggregation: the victim's and those of the partitions after it.
-        seed: Seeds the partition and the order of the images.
-        workers: Worker processes.
+        clients: Clients among whom the training images are divided at random.
+        victim: Which of them is observed.
+        images: Its images in all.
+        batch: How many of them it uses in a round.
+        aggregate: How many clients secure aggregation adds up: the server then sees only the mean
+            update of the victim and the clients after it, and ``images`` are of them all.
+        update: What clients return: ``gradient``; ``step``, the weights after one local step on
+            the batch; or ``fedavg``, the weights after local training on it.
+        epochs: Passes of ``fedavg`` over the batch.
+        batch_size: Images a local step of ``fedavg``.
+        learning_rate: Of a local step, where weights are returned; the larger, the less the
+            rounding of the weights hides.
+        seed: Seeds the division and the choice.
+        workers: Worker processes of the federation.
+
+    Raises:
+        FedveilError: No images, images that make up no whole batches, or a victim that is none of
+            the clients.
     """
 
-    dataset: str
-    model: str
-    clients: int
-    victim: int
-    rounds: int
-    batch_size: int = 1
-    update: Update = "gradient"
-    learning_rate: float = 1.0
-    local_epochs: int = 1
-    local_batch_size: int = 10
+    clients: int = 10
+    victim: int = 0
+    images: int = 16
+    batch: int = 1
     aggregate: int = 1
+    update: Update = "gradient"
+    epochs: int = 1
+    batch_size: int = 10
+    learning_rate: float = 1.0
     seed: int = 0
     workers: int | None = None
 
-    def try_out(self, model: nn.Module, data: Dataset, defense: Defense) -> None:
-        """Do once what the federation will do, before any of it.
-
-        Raises:
-            FedveilError: What would fail in every client.
-        """
-        shares = (2,) * self.clients
-        task = self._task(defense)
-        try_out(Trial(model, data.train, len(data.classes), shares, task, SeededFedAvg()))
-
-    def observe(self, model: nn.Module, data: Dataset, defense: Defense) -> Observation:
-        """Run the federation and return what its server has, the knowledge of the defence with it.
-
-        Args:
-            model: What the server sends, in the mode the client trains in.
-            data: The dataset of that name; only its shape and number of classes are used.
-            defense: What the clients do to their images.
-
-        Raises:
-            FedveilError: The victim's answers did not come.
-        """
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-        strategy = WatchingFedSGD(
-            victims=self.victims,
-            parameters=[n for n, value in model.named_parameters() if value.requires_grad],
-            action=self.update,
-            sampling=Sampling(seed=self.seed, min_clients=self.clients),
-        )
-        with LocalGrid(
-            "fedveil.federation.client_app:app", nodes=self.clients, workers=self.workers
-        ) as grid:
-            strategy.start(
-                grid,
-                ArrayRecord(model.state_dict()),
-                num_rounds=self.rounds,
-                train_config=self._task(defense).to_record(),
-            )
-        if len(strategy.exchanges) < self.rounds:
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise FedveilError(f"--images {self.images} is out of range: give at least 1")
+        for name in ("batch", "epochs", "batch_size", "learning_rate"):
+            value = getattr(self, name)
+            if value <= 0:
+                option = name.replace("_", "-")
+                raise FedveilError(f"--{option} {value} is out of range: give more than 0")
+        if not 1 <= self.aggregate <= self.clients:
             raise FedveilError(
-                f"client {self.victim} answered {len(strategy.exchanges)} of {self.rounds} rounds: "
-                f"{'; '.join(strategy.refused)}"
+                f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
+                "number of clients"
             )
-        return observation_from_records(
-            model,
-            strategy.exchanges[0].sent,
-            [exchange.returned for exchange in strategy.exchanges],
-            shape=data.shape,
-            classes=len(data.classes),
-            steps=self._steps(),
-            images=strategy.exchanges[0].images,
-            knows=None if defense.transform is None else defense.transform.surrogate,
-            sanitizer=public_knowledge(defense, model, data),
-        )
+        together = self.batch * self.aggregate
+        if self.images % together:
+            raise FedveilError(
+                f"--images {self.images} is no multiple of the {together} images of a round "
+                f"(--batch times --aggregate): give {-(-self.images // together) * together}"
+            )
+        if not 0 <= self.victim < self.clients:
+            raise FedveilError(
+                f"--victim {self.victim} is no client: there are {self.clients}, "
+                f"so give 0 to {self.clients - 1}"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise FedveilError(f"--workers {self.workers} is out of range: give at least 1")
 
-    def ground_truth(self, data: Dataset) -> torch.Tensor:
-        """Return which training images were used; for scoring, never for attacks.
-
-        Returns:
-            int64 [rounds · aggregate · batch_size], indices into ``data.train``, round after round.
-
-        Raises:
-            FedveilError: The victim has fewer images than rounds use.
-        """
-        scheme = parse_partition("iid")
-        shares = partition(data.train.labels, clients=self.clients, scheme=scheme, seed=self.seed)
-        task = self._task(Defense("none"))
-        for victim in self.victims:
-            if len(shares[victim]) < self.rounds * self.batch_size:
-                asked = self.rounds * self.batch_size * self.aggregate
-                raise FedveilError(
-                    f"--images {asked} is too many: client {victim} of {self.clients} has "
-                    f"{len(shares[victim])} images; ask for fewer, or for fewer clients"
-                )
-        used = [
-            shares[victim][
-                fedsgd_batch(
-                    len(shares[victim]),
-                    task.model_copy(update={"server_round": number + 1}),
-                    client=victim,
-                )
-            ]
-            for number in range(self.rounds)
-            for victim in self.victims
-        ]
-        return torch.cat(used)
+    @property
+    def rounds(self) -> int:
+        """Rounds, each with other images of the victim's."""
+        return self.images // (self.batch * self.aggregate)
 
     @property
     def victims(self) -> tuple[int, ...]:
         """Partitions of the clients whose sum is observed."""
         return tuple((self.victim + step) % self.clients for step in range(self.aggregate))
 
-    def _steps(self) -> LocalSteps | None:
+    @property
+    def steps(self) -> LocalSteps | None:
+        """The local steps after which weights come back; None where gradients do."""
         if self.update == "gradient":
             return None
         whole = self.update == "step"
         return LocalSteps(
-            epochs=1 if whole else self.local_epochs,
-            batch_size=self.batch_size if whole else self.local_batch_size,
+            epochs=1 if whole else self.epochs,
+            batch_size=self.batch if whole else self.batch_size,
             learning_rate=self.learning_rate,
         )
 
-    def _task(self, defense: Defense) -> ClientTask:
-        return ClientTask(
-            dataset=self.dataset,
-            partition="iid",
-            defense=defense.label,
-            model=self.model,
-            epochs=self.local_epochs,
-            batch_size=self.local_batch_size,
-            images=self.batch_size,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
+
+@dataclass(frozen=True, eq=False)
+class WatchedFederation:
+    """A federation whose server sends the same model every round and watches one client.
+
+    Its clients hold the very objects that are given here, so what they send is of these images and
+    this model, and what is scored by them is the truth.
+
+    Attributes:
+        data: Dataset the clients share out among them at random.
+        model: What the server sends, with its weights; clients train it in training mode.
+        watching: Whom it watches.
+    """
+
+    data: Dataset
+    model: nn.Module
+    watching: Watching
+    _clients: OnObjects = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        own = copy.deepcopy(self.model).train()
+        object.__setattr__(self, "model", own)
+        object.__setattr__(self, "_clients", OnObjects(self.data, own))
+
+    def try_out(self, defense: Defense) -> None:
+        """Do once what the federation will do, before any of it.
+
+        Raises:
+            FedveilError: What would fail in every client.
+        """
+        shares = (2,) * self.watching.clients
+        classes = len(self.data.classes)
+        task = self._task(defense)
+        with self._clients.here():
+            try_out(Trial(self.model, self.data.train, classes, shares, task, SeededFedAvg()))
+
+    def observe(self, defense: Defense) -> Observation:
+        """Run the federation and return what its server has, the knowledge of the defence with it.
+
+        Args:
+            defense: What the clients do to their images.
+
+        Raises:
+            FedveilError: The victim's answers did not come.
+        """
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        watching = self.watching
+        strategy = WatchingFedSGD(
+            victims=watching.victims,
+            parameters=[n for n, value in self.model.named_parameters() if value.requires_grad],
+            action=watching.update,
+            sampling=Sampling(seed=watching.seed, min_clients=watching.clients),
         )
+        with LocalGrid(self._clients, nodes=watching.clients, workers=watching.workers) as grid:
+            strategy.start(
+                grid,
+                ArrayRecord(self.model.state_dict()),
+                num_rounds=watching.rounds,
+                train_config=self._task(defense).to_record(),
+            )
+        if len(strategy.exchanges) < watching.rounds:
+            raise FedveilError(
+                f"client {watching.victim} answered {len(strategy.exchanges)} of {watching.rounds} "
+                f"rounds: {'; '.join(strategy.refused)}"
+            )
+        return observation_from_records(
+            self.model,
+            strategy.exchanges[0].sent,
+            [exchange.returned for exchange in strategy.exchanges],
+            shape=self.data.shape,
+            classes=len(self.data.classes),
+            steps=watching.steps,
+            images=strategy.exchanges[0].images,
+            knows=None if defense.transform is None else defense.transform.surrogate,
+            sanitizer=public_knowledge(defense, self.model, self.data),
+        )
+
+    def ground_truth(self) -> Tensor:
+        """Return which training images were used; for scoring, never for attacks.
+
+        Returns:
+            int64 [images], indices into ``data.train``, round after round.
+
+        Raises:
+            FedveilError: The victim has fewer images than rounds use.
+        """
+        return ground_truth(self.data, self.watching)
+
+    def _task(self, defense: Defense) -> ClientTask:
+        return _task(self._clients.name, self.watching, defense)
+
+
+def ground_truth(data: Dataset, watching: Watching) -> Tensor:
+    """Return which training images are used, int64 [images], round after round.
+
+    Raises:
+        FedveilError: The victim has fewer images than rounds use.
+    """
+    labels, scheme = data.train.labels, parse_partition("iid")
+    shares = partition(labels, clients=watching.clients, scheme=scheme, seed=watching.seed)
+    task = _task(data.name, watching, Defense("none"))
+    for victim in watching.victims:
+        if len(shares[victim]) < watching.rounds * watching.batch:
+            raise FedveilError(
+                f"--images {watching.images} is too many: client {victim} of {watching.clients} "
+                f"has {len(shares[victim])} images; ask for fewer, or for fewer clients"
+            )
+    used = [
+        shares[victim][
+            fedsgd_batch(
+                len(shares[victim]),
+                task.model_copy(update={"server_round": number + 1}),
+                client=victim,
+            )
+        ]
+        for number in range(watching.rounds)
+        for victim in watching.victims
+    ]
+    return torch.cat(used)
+
+
+def _task(name: str, watching: Watching, defense: Defense) -> ClientTask:
+    return ClientTask(
+        dataset=name,
+        partition="iid",
+        defense=defense.label,
+        model=name,
+        epochs=watching.epochs,
+        batch_size=watching.batch_size,
+        images=watching.batch,
+        learning_rate=watching.learning_rate,
+        seed=watching.seed,
+    )
 
 
 def public_knowledge(defense: Defense, model: nn.Module, data: Dataset) -> UpdateKnowledge | None:
@@ -178,3 +249,74 @@ def public_knowledge(defense: Defense, model: nn.Module, data: Dataset) -> Updat
     if defense.soteria is not None:
         return defense.soteria.on(model, data.shape)
     return defense.sanitizer
+
+
+def observation_from_records(
+    model: nn.Module,
+    sent: ArrayRecord,
+    returned: Sequence[ArrayRecord],
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    steps: LocalSteps | None = None,
+    images: int = 1,
+    knows: nn.Module | None = None,
+    sanitizer: UpdateKnowledge | None = None,
+) -> Observation:
+    """Return what an honest-but-curious server has of clients that answered one model.
+
+    Args:
+        model: The architecture; its weights are not used.
+        sent: The model as it went out.
+        returned: What came back, one record a victim (or a round in which the same model went out):
+            gradients, or weights.
+        shape: (C, H, W) of one image.
+        classes: Number of classes.
+        steps: The local steps after which the weights came back, as the server configured them;
+            None where the records hold gradients.
+        images: Images in a victim's batch, as the reply counts them.
+        knows: The image transformation that is public knowledge.
+        sanitizer: What is publicly known of a change of the update.
+
+    Raises:
+        FedveilError: A record that lacks a weight of the model.
+    """
+    count = steps.steps(images) if steps else 0
+    before = sent.to_torch_state_dict()
+    own = copy.deepcopy(model)
+    own.load_state_dict(before)
+    trained = [name for name, p in own.named_parameters() if p.requires_grad]
+    updates = [record.to_torch_state_dict() for record in returned]
+    gradients: dict[str, Tensor] = {}
+    rounding = 0.0
+    for name in trained:
+        if any(name not in update for update in updates):
+            raise FedveilError(
+                f"a reply lacks {name}; the client must return every weight it was sent"
+            )
+        stacked = torch.stack([update[name] for update in updates]) if updates else torch.empty(0)
+        if steps is not None:
+            # In float64, so that nothing is lost beyond what the client's own rounding lost.
+            length = steps.learning_rate * count
+            rounding += _rounding_energy(stacked) * count / length**2
+            stacked = (before[name].double() - stacked.double()) / length
+        gradients[name] = stacked
+    size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
+    return Observation(
+        model=own,
+        gradients=gradients,
+        shape=shape,
+        classes=classes,
+        images=images,
+        knows=knows,
+        sanitizer=sanitizer,
+        rounding=rounding / max(size, 1e-30),
+        local=steps if count > 1 else None,
+    )
+
+
+def _rounding_energy(weights: Tensor) -> float:
+    # A float is off by a uniform error of one unit in the last place, which is eps·2^exponent.
+    _, exponent = torch.frexp(weights)
+    unit = torch.finfo(weights.dtype).eps * torch.exp2(exponent.double() - 1)
+    return float(unit.square().sum() / 12)

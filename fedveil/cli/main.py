@@ -655,8 +655,6 @@ def audit_leakage(
         if other and update is Update.GRADIENT:
             update = Update.STEP  # a Flower app returns weights
         settings = LeakageSettings(
-            dataset=dataset,
-            model=model,
             clients=clients,
             victim=victim,
             images=images,
@@ -675,9 +673,9 @@ def audit_leakage(
         keep_freed_memory()
         if other:
             where = Recorded(recorded, before, after, truth)
-            report = run_recorded_audit(settings, where, out=out)
+            report = run_recorded_audit(dataset, model, settings, where, out=out)
         else:
-            report = run_leakage_audit(settings, checkpoint=checkpoint, out=out)
+            report = run_leakage_audit(dataset, model, settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
         typer.echo("Interrupted; nothing was written.", err=True)
         raise typer.Exit(130) from None

@@ -1,9 +1,12 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from logging import WARNING
+from uuid import uuid4
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -52,6 +55,40 @@ def _transforms_once(defense: Defense) -> bool:
 
 
 app = ClientApp(mods=[secure_aggregation_mod])
+
+
+_given: dict[str, "OnObjects"] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class OnObjects:
+    """The client app on a dataset and a model themselves, which no task can name otherwise.
+
+    For clients in this machine's processes. Names are how others find what a task is about.
+
+    Attributes:
+        data: The dataset the clients share out among them.
+        model: What they train; each process has a copy of its own.
+        name: Of both, in the tasks of these clients.
+    """
+
+    data: Dataset
+    model: nn.Module
+    name: str = field(default_factory=lambda: f"object-{uuid4().hex}", init=False)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message, in a process that has these objects to the end."""
+        _given[self.name] = self
+        return app(message, context)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Let this process, too, know the objects by their name."""
+        _given[self.name] = self
+        try:
+            yield
+        finally:
+            del _given[self.name]
 
 
 @app.query()
@@ -264,8 +301,13 @@ def client_index(context: Context, task: ClientTask) -> torch.Tensor:
 _kept = KeptShares(limit=2**28)
 
 
-@lru_cache(maxsize=4)
 def _dataset(name: str, seed: int) -> Dataset:
+    given = _given.get(name)
+    return _loaded(name, seed) if given is None else given.data
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str, seed: int) -> Dataset:
     return load_dataset(name, seed=seed)
 
 
@@ -287,7 +329,8 @@ def _defense(text: str) -> Defense:
 
 @lru_cache(maxsize=4)
 def _model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    return build_model(name, shape, classes, seed=0)
+    given = _given.get(name)
+    return build_model(name, shape, classes, seed=0) if given is None else deepcopy(given.model)
 
 
 def _classes(task: ClientTask) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.metrics import psnr
+from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
@@ -170,8 +171,6 @@ class DctStudy:
 
     def _audit(self, attack: str, defense: str, images: int) -> LeakageSettings:
         return LeakageSettings(
-            dataset=self.dataset,
-            model=self.model,
             clients=self.clients,
             victim=self.victim,
             images=images,
@@ -208,7 +207,7 @@ def reproduce(
     accuracies: dict[str, dict[str, Any]] = {}
     for name, settings in audits.items():
         on_piece(f"leakage: {name}", len(leaks), total)
-        leaks[name] = audited(settings, out / "leakage" / name)
+        leaks[name] = audited(study.dataset, study.model, settings, out / "leakage" / name)
     for name, config in study.trainings.items():
         on_piece(f"accuracy: {name}", len(leaks) + len(accuracies), total)
         accuracies[name] = trained(config, out, name)
@@ -243,7 +242,7 @@ def _check(study: DctStudy, out: Path) -> None:
     check_directory(out)
     data = load_dataset(study.dataset)
     for settings in (*study.figure_audits.values(), *study.sweep_audits.values()):
-        settings.federation.ground_truth(data)
+        ground_truth(data, settings)
     prepare_job(study.training(_NONE, 0))
 
 

@@ -29,8 +29,6 @@ _TRAINING = TrainConfig(
     defense="dct:keep=21",
 )
 _LEAKAGE = LeakageSettings(
-    dataset="photos",
-    model="lenet",
     images=8,
     victim=2,
     attacks=("lm",),
@@ -59,7 +57,7 @@ def run_demo(out: Path) -> str:
     if directory.config != _TRAINING:
         raise FedveilError(f"{run} is of another demo; remove it, or name another --out")
     training = run_to_completion(directory)
-    report = run_leakage_audit(_LEAKAGE, out=out / "leakage")
+    report = run_leakage_audit("photos", "lenet", _LEAKAGE, out=out / "leakage")
     write_atomically(out / "demo.png", _picture(directory.rounds(), report))
     summary = {"training": training, "leakage": report.as_json()}
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

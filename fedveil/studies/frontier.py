@@ -20,6 +20,7 @@ from typing import Any
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.adaptive import adaptive_for
 from fedveil.audit.leakage import LeakageSettings
+from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import check_defense, parse_defense
 from fedveil.errors import FedveilError
@@ -167,12 +168,16 @@ class FrontierStudy:
         """Return the attacks of a scenario."""
         return self.worst_attacks if scenario == "worst" else self.round_attacks
 
+    def subject(self, scenario: str) -> tuple[str, str]:
+        """Return the names of the dataset and the model that a scenario attacks."""
+        if scenario == "worst":
+            return self.leakage_dataset or self.dataset, self.worst_model
+        return self.dataset, self.model
+
     def audit(self, scenario: str, defense: str, attack: str) -> LeakageSettings:
         """Return the settings of one audit."""
         worst, added_up = scenario == "worst", self.clients if scenario == "sum" else 1
         return LeakageSettings(
-            dataset=(self.leakage_dataset or self.dataset) if worst else self.dataset,
-            model=self.worst_model if worst else self.model,
             clients=self.clients,
             victim=self.victim,
             images=(self.sum_images or self.batch * added_up) if added_up > 1 else self.images,
@@ -269,7 +274,7 @@ def _check(study: FrontierStudy, out: Path) -> None:
     check_directory(out)
     for scenario in study.scenarios:
         settings = study.audit(scenario, "none", study.attacks(scenario)[0])
-        settings.federation.ground_truth(load_dataset(settings.dataset))
+        ground_truth(load_dataset(study.subject(scenario)[0]), settings)
     job = prepare_job(study.training("none", 0))
     for defense in study.defenses:
         check_defense(parse_defense(defense), job.model, job.dataset.shape)
@@ -288,6 +293,7 @@ def _attack(
     weights = RunSecrets(out / "runs" / f"{_slug(defense)}-0").path(MODEL)
     try:
         return audited(
+            *study.subject(scenario),
             study.audit(scenario, defense, attack),
             path,
             checkpoint=None if scenario == "worst" else weights,

@@ -36,11 +36,18 @@ _PATIENCE_SECONDS = 10.0
 
 
 def audited(
-    settings: LeakageSettings, path: Path, *, checkpoint: Path | None = None
+    dataset: str,
+    model: str,
+    settings: LeakageSettings,
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of an audit, from its directory where it is complete.
 
     Args:
+        dataset: What is attacked, by name.
+        model: What is trained on it, by name.
         settings: What is audited.
         path: Directory of the audit.
         checkpoint: Weights of the model; freshly initialised ones otherwise.
@@ -50,7 +57,7 @@ def audited(
     """
     stored = path / "leakage.json"
     if not stored.exists():
-        run_leakage_audit(settings, out=path, checkpoint=checkpoint)
+        run_leakage_audit(dataset, model, settings, out=path, checkpoint=checkpoint)
     content = read_piece(stored)
     # A setting that was added later is as it was before there was one.
     added = {
@@ -58,7 +65,8 @@ def audited(
         for field in dataclasses.fields(LeakageSettings)
         if field.default is not dataclasses.MISSING
     }
-    if plain(added | content.get("settings", {})) != plain(asdict(settings)):
+    asked = {"dataset": dataset, "model": model, **asdict(settings)}
+    if plain(added | content.get("settings", {})) != plain(asked):
         raise other_settings(path)
     rows: list[dict[str, Any]] = content["rows"]
     return rows

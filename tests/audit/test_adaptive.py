@@ -13,7 +13,7 @@ from fedveil.audit import adaptive as table_module
 from fedveil.audit.adaptive import ADAPTIVE, adaptive_for, attackers, table
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.metrics import psnr
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import load_dataset
 from fedveil.defenses import DEFENSES, BlockDCT, parse_defense
 from fedveil.errors import FedveilError
@@ -30,8 +30,9 @@ def model(digits):
     return build_model("lenet", digits.shape, 10, seed=0)
 
 
-def _watched(**changes):
-    return WatchedFederation("digits", "lenet", clients=4, victim=1, **{"rounds": 2, **changes})
+def _watched(digits, model, **changes):
+    watching = Watching(**{"clients": 4, "victim": 1, "images": 2, **changes})
+    return WatchedFederation(digits, model, watching)
 
 
 def test_every_defence_has_an_adaptive_attack():
@@ -47,9 +48,7 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
     monkeypatch.setattr(table_module, "ADAPTIVE", without)
     with pytest.raises(FedveilError, match="'prune' has no adaptive attack"):
         adaptive_for(parse_defense("prune:share=0.5"))
-    settings = LeakageSettings(
-        dataset="digits", model="lenet", clients=4, defenses=("none", "prune:share=0.5")
-    )
+    settings = LeakageSettings(clients=4, defenses=("none", "prune:share=0.5"))
     with pytest.raises(FedveilError, match="'prune' has no adaptive attack"):
         audit_leakage(digits, model, settings)
 
@@ -75,7 +74,7 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
 )
 def test_who_attacks_what_and_what_the_naive_know(digits, model, spec, attack, kinds):
     defense = parse_defense(spec)
-    informed = _watched(rounds=1).observe(model, digits, defense)
+    informed = _watched(digits, model, images=1).observe(defense)
     found = attackers(defense, informed, attack, inverse=True)
     assert [(one.adaptive, one.inverse) for one in found] == kinds
     assert found[0].observation.knows is None
@@ -85,17 +84,17 @@ def test_who_attacks_what_and_what_the_naive_know(digits, model, spec, attack, k
 @pytest.mark.parametrize("spec", ["jpeg:quality=50", "dct-random:drop=0.5", "blur:sigma=0.7"])
 def test_what_the_client_trained_on_is_what_is_scored(digits, model, spec):
     """An exact attack on the federation's own messages gives the image T(x) of the scoring."""
-    defense, watched = parse_defense(spec), _watched()
-    seen = attackers(defense, watched.observe(model, digits, defense), "lm", inverse=False)[0]
+    defense, watched = parse_defense(spec), _watched(digits, model)
+    seen = attackers(defense, watched.observe(defense), "lm", inverse=False)[0]
     found = LevenbergMarquardt()(seen.observation).images[:, 0].float()
-    originals = digits.train[watched.ground_truth(digits)].pixels
+    originals = digits.train[watched.ground_truth()].pixels
     assert (psnr(found, defense.transform(originals)) > 50).all()
 
 
 def test_to_those_who_know_of_it_pruning_explains_the_true_image_best(digits, model):
-    defense, watched = parse_defense("prune:share=0.7"), _watched()
-    naive, aware = attackers(defense, watched.observe(model, digits, defense), "ig", inverse=False)
-    used = digits.train[watched.ground_truth(digits)]
+    defense, watched = parse_defense("prune:share=0.7"), _watched(digits, model)
+    naive, aware = attackers(defense, watched.observe(defense), "ig", inverse=False)
+    used = digits.train[watched.ground_truth()]
     losses = [
         GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu")).distance(
             used.pixels[:, None], used.labels[:, None], seen
@@ -107,9 +106,9 @@ def test_to_those_who_know_of_it_pruning_explains_the_true_image_best(digits, mo
 
 
 def test_enough_of_a_pruned_update_gives_the_image_exactly(digits, model):
-    defense, watched = parse_defense("prune:share=0.5"), _watched(rounds=1)
-    naive, aware = attackers(defense, watched.observe(model, digits, defense), "lm", inverse=False)
-    original = digits.train[watched.ground_truth(digits)].pixels
+    defense, watched = parse_defense("prune:share=0.5"), _watched(digits, model, images=1)
+    naive, aware = attackers(defense, watched.observe(defense), "lm", inverse=False)
+    original = digits.train[watched.ground_truth()].pixels
     attack = LevenbergMarquardt()
     scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
     assert scores[1] > 40
@@ -117,9 +116,9 @@ def test_enough_of_a_pruned_update_gives_the_image_exactly(digits, model):
 
 
 def test_soteria_does_not_stop_those_who_leave_its_layer_out(digits, model):
-    defense, watched = parse_defense("soteria:share=0.8"), _watched(rounds=1)
-    naive, aware = attackers(defense, watched.observe(model, digits, defense), "lm", inverse=False)
-    original = digits.train[watched.ground_truth(digits)].pixels
+    defense, watched = parse_defense("soteria:share=0.8"), _watched(digits, model, images=1)
+    naive, aware = attackers(defense, watched.observe(defense), "lm", inverse=False)
+    original = digits.train[watched.ground_truth()].pixels
     attack = LevenbergMarquardt()
     scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
     assert scores[1] > 40
@@ -141,8 +140,6 @@ def test_a_learned_inverse_passes_the_ceiling_of_what_is_left(digits):
 
 def test_the_audit_puts_the_inverse_on_top(digits, model):
     settings = LeakageSettings(
-        dataset="digits",
-        model="lenet",
         clients=4,
         images=2,
         attacks=("lm",),
@@ -157,7 +154,7 @@ def test_the_audit_puts_the_inverse_on_top(digits, model):
 
 def test_noise_is_searched_once_for_both_attackers(digits, model):
     defense = parse_defense("noise:ratio=1")
-    informed = _watched(rounds=1).observe(model, digits, defense)
+    informed = _watched(digits, model, images=1).observe(defense)
     naive, aware = attackers(defense, informed, "lm", inverse=False)
     assert naive.observation is aware.observation
 
@@ -165,8 +162,6 @@ def test_noise_is_searched_once_for_both_attackers(digits, model):
 def test_who_knows_the_transformation_compares_transformed_candidates(digits, model):
     """What is left of an image without its low frequencies resembles other images more."""
     settings = LeakageSettings(
-        dataset="digits",
-        model="lenet",
         clients=4,
         images=8,
         attacks=("lm",),
@@ -179,10 +174,10 @@ def test_who_knows_the_transformation_compares_transformed_candidates(digits, mo
 
 
 def test_of_an_aggregate_only_the_mean_is_seen(digits, model):
-    watched = _watched(aggregate=3, rounds=2, batch_size=2)
-    seen = watched.observe(model, digits, parse_defense("none"))
+    watched = _watched(digits, model, aggregate=3, images=12, batch=2)
+    seen = watched.observe(parse_defense("none"))
     assert seen.images == 6
-    used = digits.train[watched.ground_truth(digits)]
+    used = digits.train[watched.ground_truth()]
     for number in range(2):
         batch = used[6 * number : 6 * number + 6]
         loss = nn.functional.cross_entropy(model(batch.pixels), batch.labels)
@@ -193,8 +188,6 @@ def test_of_an_aggregate_only_the_mean_is_seen(digits, model):
 
 def test_the_images_of_an_aggregate_are_searched_together(digits, model):
     settings = LeakageSettings(
-        dataset="digits",
-        model="lenet",
         clients=4,
         images=8,
         aggregate=4,
@@ -215,4 +208,4 @@ def test_the_images_of_an_aggregate_are_searched_together(digits, model):
 )
 def test_aggregates_that_cannot_be(changes, message):
     with pytest.raises(FedveilError, match=message):
-        LeakageSettings(**{"dataset": "digits", "model": "lenet", "clients": 4, **changes})
+        LeakageSettings(**{"clients": 4, **changes})

@@ -14,9 +14,13 @@ from fedveil.audit import leakage as leakage_module
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
-from fedveil.audit.observe import observation_from_records
-from fedveil.audit.watch import WatchedFederation
-from fedveil.data import load_dataset
+from fedveil.audit.watch import (
+    WatchedFederation,
+    Watching,
+    ground_truth,
+    observation_from_records,
+)
+from fedveil.data import Dataset, Images, load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
@@ -33,7 +37,7 @@ def model(dataset):
 
 
 def _settings(**changes):
-    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 3, "images": 3}
+    given = {"clients": 4, "victim": 3, "images": 3}
     return LeakageSettings(**{**given, "attacks": ("rgap",), **changes})
 
 
@@ -87,7 +91,7 @@ def test_report_files(dataset, model, tmp_path):
 def test_nothing_is_written_when_an_attack_refuses(dataset, tmp_path):
     model = build_model("cnn", dataset.shape, 10, seed=0)
     with pytest.raises(FedveilError, match="rgap does not apply"):
-        audit_leakage(dataset, model, _settings(model="cnn"), out=tmp_path / "out")
+        audit_leakage(dataset, model, _settings(), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -112,10 +116,10 @@ def test_settings_that_cannot_be(dataset, model, changes, message):
 @pytest.mark.parametrize("defense", ["none", "dct:keep=6"])
 def test_the_servers_notes_are_the_gradient_of_the_victims_own_images(dataset, model, defense):
     """The federation's messages against a gradient computed here, on the scored images."""
-    watched = WatchedFederation("digits", "lenet", clients=4, victim=2, rounds=3, batch_size=2)
+    watched = WatchedFederation(dataset, model, Watching(clients=4, victim=2, images=6, batch=2))
     parsed = parse_defense(defense)
-    seen = watched.observe(model, dataset, parsed)
-    used = dataset.train[watched.ground_truth(dataset)]
+    seen = watched.observe(parsed)
+    used = dataset.train[watched.ground_truth()]
     assert seen.images == 2
     for number in range(3):
         batch = used[2 * number : 2 * number + 2]
@@ -124,6 +128,41 @@ def test_the_servers_notes_are_the_gradient_of_the_victims_own_images(dataset, m
         expected = torch.autograd.grad(loss, list(model.parameters()))
         for got, wanted in zip(seen.gradients.values(), expected, strict=True):
             assert torch.allclose(got[number], wanted, rtol=1e-4, atol=1e-6)
+
+
+class _MyNet(nn.Module):
+    """A model that no name leads to."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(1 - images)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_clients_hold_the_very_dataset_and_model_that_are_audited(dataset, workers):
+    """Other images than any name's, under another model: what leaks everything is found out."""
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (80, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    mine = Dataset(
+        "digits",
+        Images(pixels[:60], torch.arange(60) % 3),
+        Images(pixels[60:], torch.arange(20) % 3),
+        ("a", "b", "c"),
+    )
+    model = _MyNet(build_model("lenet", mine.shape, 3, seed=1)).eval()
+    report = audit_leakage(mine, model, _settings(attacks=("lm",), seed=3, workers=workers))
+    assert report.rows[0].summary()["exact"] == 1
+    assert not model.training  # what was given is left as it was
+    assert report.as_json()["settings"]["model"] == "_MyNet"
+
+
+def test_names_of_a_second_source_are_not_taken():
+    for name in ("dataset", "model"):
+        with pytest.raises(TypeError, match=name):
+            _settings(**{name: "digits"})
 
 
 def test_batches_are_put_in_order_before_they_are_scored(dataset, model):
@@ -135,8 +174,7 @@ def test_batches_are_put_in_order_before_they_are_scored(dataset, model):
     summary = row.summary()
     assert summary["images"] == 6
     assert summary["exact"] == summary["identified"] == summary["label_accuracy"] == 1
-    federation = settings.federation
-    assert len(set(federation.ground_truth(dataset).tolist())) == 6
+    assert len(set(ground_truth(dataset, settings).tolist())) == 6
 
 
 def test_the_original_and_what_was_trained_on_are_scored_by_their_own_answers(
@@ -157,15 +195,15 @@ def test_the_original_and_what_was_trained_on_are_scored_by_their_own_answers(
 
 def test_the_servers_notes_of_local_training(dataset, model):
     """A client's epochs and minibatches, done again here with the seed that only it has."""
-    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 2, "rounds": 1}
-    watched = WatchedFederation(
-        **given, batch_size=5, update="fedavg", local_epochs=2, local_batch_size=2,
+    watching = Watching(
+        clients=4, victim=2, images=5, batch=5, update="fedavg", epochs=2, batch_size=2,
         learning_rate=0.1,
     )  # fmt: skip
-    seen = watched.observe(model, dataset, parse_defense("none"))
+    watched = WatchedFederation(dataset, model, watching)
+    seen = watched.observe(parse_defense("none"))
     assert seen.local == LocalSteps(epochs=2, batch_size=2, learning_rate=0.1)
     assert seen.images == 5
-    used = dataset.train[watched.ground_truth(dataset)]
+    used = dataset.train[watched.ground_truth()]
     shuffler = torch.Generator().manual_seed((0 * 1_000_003 + 1) * 1_000_003 + 2)
     own = copy.deepcopy(model)
     optimiser = torch.optim.SGD(own.parameters(), 0.1)
@@ -193,21 +231,22 @@ def test_an_audit_of_federated_averaging(dataset, model):
 
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.01])
 def test_weights_after_a_step_tell_the_gradient_and_what_rounding_cost(dataset, model, rate):
-    given = {"dataset": "digits", "model": "lenet", "clients": 4, "victim": 1, "rounds": 1}
-    watched = WatchedFederation(**given, update="step", learning_rate=rate)
-    stepped = watched.observe(model, dataset, parse_defense("none"))
-    plain = WatchedFederation(**given).observe(model, dataset, parse_defense("none"))
+    given = Watching(clients=4, victim=1, images=1)
+    stepping = dataclasses.replace(given, update="step", learning_rate=rate)
+    watched = WatchedFederation(dataset, model, stepping)
+    stepped = watched.observe(parse_defense("none"))
+    plain = WatchedFederation(dataset, model, given).observe(parse_defense("none"))
     pairs = [(stepped.gradients[k].double(), g.double()) for k, g in plain.gradients.items()]
     missed = sum(float((a - b).square().sum()) for a, b in pairs)
     size = sum(float(b.square().sum()) for _, b in pairs)
     assert missed / size == pytest.approx(stepped.rounding, rel=0.3)
     result = LevenbergMarquardt()(stepped)
-    assert exact(result.images[:, 0], dataset.train[watched.ground_truth(dataset)].pixels).all()
+    assert exact(result.images[:, 0], dataset.train[watched.ground_truth()].pixels).all()
 
 
 def test_only_the_adaptive_attacker_is_told_of_the_defence(dataset, model):
-    watched = WatchedFederation("digits", "lenet", clients=4, victim=0, rounds=1)
-    seen = watched.observe(model, dataset, parse_defense("dct:keep=6"))
+    watched = WatchedFederation(dataset, model, Watching(clients=4, images=1))
+    seen = watched.observe(parse_defense("dct:keep=6"))
     assert isinstance(seen.knows, BlockDCT)
     assert set(vars(seen)) == {
         "model",
@@ -223,11 +262,11 @@ def test_only_the_adaptive_attacker_is_told_of_the_defence(dataset, model):
 
 
 def test_rounds_go_through_the_victims_images_without_repeating(dataset):
-    watched = WatchedFederation("digits", "lenet", clients=10, victim=3, rounds=100)
-    used = watched.ground_truth(dataset).tolist()
+    used, others = (
+        ground_truth(dataset, Watching(victim=victim, images=100)).tolist() for victim in (3, 4)
+    )
     assert len(set(used)) == 100
-    other = WatchedFederation("digits", "lenet", clients=10, victim=4, rounds=100)
-    assert not set(used) & set(other.ground_truth(dataset).tolist())
+    assert not set(used) & set(others)
 
 
 def test_records_that_do_not_match(model):

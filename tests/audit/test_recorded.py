@@ -19,6 +19,7 @@ from fedveil.audit.recorded import (
     read_truth,
     truth_of,
 )
+from fedveil.audit.watch import ground_truth
 from fedveil.cli.main import app as command
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
@@ -34,8 +35,6 @@ from fedveil.sealing import OperatorKey
 
 NONE = parse_defense("none")
 INSIDE = LeakageSettings(
-    dataset="digits",
-    model="lenet",
     clients=2,
     images=8,
     update="step",
@@ -75,7 +74,7 @@ def flowers():
 def test_the_figures_are_those_inside_fedveil(data, key, tmp_path, monkeypatch):
     model = build_model("lenet", data.shape, 10, seed=0).train()
     expected = audit_leakage(data, model, INSIDE)
-    places = INSIDE.federation.ground_truth(data).view(8, 1).tolist()
+    places = ground_truth(data, INSIDE).view(8, 1).tolist()
     names = [name for name, _ in model.named_parameters()]
     strategy = WatchingFedSGD(
         victims=(0,), parameters=names, action="step", sampling=Sampling(min_clients=2)

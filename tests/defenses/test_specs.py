@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.defenses.pruning import Pruning
@@ -50,9 +50,9 @@ def test_joins_that_cannot_be(text, message):
 def test_both_parts_act_on_what_a_federation_returns():
     digits = load_dataset("digits")
     model = build_model("lenet", digits.shape, 10, seed=0)
-    watched = WatchedFederation("digits", "lenet", clients=4, victim=1, rounds=1)
-    seen = watched.observe(model, digits, parse_defense("dct:keep=3+prune:share=0.5"))
-    used = digits.train[watched.ground_truth(digits)]
+    watched = WatchedFederation(digits, model, Watching(clients=4, victim=1, images=1))
+    seen = watched.observe(parse_defense("dct:keep=3+prune:share=0.5"))
+    used = digits.train[watched.ground_truth()]
     loss = F.cross_entropy(model(BlockDCT(keep=3)(used.pixels)), used.labels)
     named = dict(model.named_parameters())
     gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))

@@ -63,11 +63,9 @@ def _trained(name, strategy, defense="none"):
 
 
 def _audited(name):
-    settings = LeakageSettings(
-        dataset="digits", model=f"tests.models.architectures_table:{become(name)}", clients=4,
-        images=1, attacks=("ig:steps=20",), defenses=("none",),
-    )  # fmt: skip
-    row = run_leakage_audit(settings, out=None).rows[0].summary()
+    settings = LeakageSettings(clients=4, images=1, attacks=("ig:steps=20",), defenses=("none",))
+    model = f"tests.models.architectures_table:{become(name)}"
+    row = run_leakage_audit("digits", model, settings, out=None).rows[0].summary()
     return f"attacked: {row['psnr_original']:.1f} dB"
 
 

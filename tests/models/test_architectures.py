@@ -36,12 +36,11 @@ def test_it_passes_the_trial_step_of_every_strategy_or_says_why(name, strategy):
 
 @pytest.mark.parametrize("name", ["Siamese, tied", "Conv3d", "GRU over rows", "LSTM over rows"])
 def test_an_audit_attacks_it_or_says_why(name, tmp_path):
-    settings = LeakageSettings(
-        dataset="digits", model=f"tests.models.architectures_table:{become(name)}", clients=2,
-        images=1, attacks=("ig:steps=3",), defenses=("none",),
-    )  # fmt: skip
+    settings = LeakageSettings(clients=2, images=1, attacks=("ig:steps=3",), defenses=("none",))
     try:
-        report = run_leakage_audit(settings, out=None)
+        report = run_leakage_audit(
+            "digits", f"tests.models.architectures_table:{become(name)}", settings, out=None
+        )
     except FedveilError as error:
         assert str(error).count("\n") == 0  # noqa: PT017
     else:

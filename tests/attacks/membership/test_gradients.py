@@ -10,7 +10,7 @@ from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership.gradients import GradientMembership
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.membership import picked_out
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model
@@ -110,8 +110,6 @@ def _audit(defense, **changes):
     digits = load_dataset("digits")
     settings = LeakageSettings(
         **{
-            "dataset": "digits",
-            "model": "cnn",
             "clients": 4,
             "images": 32,
             "batch": 8,
@@ -148,8 +146,8 @@ def _by_gradient(found):
 def test_a_part_of_a_large_round_is_scored_like_the_whole():
     digits, none = load_dataset("digits"), parse_defense("none")
     model = build_model("cnn", digits.shape, 10, seed=0)
-    watched = WatchedFederation("digits", "cnn", clients=4, victim=1, rounds=2, batch_size=40)
-    seen, used = watched.observe(model, digits, none), watched.ground_truth(digits)
+    watched = WatchedFederation(digits, model, Watching(clients=4, victim=1, images=80, batch=40))
+    seen, used = watched.observe(none), watched.ground_truth()
     whole = _by_gradient(picked_out(none, seen, digits, used, seed=0))
     part = _by_gradient(picked_out(none, seen, digits, used, seed=0, scored=30))
     assert (len(whole), len(part)) == (80, 60)

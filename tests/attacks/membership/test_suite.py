@@ -8,7 +8,7 @@ from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, GradientMembership
 from fedveil.audit.membership import best, picked_out
 from fedveil.audit.metrics import recognised
-from fedveil.audit.watch import WatchedFederation
+from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model
@@ -51,11 +51,9 @@ def test_every_attack_runs_in_the_audit_and_the_best_is_named():
     digits, noise = load_dataset("digits"), parse_defense("noise:ratio=1")
     model = build_model("cnn", digits.shape, 10, seed=0)
     watched = WatchedFederation(
-        "digits", "cnn", clients=4, victim=0, rounds=2, batch_size=8, update="step"
+        digits, model, Watching(clients=4, images=16, batch=8, update="step")
     )
-    found = picked_out(
-        noise, watched.observe(model, digits, noise), digits, watched.ground_truth(digits), seed=0
-    )
+    found = picked_out(noise, watched.observe(noise), digits, watched.ground_truth(), seed=0)
     known = {one.attack: one for one in found if one.adaptive}
     assert set(known) == set(ATTACKS)
     for one in known.values():
