@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fedveil
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -36,8 +38,7 @@ def write_down(package):
     (defenses / "my_defense.py").write_text(block('"""My defence'))
     imported = "from fedveil.defenses.my_defense import MyDefense\n"
     add(defenses / "specs.py", "from fedveil.defenses.protocol", imported)
-    add(defenses / "specs.py", '    "dct": _Kind(', block('    "mine": _Kind'))
-    add(package / "audit/adaptive.py", '    "dct": Adaptive(', block('    "mine": Adaptive'))
+    add(defenses / "specs.py", '    "dct": BlockDCT,', block('    "mine"'))
 
 
 def fedveil_of(place, *options):
@@ -54,32 +55,64 @@ def fedveil_of(place, *options):
     return done.stdout
 
 
-def test_one_file_and_its_name_are_all_it_takes(tmp_path):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the package with what the guide prints."""
+    place = tmp_path_factory.mktemp("copy")
     package = Path(fedveil.__file__).parent
-    shutil.copytree(package, tmp_path / "fedveil", ignore=shutil.ignore_patterns("__pycache__"))
-    write_down(tmp_path / "fedveil")
+    shutil.copytree(package, place / "fedveil", ignore=shutil.ignore_patterns("__pycache__"))
+    write_down(place / "fedveil")
+    return place
+
+
+def test_one_file_and_its_name_are_all_it_takes(place, tmp_path):
+    leakage = tmp_path / "leakage"
     fedveil_of(
-        tmp_path,
+        place,
         *("audit", "leakage", "--dataset", "digits", "--images", "2", "--workers", "1"),
         *("--attack", "my-attack:steps=3", "--defense", "none", "--defense", "mine:shades=4"),
-        *("--out", "leakage"),
+        *("--defense", "prune:share=0.9", "--out", leakage),
     )
-    rows = json.loads((tmp_path / "leakage/leakage.json").read_text())["rows"]
-    assert {(row["attack"], row["defense"]) for row in rows} == {
-        ("my-attack:steps=3", "none"),
-        ("my-attack:steps=3", "mine:shades=4"),
-    }
+    rows = json.loads((leakage / "leakage.json").read_text())["rows"]
+    assert [(row["defense"], row["adaptive"]) for row in rows] == [
+        ("none", False),
+        ("mine:shades=4", False),
+        ("mine:shades=4", True),
+        ("prune:share=0.9", False),
+        ("prune:share=0.9", True),
+    ]
+    assert {row["attack"] for row in rows} == {"my-attack:steps=3"}
     assert all(row["images"] == 2 for row in rows)
-    fedveil_of(tmp_path, "report", "leakage", "--out", "report.html")
+    # Who knows which entries were not sent compares the others, and so finds something else.
+    assert rows[3]["psnr_original"] != rows[4]["psnr_original"]
+    fedveil_of(place, "report", leakage, "--out", tmp_path / "report.html")
     assert "my-attack" in (tmp_path / "report.html").read_text()
+
+
+def test_the_frontier_trains_and_attacks_what_was_added(place, tmp_path):
+    out = tmp_path / "frontier"
     fedveil_of(
-        tmp_path,
-        *("train", "--dataset", "digits", "--clients", "2", "--fraction", "1", "--rounds", "1"),
-        *("--strategy", "fedavg", "--transform", "mine:shades=4", "--workers", "1"),
-        *("--out", "run"),
+        place,
+        *("frontier", "--dataset", "digits", "--images", "2", "--batch", "2", "--seeds", "1"),
+        *("--rounds", "1", "--scenario", "worst", "--attack", "my-attack:steps=2"),
+        *("--defense", "none", "--defense", "mine:shades=4", "--no-inverse", "--workers", "1"),
+        *("--out", out),
     )
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["configuration"]["defense"] == "mine:shades=4"
+    rows = json.loads((out / "frontier.json").read_text())["rows"]
+    assert [(row["family"], row["adaptive"]) for row in rows] == [
+        ("none", False),
+        ("mine", False),
+        ("mine", True),
+    ]
+    assert (out / "frontier.png").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedveil.studies.frontier import SETTINGS; print(SETTINGS)"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "'mine:shades=8'" in done.stdout  # among those that are tried where none is named
 
 
 def test_what_is_printed_is_in_the_house_style(tmp_path):

@@ -18,7 +18,7 @@ from fedveil.attacks.inversion import (
     build_attack,
     check_model,
 )
-from fedveil.audit.adaptive import adaptive_for, attackers
+from fedveil.audit.adaptive import attackers
 from fedveil.audit.membership import Recognition, best, picked_out
 from fedveil.audit.metrics import (
     CANDIDATES,
@@ -230,7 +230,6 @@ def audit_leakage(
     defenses = [parse_defense(text) for text in settings.defenses]
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
-        adaptive_for(defense)
         federation.try_out(defense)
     for name in settings.attacks:
         build_attack(name)
@@ -294,7 +293,7 @@ def attacked(
     for name in settings.attacks:
         attack = build_attack(name)
         found: dict[int, Inversion] = {}
-        for attacker in attackers(defense, informed, name, inverse=undo is not None):
+        for attacker in attackers(defense, informed, attack.uses, inverse=undo is not None):
             label = f"{name}+inverse" if attacker.inverse else name
             step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
             # The inverse goes on top of what the attacker before it has found already.
@@ -331,8 +330,6 @@ def _inverse(
 ) -> Callable[[Tensor], Tensor] | None:
     """Return what a network learnt to undo a transformation on test images, nobody's training."""
     if not settings.inverse or defense.transform is None:
-        return None
-    if not any(part.inverse for part in adaptive_for(defense)):
         return None
     step = _named(progress, f"learning to undo {defense.label}")
     public = dataset.test[:_PUBLIC].pixels

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, Span
-from fedveil.audit.adaptive import MEMBERSHIP, Attacker, attackers
+from fedveil.audit.adaptive import Attacker, attackers
 from fedveil.audit.metrics import Roc, recognised, roc
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
@@ -109,11 +109,13 @@ def picked_out(
         victims=len(members),
         scored=members.numel(),
     )
-    naive, *aware = attackers(defense, informed, MEMBERSHIP, inverse=False)
-    found = [_run(name, naive, lineup) for name in attacks]
-    if aware:
+    each = {
+        name: attackers(defense, informed, ATTACKS[name].uses, inverse=False) for name in attacks
+    }
+    found = [_run(name, naive, lineup) for name, (naive, *_) in each.items()]
+    if defense.names:
         known = lineup.treated(defense.transform)
-        found += [_run(name, attacker, known) for attacker in aware for name in attacks]
+        found += [_run(name, one, known) for name, (_, *aware) in each.items() for one in aware]
     else:  # nothing to know: who knows it finds the same
         found += [None if one is None else replace(one, adaptive=True) for one in found]
     return tuple(one for one in found if one is not None)

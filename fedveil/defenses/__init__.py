@@ -8,7 +8,7 @@ from fedveil.defenses.dp_sgd import DPSGD
 from fedveil.defenses.folder import transform_folder
 from fedveil.defenses.gaussian_noise import GaussianNoise
 from fedveil.defenses.jpeg import JPEG
-from fedveil.defenses.protocol import Defense, Sanitizer, Transformation
+from fedveil.defenses.protocol import Defense, Metadata, Sanitizer, Transformation
 from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.soteria import Soteria
@@ -24,6 +24,7 @@ __all__ = [
     "DownSampling",
     "GaussianBlur",
     "GaussianNoise",
+    "Metadata",
     "Pruning",
     "RandomBlockDCT",
     "Sanitizer",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedveil.defenses.protocol import Transformation
+from fedveil.defenses.protocol import KNOWN_FORWARD, SEARCHED, Metadata, Transformation
 from fedveil.errors import FedveilError
 
 _LARGEST_BLOCK = 256  # its zigzag order alone takes seconds beyond
@@ -91,6 +91,12 @@ class BlockDCT(Transformation):
         >>> BlockDCT(keep=21)(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 3, 32, 32])
     """
+
+    metadata = Metadata(
+        attack=SEARCHED,
+        broken_by=KNOWN_FORWARD,
+        strengths=("keep=3", "keep=6", "keep=10", "keep=21"),
+    )
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from fedveil.defenses.protocol import Transformation
+from fedveil.defenses.protocol import KNOWN_FORWARD, SEARCHED, Metadata, Transformation
 from fedveil.errors import FedveilError
 
 
@@ -21,6 +21,10 @@ class GaussianBlur(Transformation):
     Raises:
         FedveilError: A deviation of 0 or less; on a call: images smaller than the kernel's half.
     """
+
+    metadata = Metadata(
+        attack=SEARCHED, broken_by=KNOWN_FORWARD, strengths=("sigma=0.7", "sigma=1.5", "sigma=3")
+    )
 
     def __init__(self, *, sigma: float) -> None:
         super().__init__()

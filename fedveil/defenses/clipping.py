@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedveil.defenses.protocol import Tensors
+from fedveil.defenses.protocol import Metadata, Tensors
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -26,6 +27,14 @@ class Clipping:
     Raises:
         FedveilError: A norm of 0 or less.
     """
+
+    metadata: ClassVar = Metadata(
+        attack="the candidate's update is clipped too; ig compares directions, which clipping "
+        "keeps",
+        broken_by='Geiping et al., "Inverting Gradients", NeurIPS 2020',
+        strengths=("norm=1",),
+        masks=True,
+    )
 
     norm: float
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedveil.defenses.protocol import Transformation
+from fedveil.defenses.protocol import KNOWN_FORWARD, SEARCHED, Metadata, Transformation
 from fedveil.errors import FedveilError
 
 
@@ -21,6 +21,10 @@ class DownSampling(Transformation):
     Raises:
         FedveilError: A factor below 1; on a call: one larger than the images.
     """
+
+    metadata = Metadata(
+        attack=SEARCHED, broken_by=KNOWN_FORWARD, strengths=("factor=2", "factor=4")
+    )
 
     def __init__(self, *, factor: int) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from fedveil.defenses.protocol import Tensors, difference
+from fedveil.defenses.protocol import BALUNOVIC, WU, Metadata, Tensors, difference
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -27,6 +28,12 @@ class GaussianNoise:
     Raises:
         FedveilError: A ratio below 0.
     """
+
+    metadata: ClassVar = Metadata(
+        attack="priors on images in ig; nothing is masked",
+        broken_by=f"{BALUNOVIC}; {WU}",
+        strengths=("ratio=0.3", "ratio=1", "ratio=2", "ratio=3", "ratio=10"),
+    )
 
     ratio: float
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedveil.defenses.protocol import Transformation
+from fedveil.defenses.protocol import Metadata, Transformation
 from fedveil.errors import FedveilError
 
 
@@ -27,6 +27,12 @@ class JPEG(Transformation):
         FedveilError: A quality out of range; on a call: neither 1 nor 3 channels.
     """
 
+    metadata = Metadata(
+        attack="exact attacks search all images and find the decoded one; ig has the "
+        "differentiable codec inside its forward pass; a learned inverse on top",
+        broken_by="Athalye et al., ICML 2018 (a differentiable stand-in in the backward pass)",
+        strengths=("quality=5", "quality=20", "quality=60"),
+    )
     linear = False
 
     def __init__(self, *, quality: int) -> None:

@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
 if TYPE_CHECKING:
@@ -15,11 +16,43 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, Tensor]
 
+SEARCHED = "the search is over the transformation's range only; a learned inverse on top"
+BALUNOVIC = 'Balunović et al., "Bayesian Framework for Gradient Leakage", ICLR 2022'
+WU = 'Wu et al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion", UAI 2023'
+KNOWN_FORWARD = (
+    f"{BALUNOVIC} (against the transformations of Gao et al., CVPR 2021, by a known forward pass)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What has to be said of a defence before anybody may choose it.
+
+    What only withstands those who do not know of it is no defence (Athalye et al., "Obfuscated
+    Gradients Give a False Sense of Security", ICML 2018; Tramèr et al., "On Adaptive Attacks to
+    Adversarial Example Defenses", NeurIPS 2020), so none goes without the attack that knows of it.
+
+    Attributes:
+        attack: What the suite does against it once it knows of it, in words. A learned inverse is
+            put on top of every transformation of images.
+        broken_by: The paper that showed it, or what remains.
+        strengths: Options of the settings that the frontier tries, weakest or strongest first:
+            ``("keep=3", "keep=6")``.
+        masks: Whether it destroys or changes something of the update in a way that an attack can
+            leave out of its comparison, or repeat.
+    """
+
+    attack: str
+    broken_by: str
+    strengths: tuple[str, ...]
+    masks: bool = False
+
 
 class Transformation(nn.Module, ABC):
     """A transformation of images before training.
 
     Attributes:
+        metadata: What is known of it; a class without it cannot be registered.
         linear: Whether it is a linear map, the same for every image, whose range an attack can
             search.
         fixed: Whether the same image always becomes the same, so that a client may transform its
@@ -28,6 +61,7 @@ class Transformation(nn.Module, ABC):
     Shape: float [..., C, H, W] in [0, 1] to the same shape, dtype and device.
     """
 
+    metadata: ClassVar[Metadata]
     linear = True
     fixed = True
 
@@ -105,10 +139,40 @@ class Defense:
         return "+".join(self.names) or "none"
 
     @property
+    def parts(self) -> tuple["Transformation | Sanitizer | Soteria | DPSGD", ...]:
+        """What it is made of."""
+        parts = (self.transform, self.sanitizer, self.soteria, self.privacy)
+        return tuple(part for part in parts if part is not None)
+
+    @property
     def strength(self) -> float:
         """The sum of its parts' strengths: larger is stronger within one family; 0 for none."""
-        parts = (self.transform, self.sanitizer, self.soteria, self.privacy)
-        return sum(part.strength for part in parts if part is not None)
+        return sum(part.strength for part in self.parts)
+
+    @property
+    def metadata(self) -> tuple[Metadata, ...]:
+        """What is known of each part.
+
+        Raises:
+            FedveilError: Nothing is known of one, so it cannot be audited.
+        """
+        return tuple(metadata_of(type(part)) for part in self.parts)
+
+
+def metadata_of(defense: type) -> Metadata:
+    """Return what a class of defences says of itself.
+
+    Raises:
+        FedveilError: It says nothing.
+    """
+    found = getattr(defense, "metadata", None)
+    if not isinstance(found, Metadata):
+        raise FedveilError(
+            f"defence {defense.__name__} has no metadata, and one that is scored without the "
+            "attack that knows of it is not scored; give its class "
+            "metadata = Metadata(attack=…, broken_by=…, strengths=…)"
+        )
+    return found
 
 
 def difference(dummy: Tensors, observed: Tensors) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Gradient pruning, also called compression."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedveil.defenses.protocol import Tensors
+from fedveil.defenses.protocol import BALUNOVIC, WU, Metadata, Tensors
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -24,6 +25,13 @@ class Pruning:
     Raises:
         FedveilError: A share out of range.
     """
+
+    metadata: ClassVar = Metadata(
+        attack="only entries that were sent are compared",
+        broken_by=f"{BALUNOVIC}; {WU}",
+        strengths=("share=0.7", "share=0.9", "share=0.99"),
+        masks=True,
+    )
 
     share: float
 

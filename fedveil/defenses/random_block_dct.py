@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.defenses.block_dct import BlockDCT, zigzag_mask
-from fedveil.defenses.protocol import Transformation
+from fedveil.defenses.protocol import Metadata, Transformation
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -31,6 +31,13 @@ class RandomBlockDCT(Transformation):
         FedveilError: A number out of range; on a call: images of integers or too small to pad.
     """
 
+    metadata = Metadata(
+        attack="exact attacks search all images and find the transformed one, whose missing "
+        "coefficients a learned inverse fills; ig takes the expectation over masks drawn anew each "
+        "step",
+        broken_by="Athalye et al., ICML 2018 (expectation over transformation)",
+        strengths=("drop=0.5", "drop=0.8", "drop=0.95"),
+    )
     linear = False
 
     def __init__(self, *, drop: float, keep: int = 64, block: int = 8, seed: int = 0) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.func import jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedveil.defenses.protocol import Tensors
+from fedveil.defenses.protocol import BALUNOVIC, Metadata, Tensors
 from fedveil.errors import FedveilError
 from fedveil.models import output_layer
 
@@ -38,6 +38,13 @@ class Soteria:
     Raises:
         FedveilError: A share out of range.
     """
+
+    metadata: ClassVar = Metadata(
+        attack="the perturbed layer's entries are not compared",
+        broken_by=BALUNOVIC,
+        strengths=("share=0.2", "share=0.8"),
+        masks=True,
+    )
 
     share: float
     layer: str | None = None

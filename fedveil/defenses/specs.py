@@ -1,10 +1,11 @@
 """Defences as they are written on the command line."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from fedveil.defenses.down_sampling import DownSampling
 from fedveil.defenses.dp_sgd import DPSGD
 from fedveil.defenses.gaussian_noise import GaussianNoise
 from fedveil.defenses.jpeg import JPEG
-from fedveil.defenses.protocol import Defense
+from fedveil.defenses.protocol import Defense, Metadata, Transformation, metadata_of
 from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.soteria import Soteria
@@ -25,7 +26,7 @@ from fedveil.errors import FedveilError
 # Not the plus of an exponent: a name begins with a letter.
 _PLUS = re.compile(r"\+(?=[a-z])")
 
-Options = Mapping[str, Callable[[str], Any]]
+Place = Literal["transform", "sanitizer", "soteria", "privacy"]
 
 
 @dataclass(frozen=True)
@@ -33,45 +34,92 @@ class _Kind:
     """How a defence is built.
 
     Attributes:
-        place: The field of ``Defense`` it fills.
+        name: Its name.
         build: Called with the options that were given.
-        options: Name to the reader of its value.
-        required: The option that has no default.
+        place: The field of ``Defense`` it fills.
+        metadata: What is known of it.
+        options: Name to the reader of its value: its numeric arguments.
+        required: The options that have no default.
     """
 
-    place: str
-    build: Callable[..., Any]
-    options: Options
-    required: str | None = None
+    name: str
+    build: type
+    place: Place
+    metadata: Metadata
+    options: Mapping[str, type[int] | type[float]]
+    required: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, defense: type) -> "_Kind":
+        """Read what is to be known of a defence off its class.
+
+        Raises:
+            FedveilError: It has no metadata, or a strength of these cannot be built.
+        """
+        arguments = list(inspect.signature(defense, eval_str=True).parameters.values())
+        numeric = {a.name: reader for a in arguments if (reader := _numeric(a.annotation))}
+        required = tuple(a.name for a in arguments if a.default is a.empty)
+        kind = cls(name, defense, _place(defense), metadata_of(defense), numeric, required)
+        for strength in kind.metadata.strengths:
+            kind.built(f"{name}:{strength}")
+        return kind
+
+    def built(self, text: str) -> Any:
+        """Return the defence with the options of a text."""
+        options = _options(text, self.options)
+        for option in self.required:
+            if option not in options:
+                raise FedveilError(
+                    f"defence {text!r} needs its option {option}; write {self.name}:{option}=…"
+                )
+        return self.build(**options)
 
 
-_KINDS: dict[str, _Kind] = {
-    "dct": _Kind(
-        "transform",
-        BlockDCT,
-        {"keep": int, "skip": int, "cutoff": float, "block": int, "chroma_keep": int},
-    ),
-    "dct-random": _Kind(
-        "transform",
-        RandomBlockDCT,
-        {"drop": float, "keep": int, "block": int, "seed": int},
-        required="drop",
-    ),
-    "jpeg": _Kind("transform", JPEG, {"quality": int}, required="quality"),
-    "blur": _Kind("transform", GaussianBlur, {"sigma": float}, required="sigma"),
-    "down": _Kind("transform", DownSampling, {"factor": int}, required="factor"),
-    "prune": _Kind("sanitizer", Pruning, {"share": float}, required="share"),
-    "clip": _Kind("sanitizer", Clipping, {"norm": float}, required="norm"),
-    "noise": _Kind("sanitizer", GaussianNoise, {"ratio": float}, required="ratio"),
-    "soteria": _Kind("soteria", Soteria, {"share": float}, required="share"),
-    "dp-sgd": _Kind(
-        "privacy", DPSGD, {"noise": float, "clip": float, "delta": float}, required="noise"
-    ),
-}
+def _options(text: str, allowed: Mapping[str, type[int] | type[float]]) -> dict[str, Any]:
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in allowed:
+            names = ", ".join(allowed) or "none"
+            raise FedveilError(f"defence {name!r} has no option {key!r}; its options: {names}")
+        try:
+            options[key] = allowed[key](value)
+        except ValueError as error:
+            wanted = "a whole number" if allowed[key] is int else "a number"
+            raise FedveilError(f"defence {text!r}: {key} needs {wanted}, not {value!r}") from error
+    return options
+
+
+def _numeric(hint: Any) -> type[int] | type[float] | None:
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    return next((kind for kind in (int, float) if kinds == {kind}), None)
+
+
+def _place(defense: type) -> Place:
+    if issubclass(defense, Transformation):
+        return "transform"
+    if issubclass(defense, Soteria):
+        return "soteria"
+    return "privacy" if issubclass(defense, DPSGD) else "sanitizer"
+
 
 NONE = Defense("none")
-DEFENSES = (NONE.label, *_KINDS)
-"""Names of all defences."""
+DEFENSES: Mapping[str, type] = {
+    "dct": BlockDCT,
+    "dct-random": RandomBlockDCT,
+    "jpeg": JPEG,
+    "blur": GaussianBlur,
+    "down": DownSampling,
+    "prune": Pruning,
+    "clip": Clipping,
+    "noise": GaussianNoise,
+    "soteria": Soteria,
+    "dp-sgd": DPSGD,
+}
+"""Every defence by name: a class with ``metadata``, whose numeric arguments are its options."""
+
+_KINDS = {name: _Kind.of(name, defense) for name, defense in DEFENSES.items()}
 
 
 def parse_defense(text: str) -> Defense:
@@ -91,9 +139,7 @@ def parse_defense(text: str) -> Defense:
     kinds = [_known(part) for part in parts]
     if parts == [NONE.label]:
         return NONE
-    built = [
-        _built(part, kind) for part, kind in zip(parts, kinds, strict=True) if kind is not None
-    ]
+    built = [kind.built(part) for part, kind in zip(parts, kinds, strict=True) if kind is not None]
     on_images = sum(kind is not None and kind.place == "transform" for kind in kinds)
     if None in kinds or on_images > 1 or len(parts) - on_images > 1:
         raise FedveilError(
@@ -107,44 +153,19 @@ def parse_defense(text: str) -> Defense:
 
 def _known(text: str) -> _Kind | None:
     name = text.partition(":")[0]
-    if name not in DEFENSES:
-        near = difflib.get_close_matches(name, DEFENSES, n=1)
+    known = (NONE.label, *DEFENSES)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise FedveilError(f"defence {name!r} is unknown{hint} Known: {', '.join(DEFENSES)}")
+        raise FedveilError(f"defence {name!r} is unknown{hint} Known: {', '.join(known)}")
     kind = _KINDS.get(name)
     if kind is None:
         _options(text, {})
     return kind
 
 
-def _built(text: str, kind: _Kind) -> Any:
-    options = _options(text, kind.options)
-    if kind.required and kind.required not in options:
-        name = text.partition(":")[0]
-        raise FedveilError(
-            f"defence {text!r} needs its option {kind.required}; write {name}:{kind.required}=…"
-        )
-    return kind.build(**options)
-
-
 def _listed(place: str) -> str:
     return ", ".join(name for name, kind in _KINDS.items() if kind.place == place)
-
-
-def _options(text: str, allowed: Options) -> dict[str, Any]:
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        if key not in allowed:
-            names = ", ".join(allowed) or "none"
-            raise FedveilError(f"defence {name!r} has no option {key!r}; its options: {names}")
-        try:
-            options[key] = allowed[key](value)
-        except ValueError as error:
-            wanted = "a whole number" if allowed[key] is int else "a number"
-            raise FedveilError(f"defence {text!r}: {key} needs {wanted}, not {value!r}") from error
-    return options
 
 
 def check_defense(defense: Defense, model: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -156,8 +177,10 @@ def check_defense(defense: Defense, model: nn.Module, shape: tuple[int, int, int
         shape: (C, H, W) of one image.
 
     Raises:
-        FedveilError: Says what does not fit.
+        FedveilError: Says what does not fit, or that nothing is known of a part.
     """
+    for part in defense.parts:
+        metadata_of(type(part))
     if defense.transform is not None:
         defense.transform(torch.zeros(1, *shape))
     if defense.soteria is not None:

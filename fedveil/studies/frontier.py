@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.attacks.inversion import build_attack
-from fedveil.audit.adaptive import adaptive_for
 from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
-from fedveil.defenses import check_defense, parse_defense
+from fedveil.defenses import DEFENSES, check_defense, parse_defense
+from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.strategies.fedsgd import Update
@@ -41,19 +41,15 @@ from fedveil.studies.study import (
     with_interval,
 )
 
-DEFENSES = (
+SETTINGS = (
     "none",
-    *(f"dct:keep={keep}" for keep in (3, 6, 10, 21)),
-    *(f"dct-random:drop={drop}" for drop in (0.5, 0.8, 0.95)),
-    *(f"jpeg:quality={quality}" for quality in (5, 20, 60)),
-    *(f"blur:sigma={sigma}" for sigma in (0.7, 1.5, 3)),
-    *(f"down:factor={factor}" for factor in (2, 4)),
-    *(f"prune:share={share}" for share in (0.7, 0.9, 0.99)),
-    "clip:norm=1",
-    *(f"noise:ratio={ratio}" for ratio in (0.3, 1, 2, 3, 10)),
-    *(f"soteria:share={share}" for share in (0.2, 0.8)),
-    *(f"dp-sgd:noise={noise}" for noise in (0.3, 1, 3)),
+    *(
+        f"{name}:{strength}"
+        for name, defense in DEFENSES.items()
+        for strength in metadata_of(defense).strengths
+    ),
 )
+"""Every defence at every strength that it names."""
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
 _UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
 SCENARIOS = tuple(_UPDATES)
@@ -103,7 +99,7 @@ class FrontierStudy:
     scenarios: tuple[str, ...] = SCENARIOS
     seeds: int = 3
     rounds: int = 20
-    defenses: tuple[str, ...] = DEFENSES
+    defenses: tuple[str, ...] = SETTINGS
     worst_attacks: tuple[str, ...] = ("lm", "ig")
     round_attacks: tuple[str, ...] = ("ig",)
     inverse: bool = True
@@ -142,7 +138,7 @@ class FrontierStudy:
         if not self.defenses or len(set(self.defenses)) < len(self.defenses):
             raise FedveilError("name at least one --defense, and none twice")
         for defense in self.defenses:
-            adaptive_for(parse_defense(defense))
+            parse_defense(defense)
         for attack in (*self.worst_attacks, *self.round_attacks):
             build_attack(attack)
 
@@ -150,7 +146,7 @@ class FrontierStudy:
     def command(self) -> str:
         """The command that runs this study."""
         several = (
-            ("defense", () if self.defenses == DEFENSES else self.defenses),
+            ("defense", () if self.defenses == SETTINGS else self.defenses),
             ("attack", self.worst_attacks),
             ("round-attack", self.round_attacks),
             ("scenario", () if self.scenarios == SCENARIOS else self.scenarios),
@@ -391,19 +387,19 @@ def _refusals(out: Path) -> dict[str, str]:
 
 
 # Okabe and Ito's colours and as many shapes, so that no family hangs on colour alone.
-_LOOK = {
-    "none": ("#000000", "*"),
-    "dct": ("#0072B2", "o"),
-    "dct-random": ("#56B4E9", "D"),
-    "jpeg": ("#E69F00", "s"),
-    "blur": ("#D55E00", "^"),
-    "down": ("#CC79A7", "v"),
-    "prune": ("#009E73", "P"),
-    "clip": ("#666666", "X"),
-    "noise": ("#B8A800", "<"),
-    "soteria": ("#7A4FA3", ">"),
-    "dp-sgd": ("#8C510A", "h"),
-}
+_LOOKS = (
+    ("#000000", "*"),
+    ("#0072B2", "o"),
+    ("#56B4E9", "D"),
+    ("#E69F00", "s"),
+    ("#D55E00", "^"),
+    ("#CC79A7", "v"),
+    ("#009E73", "P"),
+    ("#666666", "X"),
+    ("#B8A800", "<"),
+    ("#7A4FA3", ">"),
+    ("#8C510A", "h"),
+)
 _STRENGTHS = re.compile(r"=([^,+]+(?:,[^+]+)?)")
 _TITLES = {
     "worst": "Worst case: untrained LeNet, one image",
@@ -436,8 +432,10 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _look(family: str) -> tuple[str, str]:
     """Return colour and marker; of two joined the colour of the first and the second's marker."""
-    parts = family.split("+")
-    return _LOOK[parts[0]][0], _LOOK[parts[-1]][1]
+    places = [("none", *DEFENSES).index(part) for part in family.split("+")]
+    # Beyond the last colour each comes again, with another shape.
+    turn, color = divmod(places[0], len(_LOOKS))
+    return _LOOKS[color][0], _LOOKS[(places[-1] + turn) % len(_LOOKS)][1]
 
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:

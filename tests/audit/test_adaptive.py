@@ -1,4 +1,6 @@
-"""Knowing the defence: the table is whole, and knowing pays where it can."""
+"""Knowing the defence: none is without what is known of it, and knowing pays where it can."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,16 +8,18 @@ from torch import nn
 
 from fedveil.attacks.inversion import (
     GradientMap,
+    InvertingGradients,
     LearnedInverse,
     LevenbergMarquardt,
+    build_attack,
+    check_declared,
 )
-from fedveil.audit import adaptive as table_module
-from fedveil.audit.adaptive import ADAPTIVE, adaptive_for, attackers, table
+from fedveil.audit.adaptive import attackers
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
 from fedveil.audit.metrics import psnr
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import load_dataset
-from fedveil.defenses import DEFENSES, BlockDCT, parse_defense
+from fedveil.defenses import BlockDCT, Defense, Pruning, check_defense, parse_defense, specs
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
 
@@ -35,22 +39,37 @@ def _watched(digits, model, **changes):
     return WatchedFederation(digits, model, watching)
 
 
-def test_every_defence_has_an_adaptive_attack():
-    assert set(ADAPTIVE) == set(DEFENSES) - {"none"}
-    for name, entry in ADAPTIVE.items():
-        assert entry.attack
-        assert entry.broken_by
-        assert f"`{name}`" in table()
+class _Unspoken:
+    """A sanitiser that says nothing of itself."""
+
+    strength = 1.0
+
+    def __call__(self, update, generator):
+        return dict(update)
+
+    def residual(self, dummy, observed):
+        return dummy
 
 
-def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
-    without = {k: v for k, v in ADAPTIVE.items() if k != "prune"}
-    monkeypatch.setattr(table_module, "ADAPTIVE", without)
-    with pytest.raises(FedveilError, match="'prune' has no adaptive attack"):
-        adaptive_for(parse_defense("prune:share=0.5"))
-    settings = LeakageSettings(clients=4, defenses=("none", "prune:share=0.5"))
-    with pytest.raises(FedveilError, match="'prune' has no adaptive attack"):
-        audit_leakage(digits, model, settings)
+def test_a_defence_without_metadata_is_refused(digits, model):
+    with pytest.raises(FedveilError, match="defence _Unspoken has no metadata"):
+        specs._Kind.of("mine", _Unspoken)
+    alone = Defense("mine", ("mine",), sanitizer=_Unspoken())
+    with pytest.raises(FedveilError, match="defence _Unspoken has no metadata"):
+        check_defense(alone, model, digits.shape)
+
+
+def test_a_strength_that_cannot_be_is_refused_where_it_is_named():
+    class Wrong(Pruning):
+        metadata = dataclasses.replace(Pruning.metadata, strengths=("share=2",))
+
+    with pytest.raises(FedveilError, match="share=2"):
+        specs._Kind.of("mine", Wrong)
+
+
+def test_an_attack_that_does_not_say_what_it_uses_is_refused():
+    with pytest.raises(FedveilError, match="attack 'mine' does not say what it makes"):
+        check_declared("mine", object())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +83,7 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
         ("prune:share=0.5", "dlg", [(False, False), (True, False)]),
         ("prune:share=0.5", "idlg", [(False, False), (True, False)]),
         ("prune:share=0.5", "fc", [(False, False), (True, False)]),
-        ("prune:share=0.5", "rgap", [(False, False)]),
+        ("prune:share=0.5", "rgap", [(False, False), (True, False)]),
         ("soteria:share=0.5", "ig", [(False, False), (True, False)]),
         ("dp-sgd:noise=1", "ig", [(False, False), (True, False)]),
         ("noise:ratio=1", "ig", [(False, False), (True, False)]),
@@ -75,7 +94,7 @@ def test_a_defence_without_one_is_refused(digits, model, monkeypatch):
 def test_who_attacks_what_and_what_the_naive_know(digits, model, spec, attack, kinds):
     defense = parse_defense(spec)
     informed = _watched(digits, model, images=1).observe(defense)
-    found = attackers(defense, informed, attack, inverse=True)
+    found = attackers(defense, informed, build_attack(attack).uses, inverse=True)
     assert [(one.adaptive, one.inverse) for one in found] == kinds
     assert found[0].observation.knows is None
     assert found[0].observation.sanitizer is None
@@ -85,7 +104,7 @@ def test_who_attacks_what_and_what_the_naive_know(digits, model, spec, attack, k
 def test_what_the_client_trained_on_is_what_is_scored(digits, model, spec):
     """An exact attack on the federation's own messages gives the image T(x) of the scoring."""
     defense, watched = parse_defense(spec), _watched(digits, model)
-    seen = attackers(defense, watched.observe(defense), "lm", inverse=False)[0]
+    seen = attackers(defense, watched.observe(defense), LevenbergMarquardt.uses, inverse=False)[0]
     found = LevenbergMarquardt()(seen.observation).images[:, 0].float()
     originals = digits.train[watched.ground_truth()].pixels
     assert (psnr(found, defense.transform(originals)) > 50).all()
@@ -93,7 +112,9 @@ def test_what_the_client_trained_on_is_what_is_scored(digits, model, spec):
 
 def test_to_those_who_know_of_it_pruning_explains_the_true_image_best(digits, model):
     defense, watched = parse_defense("prune:share=0.7"), _watched(digits, model)
-    naive, aware = attackers(defense, watched.observe(defense), "ig", inverse=False)
+    naive, aware = attackers(
+        defense, watched.observe(defense), InvertingGradients.uses, inverse=False
+    )
     used = digits.train[watched.ground_truth()]
     losses = [
         GradientMap.of(seen, dtype=torch.float32, device=torch.device("cpu")).distance(
@@ -107,7 +128,9 @@ def test_to_those_who_know_of_it_pruning_explains_the_true_image_best(digits, mo
 
 def test_enough_of_a_pruned_update_gives_the_image_exactly(digits, model):
     defense, watched = parse_defense("prune:share=0.5"), _watched(digits, model, images=1)
-    naive, aware = attackers(defense, watched.observe(defense), "lm", inverse=False)
+    naive, aware = attackers(
+        defense, watched.observe(defense), LevenbergMarquardt.uses, inverse=False
+    )
     original = digits.train[watched.ground_truth()].pixels
     attack = LevenbergMarquardt()
     scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
@@ -117,7 +140,9 @@ def test_enough_of_a_pruned_update_gives_the_image_exactly(digits, model):
 
 def test_soteria_does_not_stop_those_who_leave_its_layer_out(digits, model):
     defense, watched = parse_defense("soteria:share=0.8"), _watched(digits, model, images=1)
-    naive, aware = attackers(defense, watched.observe(defense), "lm", inverse=False)
+    naive, aware = attackers(
+        defense, watched.observe(defense), LevenbergMarquardt.uses, inverse=False
+    )
     original = digits.train[watched.ground_truth()].pixels
     attack = LevenbergMarquardt()
     scores = [float(psnr(attack(s.observation).images[:, 0], original)) for s in (naive, aware)]
@@ -155,7 +180,7 @@ def test_the_audit_puts_the_inverse_on_top(digits, model):
 def test_noise_is_searched_once_for_both_attackers(digits, model):
     defense = parse_defense("noise:ratio=1")
     informed = _watched(digits, model, images=1).observe(defense)
-    naive, aware = attackers(defense, informed, "lm", inverse=False)
+    naive, aware = attackers(defense, informed, LevenbergMarquardt.uses, inverse=False)
     assert naive.observation is aware.observation
 
 

@@ -186,6 +186,7 @@ def test_the_original_and_what_was_trained_on_are_scored_by_their_own_answers(
             found, images=torch.zeros_like(found.images), originals=found.images
         )
 
+    two_answers.uses = RGAP.uses
     monkeypatch.setattr(leakage_module, "build_attack", lambda _name: two_answers)
     scores = audit_leakage(dataset, model, _settings()).rows[0].scores
     assert (scores["psnr_original"] > 40).all()

@@ -24,6 +24,8 @@ from fedveil.attacks.inversion.observation import (
     Observation,
     Progress,
     UpdateKnowledge,
+    Uses,
+    check_declared,
 )
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
@@ -38,6 +40,8 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "fc": FullyConnected,
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
+for _name, _build in ATTACKS.items():
+    check_declared(_name, _build())
 
 
 def build_attack(text: str) -> Attack:
@@ -92,8 +96,10 @@ __all__ = [
     "Progress",
     "Subspace",
     "UpdateKnowledge",
+    "Uses",
     "build_attack",
     "check_attackable",
+    "check_declared",
     "check_model",
     "infer_labels",
     "range_of",

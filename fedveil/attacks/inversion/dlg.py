@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.func import grad_and_value, vmap
 
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, surviving
 from fedveil.attacks.inversion.lbfgs import Problems
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 
 _INNER = 20
@@ -45,6 +46,8 @@ class DLG:
     Example:
         >>> DLG(steps=100)(observation).images  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True, sanitizer=True)
 
     steps: int = 100
     restarts: int = 1

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from fedveil.attacks.inversion.gradients import (
     infer_labels,
     survived,
 )
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import range_of
 from fedveil.errors import FedveilError
 from fedveil.models import first_layer
@@ -60,6 +61,8 @@ class FullyConnected:
     Example:
         >>> FullyConnected()(observation).images  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True, sanitizer=True)
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
         """Reconstruct every victim's images."""

@@ -1,10 +1,11 @@
 """iDLG: DLG with the label read off the last layer's gradient."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedveil.attacks.inversion.dlg import search
 from fedveil.attacks.inversion.gradients import check_attackable, infer_labels
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class IDLG:
     Example:
         >>> IDLG(steps=100)(observation).labels  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True, sanitizer=True)
 
     steps: int = 100
     restarts: int = 1

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ from fedveil.attacks.inversion.gradients import (
     infer_labels,
     surviving,
 )
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, UpdateKnowledge
+from fedveil.attacks.inversion.observation import (
+    Inversion,
+    Observation,
+    Progress,
+    UpdateKnowledge,
+    Uses,
+)
 from fedveil.defenses.block_dct import BlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models.inspect import BATCH_NORMS
@@ -90,6 +97,8 @@ class InvertingGradients:
     Example:
         >>> InvertingGradients(steps=2400, restarts=2)(observation).images  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True, forward=True, sanitizer=True)
 
     steps: int = 2400
     restarts: int = 1

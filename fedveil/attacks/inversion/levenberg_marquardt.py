@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fedveil.attacks.inversion.observation import (
     Observation,
     Progress,
     UpdateKnowledge,
+    Uses,
 )
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
@@ -113,6 +115,8 @@ class LevenbergMarquardt:
     Example:
         >>> LevenbergMarquardt(steps=20)(observation).images  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True, sanitizer=True)
 
     steps: int = 20
     restarts: int = 3

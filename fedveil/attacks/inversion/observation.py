@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,23 @@ from fedveil.errors import FedveilError
 Shape = tuple[int, int, int]
 Progress = Callable[[int, int, float], None]
 """Called as ``progress(done, total, loss)``; raising from it, Ctrl-C included, ends the attack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uses:
+    """What an attack can make of what is publicly known of a defence.
+
+    An attack is run as an adaptive attacker with what it uses, and is never given the rest.
+
+    Attributes:
+        linear: Whether it searches the range of a linear transformation (``Observation.knows``).
+        forward: Whether it takes any differentiable transformation into its forward pass.
+        sanitizer: Whether it compares only what a sanitiser left (``Observation.sanitizer``).
+    """
+
+    linear: bool = False
+    forward: bool = False
+    sanitizer: bool = False
 
 
 class UpdateKnowledge(Protocol):
@@ -177,8 +194,27 @@ class Inversion:
     originals: Tensor | None = None
 
 
+def check_declared(name: str, attack: object) -> None:
+    """Refuse an attack that does not say what it uses: it would be scored as if it knew nothing.
+
+    Raises:
+        FedveilError: It has no ``uses``.
+    """
+    if not isinstance(getattr(attack, "uses", None), Uses):
+        raise FedveilError(
+            f"attack {name!r} does not say what it makes of a known defence; give its class "
+            "uses: ClassVar = Uses(linear=…, forward=…, sanitizer=…)"
+        )
+
+
 class Attack(Protocol):
-    """What every attack of this package is: a small frozen object, called on an observation."""
+    """What every attack of this package is: a small frozen object, called on an observation.
+
+    Attributes:
+        uses: What it makes of a known defence.
+    """
+
+    uses: ClassVar[Uses]
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
         """Reconstruct every victim's images."""

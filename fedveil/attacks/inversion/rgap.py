@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from fedveil.attacks.inversion.chain import Layer, trace_chain
 from fedveil.attacks.inversion.closed_form import Convolution
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, survived
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Shape
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Shape, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
 
@@ -44,6 +45,8 @@ class RGAP:
     Example:
         >>> RGAP()(observation).images  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(linear=True)
 
     together: int = 4
 

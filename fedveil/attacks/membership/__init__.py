@@ -1,18 +1,36 @@
 """What a server can recognise in an update, without reconstructing anything."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.inversion.observation import Observation, Uses, check_declared
 from fedveil.attacks.membership.gradients import GradientMembership
 from fedveil.attacks.membership.span import Span
 from fedveil.data.images import Images
 
-ATTACKS: Mapping[str, Callable[[Observation, Images, Images], Tensor]] = {
+
+class MembershipAttack(Protocol):
+    """What every membership attack is: a small frozen object, called on an observation.
+
+    Attributes:
+        uses: What it makes of a known defence.
+    """
+
+    uses: ClassVar[Uses]
+
+    def __call__(self, observation: Observation, candidates: Images, public: Images) -> Tensor:
+        """Return the candidates' scores, float [V, M]; larger speaks for having been used."""
+        ...
+
+
+ATTACKS: Mapping[str, MembershipAttack] = {
     "gradient": GradientMembership(),
     "span": Span(),
 }
-"""Every membership attack by name: observation, candidates and public images to scores [V, M]."""
+"""Every membership attack by name."""
+for _name, _attack in ATTACKS.items():
+    check_declared(_name, _attack)
 
-__all__ = ["ATTACKS", "GradientMembership", "Span"]
+__all__ = ["ATTACKS", "GradientMembership", "MembershipAttack", "Span"]

@@ -1,11 +1,12 @@
 """Which of some candidate images a client trained on, told from its update, none rebuilt."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.inversion.observation import Observation, Uses
 from fedveil.attacks.membership.per_image import MOST_NUMBERS, PerImageGradients
 from fedveil.data.images import Images
 
@@ -40,6 +41,8 @@ class GradientMembership:
     Example:
         >>> GradientMembership()(observation, candidates, public)  # doctest: +SKIP
     """
+
+    uses: ClassVar = Uses(sanitizer=True)
 
     ridge: float = 0.01
     public: int = 256

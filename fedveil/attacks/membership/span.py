@@ -1,12 +1,13 @@
 """Membership by span: what a linear layer was given lies in the row space of its update."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion.gradients import GradientMap
-from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.inversion.observation import Observation, Uses
 from fedveil.attacks.membership.per_image import PerImageGradients
 from fedveil.data.images import Images
 from fedveil.errors import FedveilError
@@ -40,6 +41,8 @@ class Span:
     Shape: any batch, sum and local training; a model with a linear layer that sees one row an
     image.
     """
+
+    uses: ClassVar = Uses()
 
     ridge: float = 0.1
     public: int = 512
