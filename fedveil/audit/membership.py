@@ -13,7 +13,7 @@ from fedveil.audit.adaptive import Attacker, attackers
 from fedveil.audit.metrics import Roc, recognised, roc
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 
 _STRANGERS = 495
 _UNSEEN = 250
@@ -153,7 +153,7 @@ def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
     everybody, count = _joined(lineup.suspects, lineup.unseen), len(lineup.suspects)
     try:
         scores = attack(seen, everybody, lineup.public)
-    except FedveilError:
+    except InapplicableAttackError:
         return None
     own, others = lineup.members(scores), scores[:, lineup.scored : count]
     picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedveil.errors import FedveilError
+from fedveil.errors import UnreachableCapError
 
 Blocks = Iterator[tuple[int, int]]
 """Evaluation in progress: (correct, evaluated) images of one block after the other."""
@@ -209,8 +209,8 @@ def _bracket(
     return failed, sigma
 
 
-def _out_of_reach(cap: float, limit: float) -> FedveilError:
-    return FedveilError(
+def _out_of_reach(cap: float, limit: float) -> UnreachableCapError:
+    return UnreachableCapError(
         f"no noise up to sigma {limit:g} keeps the copies below the cap of {cap:.0%}: the model "
         "has grown robust to this noise. Add noise to other layers (--noise), raise --cap, or "
         "lower the learning rate"

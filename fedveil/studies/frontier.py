@@ -23,7 +23,7 @@ from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import DEFENSES, check_defense, parse_defense
 from fedveil.defenses.protocol import metadata_of
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.strategies.fedsgd import Update
 from fedveil.files import check_directory, write_atomically
@@ -294,18 +294,10 @@ def _attack(
             path,
             checkpoint=None if scenario == "worst" else weights,
         )
-    except FedveilError as error:
-        if not _inapplicable(attack, error):
-            raise
+    except InapplicableAttackError as error:
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / _REFUSED, (json.dumps({"reason": str(error)}) + "\n").encode())
         return []
-
-
-def _inapplicable(attack: str, error: FedveilError) -> bool:
-    """Return whether an attack said of itself that it does not fit the model or the batch."""
-    name = attack.partition(":")[0]
-    return any(phrase in str(error) for phrase in (f"attack {name}", f"--attack {name} handles"))
 
 
 def _slug(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, UnreachableCapError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
@@ -325,8 +325,8 @@ def train_arm(study: Study, arm: Arm, seed: int, out: Path) -> list[RoundRecord]
         )
     try:
         run_to_completion(directory)
-    except FedveilError as error:
-        if "no noise up to sigma" not in str(error) or not directory.rounds():
+    except UnreachableCapError as error:
+        if not directory.rounds():
             raise
         (path / "ended.txt").write_text(f"{error}\n")
         logging.getLogger(__name__).warning("%s: %s", path.name, error)

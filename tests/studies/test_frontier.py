@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
+from fedveil.studies import frontier
 from fedveil.studies.frontier import SCENARIOS, FrontierStudy, measure
 from fedveil.studies.study import Piece, run_pieces
 
@@ -65,6 +66,22 @@ def test_an_attack_that_does_not_apply_is_noted_and_not_scored(study):
     _, result = study
     assert "rgap handles batches of at most 1" in result["refused"]["round-rgap-none"]
     assert not any(r["attack"] == "rgap" for r in result["rows"] if r["scenario"] == "round")
+
+
+def test_an_attack_that_is_not_for_the_model_is_noted_whatever_it_says(tmp_path):
+    part = dataclasses.replace(SMALL, scenarios=("worst",), worst_attacks=("fc",))
+    assert frontier._attack(part, "worst", "none", "fc", tmp_path) == []
+    (note,) = tmp_path.rglob("refused.json")
+    assert "its first layer" in json.loads(note.read_text())["reason"]
+
+
+def test_another_refusal_is_none_of_the_attack_whatever_it_says(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise FedveilError("--attack lm handles nothing: the disk is full")
+
+    monkeypatch.setattr(frontier, "audited", refuse)
+    with pytest.raises(FedveilError, match="disk is full"):
+        frontier._attack(SMALL, "worst", "none", "lm", tmp_path)
 
 
 def test_accuracy_is_that_of_the_delivered_models(study):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 from fedveil.models.inspect import twins
 
 Unary = Callable[[Tensor], Tensor]
@@ -180,8 +180,8 @@ def _checked(model: nn.Module, layers: list[Layer]) -> list[Layer]:
     return layers
 
 
-def _stopped(model: nn.Module, reason: str) -> FedveilError:
-    return FedveilError(
+def _stopped(model: nn.Module, reason: str) -> InapplicableAttackError:
+    return InapplicableAttackError(
         f"model {type(model).__name__}: the closed-form attack rgap does not apply, {reason}; "
         "use --attack lm, which needs no closed form"
     )

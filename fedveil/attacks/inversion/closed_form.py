@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_input
 from fedveil.attacks.inversion.chain import Layer
 from fedveil.attacks.inversion.observation import Shape
 from fedveil.attacks.inversion.subspace import Subspace
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 
 _GREY = 0.5  # the middle of the pixels' range and of a sigmoid's
 _PRIOR = 1e-8  # weight of the prior at grey; forward equations weigh 1 and hold to about 1e-5
@@ -115,7 +115,7 @@ class Convolution:
         try:
             return self._solve(z, dz, gradient)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not among its exports
-            raise FedveilError(
+            raise InapplicableAttackError(
                 f"the closed-form attack rgap stops at {self.layer.name}: its equations have no "
                 "solution, so the update is not one image's plain gradient (a defence, another "
                 "learning rate, or damage); use --attack lm or ig"
@@ -168,7 +168,7 @@ class Convolution:
         rows = sum(min(maps * len(p.offsets), len(p.positions)) for p in self._parities)
         equations = math.prod(self.out_shape) + self.shape[0] * rows
         if equations < unknowns:
-            raise FedveilError(
+            raise InapplicableAttackError(
                 f"the closed-form attack rgap stops at {self.layer.name}: it leaves {unknowns} "
                 f"unknowns and at most {equations} independent equations; use --attack lm"
             )

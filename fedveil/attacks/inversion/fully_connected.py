@@ -15,7 +15,7 @@ from fedveil.attacks.inversion.gradients import (
 )
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import range_of
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 from fedveil.models import first_layer
 
 _SILENT = 1e-6  # of the largest; rounding of sums over a batch in float32
@@ -105,7 +105,7 @@ def _first_linear(observation: Observation) -> tuple[str, nn.Linear]:
     layer = model.get_submodule(name)
     given = observation.gradients.keys() >= {f"{name}.weight", f"{name}.bias"}
     if not isinstance(layer, nn.Linear) or not given:
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"model {type(model).__name__}: its first layer {name} ({type(layer).__name__}) is no "
             "linear layer with a bias that is trained, so no image can be divided out of its "
             "gradient; use --attack ig"
@@ -138,7 +138,7 @@ def _preparation(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Te
     expected = scale * given[2].double().flatten() + offset if scale.numel() == probe.numel() else 0
     same = isinstance(expected, Tensor) and torch.allclose(expected, received[0][2], atol=1e-4)
     if not same or bool((scale.abs() < _SILENT).any()):
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"model {type(observation.model).__name__}: what its first linear layer receives is "
             "more than each pixel scaled and shifted, so no image can be divided out of its "
             "gradient; use --attack ig"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedveil.attacks.inversion.observation import LocalSteps, Observation, Shape, UpdateKnowledge
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.models import output_layer
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -314,7 +314,7 @@ def infer_labels(observation: Observation) -> Tensor:
         if gradient.ndim in (2, 3) and gradient.shape[1] == observation.classes
     ]
     if not rows:
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"no layer of the model has one row for each of {observation.classes} classes, so the "
             "label cannot be read off its gradient; use --attack dlg, which searches for the label"
         )
@@ -438,12 +438,12 @@ def check_attackable(
             input.
     """
     if observation.local is not None and not local:
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"--attack {attack} takes the gradient of one step, and the clients return weights "
             "after several; use --attack ig, which simulates the local steps"
         )
     if most is not None and observation.images > most:
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"--attack {attack} handles batches of at most {most}, not of {observation.images} "
             "images; use --attack dlg, or observe smaller batches"
         )
@@ -507,7 +507,7 @@ def check_model(
                 "that train in evaluation mode"
             )
         if module.training and isinstance(module, _BATCH_NORMS) and not batch_statistics:
-            raise FedveilError(
+            raise InapplicableAttackError(
                 f"layer {name} ({type(module).__name__}) is in training mode and mixes the images "
                 "of a batch; use --attack ig, a model with group normalisation (--model resnet-gn "
                 "is one), or observe clients that train in evaluation mode"

@@ -26,7 +26,7 @@ from fedveil.attacks.inversion.observation import (
     Uses,
 )
 from fedveil.defenses.block_dct import BlockDCT
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.models.inspect import BATCH_NORMS
 
 _STAGES = (3 / 8, 1 / 4, 1 / 4, 1 / 8)  # between the decays at 3/8, 5/8 and 7/8 of the steps
@@ -192,7 +192,7 @@ class _Objective:
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None
         }
         if attack.batch_norm and not layers:
-            raise FedveilError(
+            raise InapplicableAttackError(
                 f"attack ig: batch_norm {attack.batch_norm} needs a model with running statistics "
                 f"of batch normalisation, which {type(observation.model).__name__} has not; set it "
                 "to 0"

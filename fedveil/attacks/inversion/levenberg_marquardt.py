@@ -25,7 +25,7 @@ from fedveil.attacks.inversion.observation import (
 )
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 
 _MOST = 8
 _SOLVED = 1e-7  # squared relative residual: calibrated on training images, it means over 50 dB
@@ -157,7 +157,7 @@ class LevenbergMarquardt:
             return None
         try:
             return RGAP()(observation)
-        except FedveilError:
+        except InapplicableAttackError:
             return None
 
 
@@ -203,7 +203,7 @@ class _Search:
         told = survived(observed, self.observation.sanitizer)
         equations = sum(int(where.sum()) for where in told.values())
         if equations < unknowns:
-            raise FedveilError(
+            raise InapplicableAttackError(
                 f"attack lm solves for {unknowns} unknowns, and {equations} entries of the update "
                 "tell of them; use --attack ig, whose prior fills in the rest"
             )

@@ -12,7 +12,7 @@ from fedveil.attacks.inversion.closed_form import Convolution
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, survived
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Shape, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def _check_whole(observation: Observation) -> None:
         own = {name: gradient[victim] for name, gradient in observation.gradients.items()}
         for name, kept in survived(own, observation.sanitizer).items():
             if lost := int((~kept).sum()):
-                raise FedveilError(
+                raise InapplicableAttackError(
                     f"the closed-form attack rgap needs every entry of an update, and the known "
                     f"sanitiser destroyed {lost} of {kept.numel()} in {name}; use --attack lm, "
                     "which leaves them out"
@@ -134,7 +134,7 @@ def _recover(
 def _linear(layer: Layer, dz: Tensor, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
     energy = dz.square().sum(dim=1, keepdim=True)
     if bool((energy == 0).any()):
-        raise FedveilError(
+        raise InapplicableAttackError(
             f"the closed-form attack rgap stops at {layer.name}: its bias received no gradient; "
             "use --attack lm"
         )

@@ -10,7 +10,7 @@ from fedveil.attacks.inversion.gradients import GradientMap
 from fedveil.attacks.inversion.observation import Observation, Uses
 from fedveil.attacks.membership.per_image import PerImageGradients
 from fedveil.data.images import Images
-from fedveil.errors import FedveilError
+from fedveil.errors import InapplicableAttackError
 
 _LOST = 1e-2  # singular values below this share of the largest count little
 _ROUNDED = 1e-5  # below this share they are rounding
@@ -99,7 +99,7 @@ class Span:
         probe = public[:2].pixels.to(device)
         fitting = _one_row_an_image(gradients.map, probe)
         if not fitting:
-            raise FedveilError(
+            raise InapplicableAttackError(
                 "no linear layer of the model sees one row an image, so its update spans no "
                 "images' inputs; use another attack"
             )
