@@ -80,7 +80,7 @@ def imprinted(data: Dataset, bins: int, disturbance: float, batch: int, seed: in
     model = Imprint(CNN(data.shape, 10), data.shape, bins=bins)
     with torch.no_grad():
         model.measure.weight *= 1 + disturbance * torch.randn_like(model.measure.weight)
-    index = torch.randperm(len(data.train))[:100]
+    index = torch.randperm(len(data.train))[: 64 + 99]
     candidates, labels = data.train[index].pixels, data.train[index].labels
     images = candidates[: 64 // batch * batch]
     updates = [
@@ -99,9 +99,7 @@ def imprinted(data: Dataset, bins: int, disturbance: float, batch: int, seed: in
         "seed": seed,
         "images": len(images),
         "exact": float(exact(found, images).double().mean()),
-        "identified": float(
-            identified(found, candidates, torch.arange(len(images))).double().mean()
-        ),
+        "identified": float(identified(result.images.float(), images, candidates[64:]).mean()),
         **{str(cosine): largest(model, cosine) for cosine in COSINES},
     }
 

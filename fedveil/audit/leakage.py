@@ -20,20 +20,10 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.audit.adaptive import attackers
 from fedveil.audit.membership import Recognition, best, picked_out
-from fedveil.audit.metrics import (
-    CANDIDATES,
-    bootstrap,
-    exact,
-    identified,
-    label_accuracy,
-    match,
-    median,
-    over_updates,
-    psnr,
-    ssim,
-)
+from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
+from fedveil.audit.scoring import Scorer
 from fedveil.audit.watch import WatchedFederation, Watching
-from fedveil.data import Dataset, Images
+from fedveil.data import Dataset
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.files import write_results
@@ -85,6 +75,7 @@ class Row:
         reconstructions: [M, C, H, W], each batch in the order that suits the originals best.
         loss: Float64 [V], the attacker's own, a value a batch.
         scores: Column name to [M].
+        floors: Column name to [M], what images without content get from the same scorer.
     """
 
     attack: str
@@ -93,6 +84,7 @@ class Row:
     reconstructions: Tensor
     loss: Tensor
     scores: dict[str, Tensor]
+    floors: dict[str, Tensor]
 
     def summary(self) -> dict[str, Any]:
         """Return the row of ``leakage.json``: means of shares, medians of the rest."""
@@ -105,12 +97,18 @@ class Row:
         for name, values in self.scores.items():
             # A round's images are recovered together, so each update is one draw.
             updates = values.view(len(self.loss), -1)
-            middles = updates.median(dim=1).values if len(updates) > 1 else values
-            interval = (
-                over_updates(updates) if name in _SHARES else bootstrap(middles, statistic=median)
-            )
+            if name in _SHARES:
+                interval = over_updates(updates)
+            else:
+                interval = bootstrap(median(updates), statistic=median)
             row[name] = interval.value
-            row[f"{name}_low"], row[f"{name}_high"] = interval.low, interval.high
+            # One update tells nothing of how far others lie from it.
+            told = name in _SHARES or len(updates) > 1
+            row[f"{name}_low"] = interval.low if told else None
+            row[f"{name}_high"] = interval.high if told else None
+        for name, values in self.floors.items():
+            middle = values.mean() if name in _SHARES else median(values[None])[0]
+            row[f"{name}_floor"] = float(middle)
         return row
 
 
@@ -159,7 +157,9 @@ class LeakageReport:
             f"{'attack':{wide[0]}}{'defence':{wide[1]}}{'attacker':10}{'exact':>7}{'found':>7}"
             f"{'member':>8}{'labels':>8}{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
         ]
-        lines += [_line(row.summary(), wide) for row in self.rows]
+        for row in self.rows:
+            found = row.summary()
+            lines += [_line(found, wide), _floor_line(found, wide)]
         return "\n".join(lines)
 
     def write(self, out: Path) -> None:
@@ -186,6 +186,15 @@ def _line(row: dict[str, Any], wide: Sequence[int]) -> str:
         f"{'adaptive' if row['adaptive'] else 'naive':10}"
         f"{row['exact']:7.0%}{row['identified']:7.0%}{member}{row['label_accuracy']:8.0%}"
         f"{row['psnr_original']:16.1f}{row['psnr_trained']:15.1f}{row['seconds_per_image']:9.2f}"
+    )
+
+
+def _floor_line(row: dict[str, Any], wide: Sequence[int]) -> str:
+    member = f"{row['recognised_floor']:8.0%}" if "recognised_floor" in row else f"{'-':>8}"
+    return (
+        f"{'':{wide[0]}}{'':{wide[1]}}{'floor':10}{row['exact_floor']:7.0%}"
+        f"{row['identified_floor']:7.0%}{member}{row['label_accuracy_floor']:8.0%}"
+        f"{row['psnr_original_floor']:16.1f}{'-':>15}{'-':>9}"
     )
 
 
@@ -283,10 +292,8 @@ def attacked(
     Raises:
         FedveilError: What an attack refuses.
     """
-    victims, candidates = _truth(dataset, used, settings.seed)
-    originals, transform = victims.pixels, defense.transform
-    with torch.no_grad():
-        transformed = candidates if transform is None else transform(candidates)
+    scorer = Scorer.of(dataset, used, defense.transform, settings.seed)
+    floors: dict[bool, dict[str, Tensor]] = {}
     told = picked_out(defense, informed, dataset, used, seed=settings.seed)
     undo = _inverse(dataset, defense, settings, progress)
     rows = []
@@ -303,23 +310,23 @@ def attacked(
             result = found[known]
             if attacker.inverse and undo is not None:
                 result = _undone(result, undo)
-            images, scores = _score(
-                result,
-                victims,
-                candidates,
-                transformed,
-                knows=attacker.adaptive and not attacker.inverse and transform is not None,
-            )
+            knows = attacker.adaptive and not attacker.inverse and defense.transform is not None
+            images, scores = scorer.score(result, knows=knows)
+            if knows not in floors:
+                floors[knows] = scorer.floors(result.images.shape[1], knows=knows)
+            floor = dict(floors[knows])
             closest = best(told, adaptive=attacker.adaptive)
             if closest is not None:
                 scores["recognised"] = closest.picked
-            rows.append(Row(label, defense.label, attacker.adaptive, images, result.loss, scores))
+                floor["recognised"] = torch.full_like(closest.picked, closest.chance)
+            kind = (label, defense.label, attacker.adaptive)
+            rows.append(Row(*kind, images, result.loss, scores, floor))
     return LeakageReport(
         dataset=dataset.name,
         model=type(informed.model).__name__,
         settings=settings,
-        originals=originals,
-        trained={defense.label: transformed[: len(originals)]},
+        originals=scorer.victims.pixels,
+        trained={defense.label: scorer.trained},
         rows=tuple(rows),
         membership={defense.label: told},
     )
@@ -340,45 +347,6 @@ def _undone(result: Inversion, undo: Callable[[Tensor], Tensor]) -> Inversion:
     victims, batch = result.images.shape[:2]
     images = undo(result.images.flatten(0, 1)).double()
     return replace(result, images=images.reshape(victims, batch, *images.shape[1:]), originals=None)
-
-
-def _truth(dataset: Dataset, used: Tensor, seed: int) -> tuple[Images, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset.train), generator=generator)
-    others = order[~torch.isin(order, used)][: max(0, CANDIDATES - len(used))]
-    return dataset.train[used], dataset.train[torch.cat([used, others])].pixels
-
-
-def _score(
-    result: Inversion, victims: Images, candidates: Tensor, transformed: Tensor, *, knows: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    originals, trained = victims.pixels, transformed[: len(victims)]
-    images = _in_order(result.images.float(), trained)
-    before = result.images if result.originals is None else result.originals
-    # Everybody knows the range of pixels; transformed ones may lie outside it.
-    clipped = _in_order(before.float(), originals).clamp(0, 1)
-    own = torch.arange(len(victims))
-    as_trained = images.clamp(0, 1) if torch.equal(trained, originals) else images
-    # Who knows the transformation looks for the candidate that would have become what was found.
-    compared = (images, transformed) if knows else (clipped, candidates)
-    batch = result.images.shape[1]
-    right = label_accuracy(result.labels, victims.labels.reshape(-1, batch))
-    return images, {
-        "exact": exact(as_trained, trained).double(),
-        "identified": identified(*compared, own).double(),
-        "label_accuracy": right.repeat_interleave(batch),
-        "psnr_original": psnr(clipped, originals),
-        "psnr_trained": psnr(as_trained, trained),
-        "ssim_original": ssim(clipped, originals),
-        "psnr_ceiling": psnr(trained.clamp(0, 1), originals),
-        "seconds_per_image": (result.seconds.double() / batch).repeat_interleave(batch),
-    }
-
-
-def _in_order(found: Tensor, originals: Tensor) -> Tensor:
-    """Return images [V, N, C, H, W] as [V·N, C, H, W], each batch in its originals' order."""
-    batches = torch.split(originals, found.shape[1])
-    return torch.cat([match(images, own) for images, own in zip(found, batches, strict=True)])
 
 
 def _named(progress: Progress | None, step: str) -> Callable[[int, int, float], None] | None:

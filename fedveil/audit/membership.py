@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, Span
 from fedveil.audit.adaptive import Attacker, attackers
-from fedveil.audit.metrics import Roc, recognised, roc
+from fedveil.audit.metrics import CANDIDATES, Roc, recognised, roc
+from fedveil.audit.scoring import strangers_to
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 from fedveil.errors import InapplicableAttackError
 
-_STRANGERS = 495
 _UNSEEN = 250
 _PUBLIC = 512
 
@@ -44,12 +44,18 @@ class Recognition:
     certain: float | None = None
     mistaken: int = 0
 
+    @property
+    def chance(self) -> float:
+        """The share that scores without content pick out."""
+        return 1 / (min(CANDIDATES - 1, self.strangers.strangers) + 1)
+
     def as_json(self) -> dict[str, Any]:
         """Return a row of ``membership`` in ``leakage.json``."""
         return {
             "attack": self.attack,
             "adaptive": self.adaptive,
             "picked_out": float(self.picked.mean()),
+            "picked_out_floor": self.chance,
             "strangers": asdict(self.strangers),
             "unseen": None if self.unseen is None else asdict(self.unseen),
             "certain": self.certain,
@@ -95,8 +101,7 @@ def picked_out(
         attack that the model gives nothing to work on is left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.train), generator=generator)
-    others = order[~torch.isin(order, used)][:_STRANGERS]
+    others = strangers_to(data.train, used, generator)
     if not len(others):
         return ()
     members = used.reshape(informed.victims, -1)

@@ -13,7 +13,7 @@ EXACT = 40.0
 """PSNR in dB above which a reconstruction counts as exact."""
 
 CANDIDATES = 100
-"""Among how many images a reconstruction has to find its original to count as identified."""
+"""Among how many images an original has to be told to count as identified."""
 
 _FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
 _SSIM_WINDOW = 11
@@ -76,26 +76,38 @@ def exact(images: Tensor, trained: Tensor) -> Tensor:
 
 
 def identified(
-    images: Tensor, candidates: Tensor, own: Tensor, *, among: int = CANDIDATES
+    found: Tensor, originals: Tensor, strangers: Tensor, *, among: int = CANDIDATES
 ) -> Tensor:
-    """Return whether the nearest of ``among`` candidates is the reconstruction's own.
+    """Return the probability that each original is told from strangers by its update's images.
 
-    Each image has its own among the candidates and those that follow it, from the first again after
-    the last, so that the share does not depend on how many images were attacked.
+    A candidate is as far off as the nearest image that was rebuilt from the update. An original
+    counts as identified where it is nearer than every other of ``among`` candidates: itself and
+    strangers, none of which lies behind the update. Nothing is matched by the truth, so that images
+    without content identify one original in ``among``, whatever the batch. The mean over draws of
+    strangers is taken in closed form.
 
     Args:
-        images: [N, C, H, W], compared as they are: clip them first where the range is known.
-        candidates: [M, C, H, W] in an order that says nothing: the originals and others, or what a
-            known transformation makes of all of them.
-        own: Int64 [N], where in ``candidates`` each image's original is.
-        among: Candidates for each image; all where there are fewer.
+        found: [V, N, C, H, W], compared as they are: clip them first where the range is known.
+        originals: [V·N, C, H, W], one update after the other, or what a known transformation makes
+            of them.
+        strangers: [S, C, H, W], images of the same kind behind none of the updates, treated alike.
+        among: Candidates, the original included; all strangers where there are fewer.
 
     Returns:
-        Bool [N].
+        Float64 [V·N], in [0, 1].
     """
-    distances = torch.cdist(images.double().flatten(1), candidates.double().flatten(1))
-    turn = torch.arange(min(among, len(candidates)), device=own.device)
-    return distances.gather(1, (own[:, None] + turn) % len(candidates)).argmin(dim=1) == 0
+    batches = torch.split(originals.double().flatten(1), found.shape[1])
+    others = strangers.double().flatten(1)
+
+    def nearness(candidates: Tensor, images: Tensor) -> Tensor:
+        distances = torch.cdist(candidates, images.double().flatten(1)).nan_to_num(nan=torch.inf)
+        return -distances.min(dim=1).values
+
+    parts = [
+        recognised(nearness(own, images), nearness(others, images), among=among)
+        for own, images in zip(batches, found, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -> Tensor:
@@ -211,13 +223,16 @@ def over_updates(values: Tensor) -> Interval:
 
     Args:
         values: [V, N] in [0, 1], of N images in each of V updates. With one image an update it is
-            Wilson's interval; of a single update nothing is known beyond it, so 0 to 1.
+            Wilson's interval, and also where all updates agree, whose spread would look like
+            certainty; of a single update nothing is known beyond it, so 0 to 1.
     """
     if values.shape[1] == 1:
         return wilson(values[:, 0])
     means = values.double().mean(dim=1)
     if len(means) < 2:
         return Interval(float(means.mean()), 0.0, 1.0)
+    if not bool(means.std() > 0):
+        return wilson(means)
     from scipy import stats
 
     mean = float(means.mean())

@@ -388,6 +388,11 @@ def _one_after_the_other(reports: Sequence[LeakageReport]) -> LeakageReport:
                 for name in row.scores
                 if all(name in report.rows[place].scores for report in reports)
             },
+            {
+                name: torch.cat([report.rows[place].floors[name] for report in reports])
+                for name in row.floors
+                if all(name in report.rows[place].floors for report in reports)
+            },
         )
         for place, row in enumerate(first.rows)
     ]

@@ -87,11 +87,14 @@ class LeakageRow(_Content):
     identified: Share
     identified_low: Share | None = None
     identified_high: Share | None = None
+    identified_floor: Share | None = None
     recognised: Share | None = None
     recognised_low: Share | None = None
     recognised_high: Share | None = None
+    recognised_floor: Share | None = None
     label_accuracy: Share | None = None
     psnr_original: float
+    psnr_original_floor: float | None = None
     psnr_trained: float | None = None
     ssim_original: float | None = None
     seconds_per_image: float | None = None
@@ -128,8 +131,12 @@ class FrontierRow(_Content):
     identified: Share
     identified_low: Share | None = None
     identified_high: Share | None = None
+    identified_floor: Share | None = None
     recognised: Share | None = None
+    recognised_floor: Share | None = None
+    images: Count | None = None
     psnr_original: float
+    psnr_original_floor: float | None = None
 
     @property
     def family(self) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 
 from fedveil.report.artifacts import (
     Artifacts,
+    Frontier,
     FrontierRow,
+    LeakageAudit,
     LeakageRow,
     Run,
     TheftRow,
@@ -27,6 +29,8 @@ _NO_BETTER = 0.02
 _FAR = 0.1
 # None of n found still allows a rate of 3/n at 95 %.
 _ENOUGH = 60
+_RARE = 0.025
+_COUNTED = 10_000
 
 
 @dataclass(frozen=True)
@@ -362,10 +366,19 @@ def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
 def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, str, str]:
     """Return mark, kind and caveat; an attack must be shown to work before its failure counts."""
     undefended = max((_told(row) for row in plain), default=None)
-    top = _told(least) if least else undefended or 0.0
     seen = [least] if least else plain
+    top = max(_told(row) for row in seen)
     how = "matched" if any(row.identified == top for row in seen) else "picked out"
     mark = f"{percent(top)} {how}"
+    if top > _FEW and not any(_above_floor(row) for row in seen):
+        return (
+            "At the floor",
+            "unknown",
+            (
+                "that is no more than images without content reach by the same scorer, and shows "
+                "neither that images leak nor that they do not"
+            ),
+        )
     if top > _FEW:
         return mark, "bad", "stronger attacks may exist"
     if undefended is None:
@@ -374,7 +387,7 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
             "unknown",
             ("whether these attacks succeed at all, without a defence, was not measured"),
         )
-    if undefended <= _SURELY:
+    if undefended <= _SURELY or not any(_above_floor(row) for row in plain):
         return (
             "Attacks too weak",
             "unknown",
@@ -382,12 +395,22 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
         )
     if isinstance(least, LeakageRow) and least.images < _ENOUGH:
         return mark, "unknown", f"{least.images} images are too few to call that rare"
+    floor = max((row.identified_floor or 0.0 for row in seen), default=0.0)
+    if floor > _FEW:
+        return (
+            mark,
+            "unknown",
+            f"images without content reach {percent(floor)} by the same scorer, so that a low "
+            "share shows nothing",
+        )
     return mark, "good", "stronger attacks may exist"
 
 
 def _rebuilt(row: _Leaked) -> str:
     known = f"let {percent(row.identified)} of the images be matched to their originals"
     known += interval(row.identified_low, row.identified_high)
+    if row.identified_floor is not None:
+        known += f" where images without content reach {percent(row.identified_floor)}"
     if row.recognised is not None:
         known += f", {percent(row.recognised)} to be picked out among candidates by their gradients"
     if isinstance(row, LeakageRow) and row.defense == "none":
@@ -404,6 +427,54 @@ def _rebuilt(row: _Leaked) -> str:
 def _told(row: _Leaked) -> float:
     """Return which share of the images could be told, rebuilt or not."""
     return max(row.identified, row.recognised or 0.0)
+
+
+def _above_floor(row: _Leaked) -> bool:
+    """Say whether more was told than images without content, or scores without, would tell.
+
+    A row without floors, of an earlier version, is taken at its word; ``without_floor`` names it.
+    """
+    pairs = (
+        (row.identified, row.identified_floor),
+        (row.recognised, row.recognised_floor),
+    )
+    return any(
+        share is not None and share > 0 and (floor is None or _beats(share, floor, row.images or 1))
+        for share, floor in pairs
+    )
+
+
+def _beats(share: float, floor: float, images: int) -> bool:
+    """Say whether chance alone would reach a share in fewer than 2.5 % of audits.
+
+    Where nothing is told each image is found at the floor's rate, whichever update it shares, so
+    that the number found is binomial.
+    """
+    if share <= floor:
+        return False
+    found = round(share * images)
+    if images > _COUNTED:
+        return share - floor > 1.96 * math.sqrt(floor * (1 - floor) / images)
+    if floor == 0:
+        return found > 0
+    fewer = sum(
+        math.exp(
+            math.lgamma(images + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(images - k + 1)
+            + k * math.log(floor)
+            + (images - k) * math.log1p(-floor)
+        )
+        for k in range(found)
+    )
+    return 1 - fewer < _RARE
+
+
+def without_floor(audits: Sequence[LeakageAudit | Frontier]) -> tuple[str, ...]:
+    """Return the audits whose shares have no floor beside them, as earlier versions wrote them."""
+    return tuple(
+        audit.name for audit in audits if any(row.identified_floor is None for row in audit.rows)
+    )
 
 
 def _leaks(row: _Leaked) -> tuple[float, float, bool, float]:

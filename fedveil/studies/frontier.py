@@ -438,7 +438,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
         color, marker = _look(family)
         x = [row["accuracy"] for row in own]
         y, lowest, highest = (
-            [min(_MOST_DB, row[f"{column}{end}"]) for row in own] for end in ("", "_low", "_high")
+            [min(_MOST_DB, _end(row, column, end)) for row in own] for end in ("", "_low", "_high")
         )
         low = [value - end for value, end in zip(y, lowest, strict=True)]
         high = [end - value for value, end in zip(y, highest, strict=True)]
@@ -462,6 +462,12 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
             )
     axes.set(xlabel="test accuracy (mean, sd over seeds)", ylabel=label)
     axes.grid(alpha=0.2)
+
+
+def _end(row: Mapping[str, Any], column: str, end: str) -> float:
+    """Return an end of a column's interval, the value itself where one update has none."""
+    value: float | None = row[f"{column}{end}"]
+    return float(row[column]) if value is None else value
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -170,9 +170,11 @@ def png(figure: Any) -> bytes:
 
 
 def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
-    """Return a column of an audit's row with its interval, each in the same format."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:{form}} [{low:{form}}, {high:{form}}]"
+    """Return a column of an audit's row with its interval and its floor, each in one format."""
+    low, high, floor = (row.get(f"{name}_{end}") for end in ("low", "high", "floor"))
+    text = f"{row[name]:{form}}"
+    text += " [one update]" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
+    return text if floor is None else f"{text}, floor {floor:{form}}"
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ def test_report_files(dataset, model, tmp_path):
         ):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
         assert row["images"] == 3
+        assert 0 < row["identified_floor"] < 0.15
+        assert row["recognised_floor"] == 0.01
+        assert row["exact_floor"] == 0
+        assert 5 < row["psnr_original_floor"] < 20
     assert rows[1]["exact"] == rows[1]["label_accuracy"] == rows[1]["identified"] == 1
     defended = rows[-1]
     assert defended["psnr_trained"] > 60
@@ -175,6 +179,8 @@ def test_batches_are_put_in_order_before_they_are_scored(dataset, model):
     assert summary["images"] == 6
     assert summary["exact"] == summary["identified"] == summary["label_accuracy"] == 1
     assert len(set(ground_truth(dataset, settings).tolist())) == 6
+    assert summary["identified_floor"] < 0.15
+    assert "floor" in report.table().splitlines()[2]
 
 
 def test_the_original_and_what_was_trained_on_are_scored_by_their_own_answers(

@@ -6,17 +6,20 @@ import torch
 from scipy.stats import binomtest
 
 from fedveil.audit.metrics import (
+    Interval,
     bootstrap,
     exact,
     identified,
     label_accuracy,
     match,
     median,
+    over_updates,
     psnr,
     recognised,
     ssim,
     wilson,
 )
+from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 
 
@@ -50,23 +53,61 @@ def test_ssim_falls_with_noise():
 
 
 def test_identification():
-    candidates = torch.stack([torch.full((1, 2, 2), v) for v in (0.0, 0.4, 1.0)])
-    images = torch.stack([torch.full((1, 2, 2), v) for v in (0.1, 0.3, 7.0, 0.6)])
-    own = torch.tensor([0, 1, 2, 2])
-    assert identified(images, candidates, own).tolist() == [True, True, True, False]
+    def grey(*values):
+        return torch.stack([torch.full((1, 2, 2), value) for value in values])
+
+    found = grey(0.1, 0.5, 7.0, 0.95).reshape(2, 2, 1, 2, 2)
+    strangers = grey(0.25, 0.7)
+    # 0 and 0.4 by 0.1 and 0.5; 1 by 0.95; 0.2 is nearest to nothing of its own update.
+    originals = grey(0.0, 0.4, 1.0, 0.2)
+    assert identified(found, originals, strangers).tolist() == [1, 1, 1, 0]
 
 
-def test_identification_is_among_as_many_however_many_there_are():
+def test_identification_is_the_mean_over_draws_of_strangers():
     torch.manual_seed(0)
-    candidates = torch.rand(400, 1, 2, 2)
-    images, own = torch.rand(300, 1, 2, 2), torch.arange(300) + 50
-    by_hand = [
-        min(range(100), key=lambda k: float((candidates[(o + k) % 400] - image).square().sum()))
-        == 0
-        for image, o in zip(images, own.tolist(), strict=True)
-    ]
-    assert identified(images, candidates, own).tolist() == by_hand
-    assert 0 < sum(by_hand) < 20  # by chance 1 %
+    found, originals = torch.rand(3, 2, 1, 2, 2), torch.rand(6, 1, 2, 2)
+    strangers = torch.rand(6, 1, 2, 2)
+
+    def nearest(candidate, images):
+        return min(float((candidate - image).square().sum()) for image in images)
+
+    by_hand = []
+    for place, own in enumerate(originals):
+        images = found[place // 2]
+        draws = list(itertools.combinations(strangers, 3))
+        wins = sum(all(nearest(own, images) < nearest(s, images) for s in draw) for draw in draws)
+        by_hand.append(wins / len(draws))
+    assert identified(found, originals, strangers, among=4).tolist() == pytest.approx(by_hand)
+    assert 0 < sum(by_hand) < 6
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_images_without_content_identify_one_in_a_hundred_whatever_the_batch(batch):
+    """Matched by the truth first, as this scorer once did, batches of 64 identify far more."""
+    data = load_dataset("digits")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    pixels = data.train[order].pixels
+    originals, strangers = pixels[:320], pixels[320:815]
+    found = pixels[815:1135].reshape(320 // batch, batch, 1, 8, 8)
+    assert float(identified(found, originals, strangers).mean()) == pytest.approx(0.01, abs=0.008)
+    matched = torch.cat([match(f, o) for f, o in zip(found, originals.split(batch), strict=True)])
+    candidates = torch.cat([originals, strangers]).flatten(1)
+    turns = (torch.arange(320)[:, None] + torch.arange(100)) % len(candidates)
+    distances = torch.cdist(matched.flatten(1), candidates).gather(1, turns)
+    before = float((distances.argmin(dim=1) == 0).float().mean())
+    assert (before > 0.05) == (batch > 1)
+
+
+def test_images_of_which_nothing_is_known_identify_nothing():
+    nowhere = torch.full((1, 1, 1, 2, 2), torch.nan)
+    assert identified(nowhere, torch.zeros(1, 1, 2, 2), torch.ones(5, 1, 2, 2)).tolist() == [0]
+
+
+def test_updates_that_all_agree_are_no_certainty():
+    interval = over_updates(torch.ones(4, 16))
+    oracle = binomtest(4, 4).proportion_ci(0.95, method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((oracle.low, oracle.high))
+    assert over_updates(torch.ones(1, 16)) == Interval(1.0, 0.0, 1.0)
 
 
 def test_standing_out_is_the_mean_over_all_draws_of_strangers():

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
 from fedveil.errors import FedveilError
 from fedveil.report import build_page, read_artifacts, verdict, write_report
@@ -32,7 +33,7 @@ from fedveil.report.artifacts import (
 )
 from fedveil.report.controls import controls
 from fedveil.report.svg import Chart, Series, counts, draw, shares
-from fedveil.report.verdict import percent, ranked
+from fedveil.report.verdict import _above_floor, percent, ranked
 from tests.report.report_material import (
     CANARY,
     NASTY,
@@ -183,6 +184,67 @@ def test_an_attack_must_work_before_its_failure_counts(tmp_path, plain_rate, ima
     directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
     assert marks(directory)[2][0] == kind
     assert words in sentences(directory)[2]
+
+
+def floored(identified, floor, **changes):
+    return leakage_row(identified=identified, identified_floor=floor, **changes)
+
+
+@pytest.mark.parametrize(
+    ("share", "floor", "images", "kind"),
+    [
+        (0.19, 0.19, 64, "unknown"),  # as 64 other photographs in one batch once scored
+        (0.08, 0.07, 16, "unknown"),
+        (0.25, 0.01, 4, "unknown"),  # one of four happens in 4 of 100 audits by chance
+        (0.25, 0.01, 16, "bad"),
+        (1.0, 0.01, 1, "bad"),
+        (0.06, 0.01, 200_000, "bad"),
+        (0.06, 0.06, 200_000, "unknown"),
+    ],
+)
+def test_what_lies_under_the_floor_is_called_neither_leaking_nor_safe(
+    tmp_path, share, floor, images, kind
+):
+    rows = [floored(1.0, floor, images=images)]
+    rows.append(floored(share, floor, defense="a", adaptive=True, images=images))
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    found, mark = marks(directory)[2]
+    assert found == kind
+    assert (mark == "At the floor") == (kind == "unknown")
+    assert "where images without content reach" in sentences(directory)[2]
+
+
+def test_a_low_share_is_no_success_where_the_scorer_cannot_tell(tmp_path):
+    rows = [floored(1.0, 0.2, images=100)]
+    rows.append(floored(0.01, 0.2, defense="a", adaptive=True, images=100))
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2] == ("unknown", "1.0 % matched")
+    assert "images without content reach 20 %" in sentences(directory)[2]
+
+
+def test_an_undefended_attack_at_the_floor_shows_nothing_of_a_defence(tmp_path):
+    rows = [floored(0.6, 0.6, images=100)]
+    rows.append(floored(0.0, 0.01, defense="a", adaptive=True, images=100))
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2] == ("unknown", "Attacks too weak")
+
+
+@given(st.integers(1, 400), st.floats(0.001, 0.999), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_floor_is_beaten_where_scipys_binomial_test_says_so(images, floor, data):
+    found = data.draw(st.integers(0, images))
+    oracle = binomtest(found, images, floor, alternative="greater").pvalue
+    row = LeakageRow.model_validate(floored(found / images, floor, images=images))
+    if abs(oracle - 0.025) > 1e-6:
+        assert _above_floor(row) == (oracle < 0.025 and found / images > floor)
+
+
+def test_shares_without_a_floor_are_named(tmp_path):
+    old = make_leakage(tmp_path / "old")
+    new = make_leakage(tmp_path / "new", [floored(1.0, 0.01)], arrays=False)
+    page = build_page(read_artifacts([old, new]), title="a", now=NOW)
+    assert f"No floor stands beside the matched shares of {old}:" in page
+    assert "floor 1.0\N{NO-BREAK SPACE}%" in page
 
 
 def test_a_frontier_speaks_only_where_there_is_no_audit_and_gives_the_accuracy(tmp_path):
