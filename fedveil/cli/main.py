@@ -338,6 +338,7 @@ def _earlier_run(path: Path, rounds: int | None) -> "RunDirectory":
 
 
 def _finish_training(directory: "RunDirectory") -> None:
+    from fedveil.federation.server_app import kept_cap
     from fedveil.federation.training_run import run_to_completion
 
     try:
@@ -350,16 +351,14 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"  fedveil train --resume {directory.path}"
         )
         raise typer.Exit(130) from None
-    capped = summary["configuration"]["strategy"] != "fedavg"
     if warning := _of_no_use(summary):
         typer.echo(warning, err=True)
     typer.echo(f"w: {summary['accuracy']:.2%} on {summary['report_images']} images it never met")
-    if capped:
-        typer.echo(
-            f"best copy any client received: {summary['copies_max']:.2%} "
-            f"(cap {summary['configuration']['cap']:.0%}, passed in {summary['rounds_over_cap']} "
-            f"of {summary['configuration']['rounds']} rounds)"
-        )
+    cap, passed = kept_cap(directory.config), ""
+    if cap is not None:
+        rounds = directory.config.rounds
+        passed = f" (cap {cap:.0%}, passed in {summary['rounds_over_cap']} of {rounds} rounds)"
+    typer.echo(f"best copy any client received: {summary['copies_max']:.2%}{passed}")
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
 
 

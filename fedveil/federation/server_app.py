@@ -52,7 +52,6 @@ _EVALUATION_BLOCK = 1_000
 _STATISTICS_IMAGES = 500
 _FEWEST_TEST_IMAGES = 40
 _NAMED = 20  # of the files that were left out
-_WITHOUT_FINGERPRINT = ("fedavg", "noise-pair", "protected")
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
 
 def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
-    strategy = _STRATEGIES[job.config.strategy](job, resume, key)
+    strategy = _STRATEGIES[job.config.strategy].build(job, resume, key)
     strategy.acceptance = Acceptance(
         job.config.norm_limit or None, job.config.average, job.config.weight_limit or None
     )
@@ -296,12 +295,30 @@ def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     )
 
 
-_STRATEGIES: Mapping[str, Callable[[Job, Resume, NoiseKey], SeededFedAvg]] = {
-    "fedavg": _fedavg,
-    "protected": _protected,
-    "noise-pair": _noise_pair,
-    "noise-delta": _noise_delta,
+@dataclass(frozen=True)
+class _Choice:
+    """A strategy that a configuration can name.
+
+    Attributes:
+        strategy: Its class, which says what it promises.
+        build: Makes it for a run.
+    """
+
+    strategy: type[SeededFedAvg]
+    build: Callable[[Job, Resume, NoiseKey], SeededFedAvg]
+
+
+_STRATEGIES: Mapping[str, _Choice] = {
+    "fedavg": _Choice(SeededFedAvg, _fedavg),
+    "protected": _Choice(EnsembleDistillation, _protected),
+    "noise-pair": _Choice(NoisePair, _noise_pair),
+    "noise-delta": _Choice(NoiseDelta, _noise_delta),
 }
+
+
+def kept_cap(config: TrainConfig) -> float | None:
+    """Return the accuracy cap that a run's strategy keeps its copies under; None: it keeps none."""
+    return config.cap if _STRATEGIES[config.strategy].strategy.keeps_cap else None
 
 
 def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
@@ -311,8 +328,9 @@ def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
 
 
 def _mark_strength(config: TrainConfig) -> float:
-    default = 0.0 if config.strategy in _WITHOUT_FINGERPRINT else FINGERPRINT_STRENGTH
-    return default if config.fingerprint is None else config.fingerprint
+    if config.fingerprint is not None:
+        return config.fingerprint
+    return FINGERPRINT_STRENGTH if _STRATEGIES[config.strategy].strategy.fingerprints else 0.0
 
 
 class Recorder:
@@ -413,6 +431,7 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
         last = directory.checkpoint() or last
     directory.write_model(last.weights)
     summary = summarise(job, last.weights, recorder.rounds, directory.releases())
+    summary["sends"] = strategy.sends
     if len(history := directory.version_history()) > 1:
         summary["version_history"] = history
     directory.write_summary(summary)
@@ -429,14 +448,15 @@ def summarise(
     releases: Sequence[Mapping[int, int | None]] = (),
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``; accuracy is on all report images."""
-    cap = job.config.cap
+    cap = kept_cap(job.config)
     noisy = [record for record in rounds if record.calibration_evaluations]
     evaluations = sum(record.calibration_evaluations for record in noisy)
     return {
         "accuracy": job.accuracy(weights),
         "chance": guessing(job.evaluation.report),
+        "cap": cap,
         "copies_max": max(max(record.copies) for record in rounds),
-        "rounds_over_cap": sum(max(record.copies) > cap for record in rounds),
+        "rounds_over_cap": None if cap is None else sum(max(r.copies) > cap for r in rounds),
         "calibration_evaluations_per_round": evaluations / len(rounds),
         "calibration_share_of_time": sum(r.calibration_seconds for r in rounds)
         / sum(r.seconds for r in rounds),

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedveil.federation.engines.choose import train
 from fedveil.federation.progress import RoundProgress
+from fedveil.federation.server_app import kept_cap
 from fedveil.runs.curves import draw_curves
 from fedveil.runs.directory import RoundRecord, RunDirectory
 from fedveil.runs.logs import round_log
@@ -28,7 +29,7 @@ def run_to_completion(directory: RunDirectory) -> dict[str, Any]:
 
 def _completed(directory: RunDirectory) -> dict[str, Any]:
     config = directory.config
-    cap = None if config.strategy == "fedavg" else config.cap
+    cap = kept_cap(config)
     completed = len(directory.rounds())
     if not directory.complete:
         with (

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -70,6 +70,7 @@ class RunSummary(_Content):
     calibration_images: Count = 0
     chance: Share | None = None
     configuration: Configuration
+    sends: Literal["model", "capped", "untrained"] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     privacy: Privacy | None = None
 
@@ -183,8 +184,21 @@ class Run:
     @property
     def cap(self) -> float | None:
         """The accuracy cap; None where the strategy keeps none."""
-        settings = self.summary.configuration
-        return None if settings.strategy == "fedavg" else settings.cap
+        return self.summary.configuration.cap if self.sends == "capped" else None
+
+    @property
+    def sends(self) -> Literal["model", "capped", "untrained"]:
+        """What clients received: the model, copies under a cap, or nothing that was learnt."""
+        settings, told = self.summary.configuration, self.summary.sends
+        if told is not None:
+            # What has no number to keep is no cap.
+            return "model" if told == "capped" and settings.cap is None else told
+        # Of runs that did not say so, by the strategies there were then.
+        shared = (settings.model_extra or {}).get("shared_rounds")
+        if settings.strategy == "protected" and not shared:
+            return "untrained"
+        noisy = settings.strategy in ("noise-pair", "noise-delta") and settings.cap is not None
+        return "capped" if noisy else "model"
 
     @property
     def best_copy(self) -> float:

@@ -70,10 +70,10 @@ def _kept(runs: Sequence[Run]) -> str:
     for run in runs:
         strategy = run.summary.configuration.strategy
         shared = (run.summary.configuration.model_extra or {}).get("shared_rounds", 0)
-        if strategy == "protected" and shared:
-            words.append(f"what {shared} rounds of plain averaging gave is sent (protected)")
-        elif strategy == "protected":
-            words.append("nothing that was learnt is sent (protected)")
+        if run.sends == "untrained":
+            words.append(f"nothing that was learnt is sent ({strategy})")
+        elif shared:
+            words.append(f"what {shared} rounds of plain averaging gave is sent ({strategy})")
         elif run.cap is not None:
             words.append(f"copies under a cap of {percent(run.cap)} ({strategy})")
         else:

@@ -161,7 +161,7 @@ def _far_behind(topic: str, runs: Sequence[Run]) -> Finding | None:
         (other.summary.accuracy - run.summary.accuracy, run, other)
         for run in runs
         for other in runs
-        if run.cap is not None and other.cap is None and _same_task(run, other)
+        if run.sends != "model" and other.sends == "model" and _same_task(run, other)
     ]
     gap, run, other = max(pairs, key=lambda pair: pair[0], default=(0.0, None, None))
     if run is None or other is None or gap < _FAR:
@@ -242,8 +242,11 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
             "No training run was given, so this report says nothing about how good the copies are "
             "that clients receive.",
         )
+    bare = [run for run in runs if run.sends == "model"]
+    if not capped and not bare:
+        return _untrained(topic, runs)
     if not capped:
-        best = max(run.best_copy for run in runs)
+        best = max(run.best_copy for run in bare)
         return Finding(
             topic,
             "No cap",
@@ -271,19 +274,35 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
     images = min(_images_a_round(run) for run in capped)
     return Finding(
         topic,
-        "Cap held"
-        if len(capped) == len(runs)
-        else f"Cap held in {len(capped)} of {len(runs)} runs",
-        "good" if len(capped) == len(runs) else "unknown",
+        f"Cap held in {len(capped)} of {len(runs)} runs" if bare else "Cap held",
+        "unknown" if bare else "good",
         f"In all {rounds} rounds of {which} every copy stayed at or below the accuracy cap "
         f"({measured}, on {images:,} images a round that the noise was not set on), "
         f"while the owner's model reached {owner}; such a cap {limits}.",
     )
 
 
+def _untrained(topic: str, runs: Sequence[Run]) -> Finding:
+    """Say of runs that send nothing learnt how good what they send is."""
+    told = all(
+        run.summary.chance is not None
+        and learnt_nothing(run.best_copy, run.summary.chance, _images_a_round(run))
+        for run in runs
+    )
+    return Finding(
+        topic,
+        "Nothing learnt is sent",
+        "good" if told else "unknown",
+        "Clients received the model as it was before training, in every round of "
+        f"{'the run' if len(runs) == 1 else f'the {len(runs)} runs'}: right on at most "
+        f"{percent(max(run.best_copy for run in runs))} of images. There is no cap to keep; what "
+        "can be made of that model can be made without this training.",
+    )
+
+
 def _uncapped(runs: Sequence[Run]) -> str:
     """Say which runs beside the capped ones had no cap: nothing held there."""
-    bare = [run for run in runs if run.cap is None]
+    bare = [run for run in runs if run.sends == "model"]
     if not bare:
         return ""
     names = ", ".join(run.name for run in bare[:3]) + (" and others" if len(bare) > 3 else "")

@@ -128,7 +128,13 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, stra
     assert "but --rounds from the run itself; leave out --epochs" in " ".join(
         refused.stderr.replace("│", " ").split()
     )
-    fedveil("--resume", tmp_path / "longer", "--rounds", 4)
+    done = fedveil("--resume", tmp_path / "longer", "--rounds", 4)
+    summary = json.loads((tmp_path / "longer/summary.json").read_text())
+    # protected sends what it sends whatever the setting: no cap of it is printed or drawn.
+    capped = strategy == "noise-delta"
+    assert ("(cap 60%, passed in 0 of 4 rounds)" in done.stdout) == capped
+    assert (summary["cap"], summary["rounds_over_cap"]) == ((0.6, 0) if capped else (None, None))
+    assert summary["sends"] == ("capped" if capped else "untrained")
     key = tmp_path / "longer/noise.key"
     fedveil("--out", tmp_path / "whole", *options, "--rounds", 4, "--noise-key", key)
     assert same_bits(tmp_path / "longer", tmp_path / "whole")

@@ -452,6 +452,31 @@ def test_the_table_of_controls_names_control_evidence_and_limit(tmp_path):
     assert controls(read_artifacts([plain_run]))[0].control.startswith("none: clients receive")
 
 
+def test_a_strategy_that_keeps_no_cap_is_not_said_to_have_kept_one(tmp_path):
+    """Runs that say what they sent, and runs of before, which only name their strategy."""
+    told = {"strategy": "protected", "copies": (0.1, 0.1), "chance": 0.1, "accuracy": 0.9}
+    now = make_run(tmp_path / "now", **told)
+    summary = json.loads((now / "summary.json").read_text())
+    (now / "summary.json").write_text(json.dumps({**summary, "sends": "untrained"}))
+    before = make_run(tmp_path / "before", **told)
+    for run in (now, before):
+        finding = " ".join(sentences(run))
+        assert "Clients received the model as it was before training" in finding
+        assert "at or below the accuracy cap" not in finding
+        (own,) = read_artifacts([run]).runs
+        assert own.cap is None
+        assert controls(read_artifacts([run]))[0].control == (
+            "nothing that was learnt is sent (protected)"
+        )
+    (now / "summary.json").write_text(json.dumps({**summary, "sends": "model"}))
+    assert "Training ran without a cap" in " ".join(sentences(now))
+
+
+def test_a_cap_that_has_no_number_is_none(tmp_path):
+    run = make_run(tmp_path / "run", cap=None, copies=(0.9, 0.9))
+    assert "Training ran without a cap" in " ".join(sentences(run))
+
+
 # The page
 
 

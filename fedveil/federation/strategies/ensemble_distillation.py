@@ -19,6 +19,7 @@ from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
     SeededFedAvg,
+    Sends,
     Weights,
     clone,
     weighted_mean,
@@ -125,6 +126,11 @@ class EnsembleDistillation(SeededFedAvg):
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
         self._pixels = pixels.contiguous(memory_format=layout)
         self._delivered: Weights | None = None
+
+    @property
+    def sends(self) -> Sends:
+        """What clients receive: after shared rounds, what these have learnt."""
+        return "model" if self.shared_rounds else "untrained"
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
-from typing import Unpack
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -39,6 +39,9 @@ from fedveil.federation.strategies.flower_arguments import (
 from fedveil.runs.archive import Archive, Entry
 
 Weights = Mapping[str, Tensor]
+
+Sends = Literal["model", "capped", "untrained"]
+"""What a strategy sends its clients: the model, copies under a cap, or nothing that was learnt."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,12 @@ class SeededFedAvg(FedAvg):
 
     acceptance = Acceptance()
 
+    keeps_cap: ClassVar[bool] = False
+    """Whether no copy that leaves the server passes an accuracy cap."""
+
+    fingerprints: ClassVar[bool] = False
+    """Whether each client's copy is marked as its own unless asked otherwise."""
+
     def __init__(
         self,
         *,
@@ -159,6 +168,11 @@ class SeededFedAvg(FedAvg):
         self.started: Callable[[int, Sequence[Client]], None] = lambda _round, _clients: None
         self._statistics = statistics
         self.loss: float | None = None
+
+    @property
+    def sends(self) -> Sends:
+        """What clients receive."""
+        return "capped" if self.keeps_cap else "model"
 
     def summary(self) -> None:
         """Log the configuration as Flower does, and that no client will evaluate."""

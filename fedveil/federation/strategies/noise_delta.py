@@ -69,6 +69,8 @@ class NoiseDelta(NoisyFedAvg):
         flower: FedAvg's own arguments, by their names.
     """
 
+    fingerprints = True
+
     def __init__(
         self,
         *,

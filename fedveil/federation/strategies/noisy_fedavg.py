@@ -93,6 +93,8 @@ class NoisyFedAvg(SeededFedAvg):
         flower: FedAvg's own arguments, by their names.
     """
 
+    keeps_cap = True
+
     def __init__(
         self,
         *,
