@@ -1,11 +1,27 @@
-"""Progress where no terminal is: plain lines, not too many."""
+"""Progress of long work: bars on a terminal, plain lines where there is none, not too many."""
 
 import time
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _EVERY_SECONDS = 30.0
+
+
+def say(sentence: str) -> None:
+    """Write a sentence for the user to standard error, on one line."""
+    Console(stderr=True).print(sentence, markup=False, soft_wrap=True)
 
 
 class PlainLines:
@@ -39,3 +55,55 @@ class PlainLines:
         self._last[step] = now
         of = f"{done}" if total is None else f"{done} of {total}"
         self._console.print(f"{step} {of}  {text}".rstrip(), markup=False, soft_wrap=True)
+
+
+class ProgressBars:
+    """A bar for each step of some work, and the same in plain lines where no terminal is.
+
+    Args:
+        left: Whether the time that is left is shown.
+        transient: Whether the bars vanish at the end.
+        console: Where to draw; standard error if not given.
+    """
+
+    def __init__(
+        self, *, left: bool = False, transient: bool = False, console: Console | None = None
+    ) -> None:
+        console = console or Console(stderr=True)
+        remaining = (TextColumn("left"), TimeRemainingColumn()) if left else ()
+        self._plain = PlainLines(console)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            *remaining,
+            console=console,
+            transient=transient,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def begin(self, step: str, done: int, total: int | None, text: str = "starting") -> None:
+        """Show a step before anything more of it is done."""
+        if step not in self._tasks:
+            self._tasks[step] = self._bars.add_task(step, total=total, text="")
+        self._bars.update(self._tasks[step], completed=done, total=total, text=text)
+
+    def __call__(self, step: str, done: int, total: int | None, text: str = "") -> None:
+        """Say how far a step is, as of ``PlainLines``."""
+        self.begin(step, done, total, text)
+        self._plain(step, done, total, text)

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, audit_leakage
@@ -24,7 +22,7 @@ from fedveil.data.load import remarks_on
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
-from fedveil.progress import PlainLines
+from fedveil.progress import ProgressBars, say
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
 
@@ -50,11 +48,10 @@ def run_leakage_audit(
     Raises:
         FedveilError: Anything the user can mend.
     """
-    console = Console(stderr=True)
-    data, built = _prepared(dataset, model, settings.seed, console)
+    data, built = _prepared(dataset, model, settings.seed)
     if checkpoint:
         load_checkpoint(built, checkpoint)
-    with _shown(console) as show:
+    with _shown() as show:
         return audit_leakage(data, built, settings, model_name=model, out=out, progress=show)
 
 
@@ -128,47 +125,30 @@ def run_recorded_audit(
         recorded=str(place),
         unchecked=told,
     )
-    console = Console(stderr=True)
     for sentence in filter(None, (left, told)):
-        console.print(sentence, markup=False, soft_wrap=True)
-    data, built = _prepared(dataset, model, settings.seed, console)
+        say(sentence)
+    data, built = _prepared(dataset, model, settings.seed)
     truth = truth_of(exchanges, data, given)
-    with _shown(console) as show:
+    with _shown() as show:
         report = audit_recorded(exchanges, truth, built, settings, model_name=model, progress=show)
     if out is not None:
         report.write(out)
     return report
 
 
-def _prepared(dataset: str, model: str, seed: int, console: Console) -> tuple[Dataset, nn.Module]:
+def _prepared(dataset: str, model: str, seed: int) -> tuple[Dataset, nn.Module]:
     data = load_dataset(dataset, seed=seed)
     built = build_model(model, data.shape, len(data.classes), seed=seed)
     for sentence in remarks_on(data.left_out, data.remarks):
-        console.print(f"{dataset}: {sentence}", markup=False, soft_wrap=True)
+        say(f"{dataset}: {sentence}")
     return data, built.train()  # as the clients will, whatever mode the factory leaves it in
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Callable[[str, int, int, float], None]]:
-    plain = PlainLines(console)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        tasks = {"": bars.add_task("federation", total=None, loss="")}
-
-        def show(step: str, done: int, total: int, loss: float) -> None:
-            plain(step, done, total, f"loss {loss:.2g}")
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total, loss="")
-            bars.update(tasks[step], completed=done, total=total, loss=f"loss {loss:.2g}")
-
-        yield show
+def _shown() -> Iterator[Callable[[str, int, int, float], None]]:
+    with ProgressBars() as bars:
+        bars.begin("federation", 0, None, "")
+        yield lambda step, done, total, loss: bars(step, done, total, f"loss {loss:.2g}")
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

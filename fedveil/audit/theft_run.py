@@ -1,21 +1,16 @@
 """A theft audit from its settings: thieves in worker processes, each kept as soon as it is done."""
 
-import itertools
 import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedveil import interrupts
 from fedveil.audit.theft import Theft, TheftReport, TheftSettings, steal
@@ -23,7 +18,7 @@ from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, write_atomically
-from fedveil.progress import PlainLines
+from fedveil.progress import ProgressBars
 
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -54,37 +49,18 @@ def run_theft_audit(
     (out / "thieves").mkdir(parents=True, exist_ok=True)
     thefts = {thief: _stored(run, thief, out) for thief in settings.cells}
     missing = [thief for thief, theft in thefts.items() if theft is None]
-    with _shown(len(thefts), len(thefts) - len(missing)) as advance:
-        for theft in _stolen(settings, missing, workers or usable_cores()):
+    before = len(thefts) - len(missing)
+    with ProgressBars() as bars:
+        bars.begin("thieves", before, len(thefts))
+        stolen = _stolen(settings, missing, workers or usable_cores())
+        for number, theft in enumerate(stolen, start=before + 1):
             _store(run, theft, out)
             thefts[theft.thief] = theft
-            advance(str(theft.thief))
+            bars("thieves", number, len(thefts), str(theft.thief))
     done = tuple(theft for theft in thefts.values() if theft)
     report = TheftReport(settings, reference, done)
     report.write(out)
     return report
-
-
-@contextmanager
-def _shown(total: int, done: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("thieves"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        task = bars.add_task("starting", total=total, completed=done)
-        plain, finished = PlainLines(console), itertools.count(done + 1)
-
-        def show(name: str) -> None:
-            bars.update(task, advance=1, description=name)
-            plain("thieves", next(finished), total, name)
-
-        yield show
 
 
 def _stolen(settings: TheftSettings, thieves: Sequence[Thief], workers: int) -> Iterator[Theft]:

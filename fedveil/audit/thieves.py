@@ -18,13 +18,13 @@ from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.server_app import Job, load_job
-from fedveil.federation.strategies.fedavg import Weights
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally
 from fedveil.models import build_model
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
+from fedveil.types import Weights
 
 _LATE = 5  # thieves come from the last fifth of the rounds: they hold the best copies
 _UNLABELLED = 2_000

@@ -26,8 +26,7 @@ from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
-
-Weights = Mapping[str, Tensor]
+from fedveil.types import Weights
 
 ALPHA = 1e-6
 """Chance to accuse anybody innocent, over all tests of one leaked model."""

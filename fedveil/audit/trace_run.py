@@ -9,17 +9,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from fedveil.audit.trace import Lineup, Suspect, Trace, Weights, lineups, trace
+from fedveil.audit.trace import Lineup, Suspect, Trace, lineups, trace
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
+from fedveil.progress import ProgressBars
 from fedveil.runs.archive import Archive
 from fedveil.runs.directory import RunDirectory, versions
 from fedveil.runs.secrets import MODEL
 from fedveil.runs.state_files import read_state
+from fedveil.types import Weights
 
 _UNNAMED_SHOWN = 3
 _LEAST = -99  # a smaller power of ten is printed as this
@@ -127,16 +127,9 @@ def _decoys(found: Trace) -> dict[str, float]:
 
 
 def _watched(archive: Archive) -> Iterator[Lineup]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("rounds", total=len(archive.rounds))
+    with ProgressBars(transient=True) as bars:
         for lineup in lineups(archive):
-            progress.update(task, completed=archive.rounds.index(lineup.round))
+            bars.begin("rounds", archive.rounds.index(lineup.round), len(archive.rounds), "")
             yield lineup
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -317,22 +318,17 @@ def _with_progress(splits: Sequence[Split]) -> Iterator[tuple[int, Encoded]]:
     if not sys.stderr.isatty():
         yield from images
         return
-    from rich.console import Console
-    from rich.progress import Progress
+    from fedveil.progress import ProgressBars
 
-    started = time.monotonic()
-    progress = Progress(console=Console(stderr=True), transient=True)
-    task = progress.add_task("Decoding images", total=sum(split.count for split in splits))
-    shown = False
-    try:
-        for item in images:
-            if not shown and time.monotonic() - started > _PATIENCE_SECONDS:
-                progress.start()
-                shown = True
+    started, total = time.monotonic(), sum(split.count for split in splits)
+    with ExitStack() as stack:
+        bars: ProgressBars | None = None
+        for done, item in enumerate(images, start=1):
+            if bars is None and time.monotonic() - started > _PATIENCE_SECONDS:
+                bars = stack.enter_context(ProgressBars(transient=True))
             yield item
-            progress.advance(task)
-    finally:
-        progress.stop()
+            if bars is not None:
+                bars("Decoding images", done, total)
 
 
 def _size(shape: Sequence[int]) -> str:

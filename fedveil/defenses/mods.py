@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
-from fedveil.defenses.protocol import Defense, Sanitizer
+from fedveil.defenses.defense import Defense
+from fedveil.defenses.protocol import Sanitizer
 from fedveil.defenses.soteria import Soteria
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator

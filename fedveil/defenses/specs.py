@@ -13,11 +13,12 @@ from torch import nn
 from fedveil.defenses.block_dct import BlockDCT
 from fedveil.defenses.blur import GaussianBlur
 from fedveil.defenses.clipping import Clipping
+from fedveil.defenses.defense import Defense
 from fedveil.defenses.down_sampling import DownSampling
 from fedveil.defenses.dp_sgd import DPSGD
 from fedveil.defenses.gaussian_noise import GaussianNoise
 from fedveil.defenses.jpeg import JPEG
-from fedveil.defenses.protocol import Defense, Metadata, Transformation, metadata_of
+from fedveil.defenses.protocol import Metadata, Transformation, metadata_of
 from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.soteria import Soteria

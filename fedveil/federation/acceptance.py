@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client, Refusal
+from fedveil.types import Weights
 
-Weights = Mapping[str, Tensor]
 Terms = Sequence[tuple[Weights, float]]
 
 # Below this a median says nothing of who is the odd one out.

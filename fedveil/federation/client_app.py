@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from fedveil.data import Dataset, Images, load_dataset, load_own_images, parse_partition
 from fedveil.data.partition import partition
+from fedveil.defenses.defense import Defense
 from fedveil.defenses.mods import Returned, defense_mods
-from fedveil.defenses.protocol import Defense
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.secagg.client import secure_aggregation_mod

@@ -30,13 +30,7 @@ from fedveil.federation.roster import Client, Sampling, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
-from fedveil.federation.strategies.fedavg import (
-    Distribution,
-    Resume,
-    SeededFedAvg,
-    StrategyState,
-    Weights,
-)
+from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.task import ClientTask
@@ -44,7 +38,8 @@ from fedveil.federation.trial import Trial, try_out
 from fedveil.models import build_model, check_sendable, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, versions
+from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, StrategyState, versions
+from fedveil.types import Weights
 
 OnRound = Callable[[RoundRecord], None]
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fedveil.federation.engines.choose import train
-from fedveil.federation.progress import RoundProgress
 from fedveil.federation.server_app import kept_cap
+from fedveil.progress import ProgressBars
 from fedveil.runs.curves import draw_curves
 from fedveil.runs.directory import RoundRecord, RunDirectory
 from fedveil.runs.logs import round_log
@@ -33,13 +34,22 @@ def _completed(directory: RunDirectory) -> dict[str, Any]:
     completed = len(directory.rounds())
     if not directory.complete:
         with (
-            RoundProgress(rounds=config.rounds, completed=completed, cap=cap) as progress,
+            ProgressBars(left=True) as bars,
             round_log(directory) as log,
         ):
-            train(directory, on_round=lambda record: _tell(record, progress, log))
+            bars.begin("round", completed, config.rounds)
+            show = partial(_show, bars, rounds=config.rounds, cap=cap)
+            train(directory, on_round=lambda record: _tell(record, show, log))
     draw_curves(directory.rounds(), directory.path / "curves.png", cap=cap)
     summary: dict[str, Any] = json.loads((directory.path / "summary.json").read_text())
     return summary
+
+
+def _show(bars: ProgressBars, record: RoundRecord, *, rounds: int, cap: float | None) -> None:
+    text = f"accuracy {record.accuracy:.1%}"
+    if cap is not None:
+        text += f"  copies {max(record.copies):.1%} (cap {cap:.0%})"
+    bars("round", record.round, rounds, text)
 
 
 def _tell(record: RoundRecord, *listeners: Callable[[RoundRecord], None]) -> None:

@@ -7,7 +7,7 @@ read by the server's checks. Nothing is written.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ from fedveil.federation.task import ClientTask
 from fedveil.federation.threads import torch_threads
 from fedveil.federation.training import LocalTraining, batch_sizes, train_locally
 from fedveil.models import check_sendable, has_batch_norm
+from fedveil.types import Weights
 
 _NODE = 1
 _ROUND = 1
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.sealing import DamagedError, OtherKeyError, Seal, UnknownFormatError
-
-Weights = Mapping[str, Tensor]
+from fedveil.types import Weights
 
 _FORMAT = b"FVARCH1\n"
 _NAME = re.compile(r"(\d{6,})\.enc")

@@ -30,12 +30,12 @@ from torch import Tensor
 from fedveil import __version__
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
-from fedveil.federation.strategies.fedavg import StrategyState
 from fedveil.files import write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.lock import lock
 from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
 from fedveil.sealing import OperatorKey
+from fedveil.types import Weights
 
 _SECRET = 0o600
 _RELEASES = "releases.jsonl"
@@ -79,6 +79,23 @@ class RoundRecord:
 
 _ROUND = TypeAdapter(RoundRecord)
 _RELEASE = TypeAdapter(dict[int, int | None])
+
+
+@dataclass(frozen=True)
+class StrategyState:
+    """What a strategy carries from round to round; with the seed, all a resumed run needs.
+
+    Attributes:
+        base: The model the next copies are made from.
+        sigma: Where the next search for σ starts.
+        noisy: Whether the model has passed the cap.
+        memory: What else the strategy keeps, by name.
+    """
+
+    base: Weights | None = None
+    sigma: float = 0.0
+    noisy: bool = False
+    memory: Weights | None = None
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import RunDirectory, versions
+from fedveil.types import Weights
 
-Weights = Mapping[str, Tensor]
 Treatment = Callable[[Weights, torch.Generator], Weights]
 OnPiece = Callable[[str, int, int], None]
 

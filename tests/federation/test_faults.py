@@ -31,9 +31,8 @@ from fedveil.federation.acceptance import (
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, query_roster
-from fedveil.federation.strategies.fedavg import StrategyState
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import Checkpoint, RunDirectory
+from fedveil.runs.directory import Checkpoint, RunDirectory, StrategyState
 from tests.federation.strategies.test_strategies import delta, run, trains, weights_of
 from tests.federation.test_train import FAST, fedveil, outcomes, same_bits, start, wait_for_round
 

@@ -4,14 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedveil.attacks.theft.direct import Direct
-from fedveil.attacks.theft.observation import (
-    TheftObservation,
-    Weights,
-    distinct,
-    mean_of,
-    with_copy,
-)
+from fedveil.attacks.theft.observation import TheftObservation, distinct, mean_of, with_copy
 from fedveil.attacks.theft.probe import Probe
+from fedveil.types import Weights
 
 _WINDOWS = (2, 4, 8)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fedveil.attacks.theft.averaging import best_average
-from fedveil.attacks.theft.observation import TheftObservation, Weights, distinct, mean_of
+from fedveil.attacks.theft.observation import TheftObservation, distinct, mean_of
+from fedveil.types import Weights
 
 _WINDOWS = (1, 2, 4, 8)
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from fedveil.attacks.theft.holdout import Score, predict, score_folds
-from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
+from fedveil.attacks.theft.observation import Stolen, TheftObservation
 from fedveil.models.layout import memory_layout
+from fedveil.types import Weights
 
 _BATCH = 32
 _CLIP = 5.0

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from fedveil.attacks.theft.holdout import predict, score_folds
-from fedveil.attacks.theft.observation import Stolen, TheftObservation, Weights
+from fedveil.attacks.theft.observation import Stolen, TheftObservation
+from fedveil.types import Weights
 
 
 @dataclass(frozen=True)

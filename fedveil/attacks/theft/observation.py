@@ -1,6 +1,6 @@
 """What a client that wants the model has of it, and what an attack makes of that."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,8 +12,8 @@ from fedveil.attacks.theft.holdout import Fold, Score, folds
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.errors import FedveilError
+from fedveil.types import Weights
 
-Weights = Mapping[str, Tensor]
 Honest = Callable[[nn.Module, Images], None]
 """The client's own local training: trains a model in place on images."""
 

@@ -16,7 +16,6 @@ from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.serverapp import Grid
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
-from torch import Tensor
 
 from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update, read_replies
@@ -37,8 +36,8 @@ from fedveil.federation.secagg.client import (
     pairwise_mask,
     story_of,
 )
+from fedveil.types import Weights
 
-Weights = Mapping[str, Tensor]
 Keys = tuple[bytes, bytes]
 Read = TypeVar("Read")
 

@@ -20,7 +20,6 @@ from fedveil.federation.strategies.fedavg import (
     Resume,
     SeededFedAvg,
     Sends,
-    Weights,
     clone,
     weighted_mean,
 )
@@ -28,6 +27,7 @@ from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.task import UNLABELLED
 from fedveil.federation.threads import torch_threads
 from fedveil.models.layout import memory_layout
+from fedveil.types import Weights
 
 _TEACHER_BATCH = 250
 _ANSWERS, _EXAMPLES = "answers", "examples"

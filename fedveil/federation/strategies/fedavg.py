@@ -37,8 +37,8 @@ from fedveil.federation.strategies.flower_arguments import (
     read_arguments,
 )
 from fedveil.runs.archive import Archive, Entry
-
-Weights = Mapping[str, Tensor]
+from fedveil.runs.directory import StrategyState
+from fedveil.types import Weights
 
 Sends = Literal["model", "capped", "untrained"]
 """What a strategy sends its clients: the model, copies under a cap, or nothing that was learnt."""
@@ -65,23 +65,6 @@ class Distribution:
     images: int = 0
     seconds: float = 0.0
     shared: "Distribution | None" = None
-
-
-@dataclass(frozen=True)
-class StrategyState:
-    """What a strategy carries from round to round; with the seed, all a resumed run needs.
-
-    Attributes:
-        base: The model the next copies are made from.
-        sigma: Where the next search for σ starts.
-        noisy: Whether the model has passed the cap.
-        memory: What else the strategy keeps, by name.
-    """
-
-    base: Weights | None = None
-    sigma: float = 0.0
-    noisy: bool = False
-    memory: Weights | None = None
 
 
 @dataclass(frozen=True)

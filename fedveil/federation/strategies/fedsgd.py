@@ -9,12 +9,8 @@ from flwr.serverapp import Grid
 
 from fedveil.federation.replies import Update as Reply
 from fedveil.federation.roster import Sampling
-from fedveil.federation.strategies.fedavg import (
-    Distribution,
-    SeededFedAvg,
-    Weights,
-    weighted_mean,
-)
+from fedveil.federation.strategies.fedavg import Distribution, SeededFedAvg, weighted_mean
+from fedveil.types import Weights
 
 Update = Literal["gradient", "step", "fedavg"]
 

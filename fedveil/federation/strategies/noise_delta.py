@@ -19,14 +19,10 @@ from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap
-from fedveil.federation.strategies.fedavg import (
-    Distribution,
-    Resume,
-    Weights,
-    weighted_mean,
-)
+from fedveil.federation.strategies.fedavg import Distribution, Resume, weighted_mean
 from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
+from fedveil.types import Weights
 
 
 @dataclass(frozen=True)

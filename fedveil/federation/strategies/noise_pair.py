@@ -15,13 +15,13 @@ from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.fedavg import (
     Distribution,
     Resume,
-    Weights,
     clone,
     unmarked,
     weighted_mean,
 )
 from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg, require_labels
+from fedveil.types import Weights
 
 
 @dataclass(frozen=True)

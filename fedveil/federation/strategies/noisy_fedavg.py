@@ -31,14 +31,10 @@ from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap, claimed_accuracy, disagreement
-from fedveil.federation.strategies.fedavg import (
-    Distribution,
-    Resume,
-    SeededFedAvg,
-    Weights,
-)
+from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
 from fedveil.federation.strategies.flower_arguments import FedAvgArguments
 from fedveil.models import has_batch_norm
+from fedveil.types import Weights
 
 _BLOCK = 100
 _BATCH_NORM_IMAGES = 500

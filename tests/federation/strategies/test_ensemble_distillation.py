@@ -10,7 +10,8 @@ from fedveil.federation import Distillation, EnsembleDistillation, Resume
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client
 from fedveil.federation.server_app import prepare_job
-from fedveil.federation.strategies.fedavg import Distribution, StrategyState, weighted_mean
+from fedveil.federation.strategies.fedavg import Distribution, weighted_mean
+from fedveil.runs.directory import StrategyState
 from tests.federation.test_secrecy import TOLD, arrays, rounds_sent, train
 
 PROTECTED = {

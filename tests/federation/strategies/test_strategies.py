@@ -24,7 +24,8 @@ from fedveil.federation import (
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client, sample_clients
-from fedveil.federation.strategies.fedavg import Distribution, StrategyState, weighted_mean
+from fedveil.federation.strategies.fedavg import Distribution, weighted_mean
+from fedveil.runs.directory import StrategyState
 from tests.federation import apps
 
 KEY = NoiseKey(bytes(range(32)))

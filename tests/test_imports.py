@@ -1,0 +1,81 @@
+"""Who may import whom: the *never* rules of the house, read off the source."""
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import fedveil
+
+ROOT = Path(fedveil.__file__).parent
+FILES = {
+    ".".join(("fedveil", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in ROOT.rglob("*.py")
+}
+NEVER = {
+    "defenses": {"attacks", "runs", "federation", "audit", "studies", "report"},
+    "copies": {"attacks", "runs", "federation", "audit", "studies", "report"},
+    "attacks": {"runs", "federation", "audit", "studies", "report"},
+    "runs": {"federation", "audit", "studies", "report"},
+    "federation": {"audit", "studies", "report"},
+    "audit": {"studies", "report"},
+}
+ONLY = {"report": {"report", "results", "files", "errors", "fedveil"}}
+OWNERS = {"typer": {"cli"}, "click": {"cli"}, "rich": {"cli", "progress"}}
+
+
+def imports(path):
+    """Yield every module that a file imports, at any depth and under any condition."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+
+
+def room(module):
+    """Return the part of the package that a module is in."""
+    return module.split(".")[1] if "." in module else module
+
+
+EDGES = [(own, other) for own, path in FILES.items() for other in imports(path)]
+INNER = [(own, other) for own, other in EDGES if other.split(".")[0] == "fedveil"]
+
+
+def test_no_room_imports_what_it_never_may():
+    wrong = [
+        (own, other)
+        for own, other in INNER
+        if room(other) in NEVER.get(room(own), ())
+        or room(other) not in ONLY.get(room(own), {room(other)})
+        or (room(other) == "cli" and room(own) not in ("cli", "__main__"))
+    ]
+    assert wrong == []
+
+
+def test_typer_and_rich_stay_where_they_are_shown():
+    wrong = [
+        (own, other)
+        for own, other in EDGES
+        if room(own) not in OWNERS.get(other.split(".")[0], {room(own)})
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", [str, room], ids=["modules", "rooms"])
+def test_there_is_no_circle(name):
+    graph = defaultdict(set)
+    for own, other in INNER:
+        if name(own) != name(other) and other != "fedveil":
+            graph[name(own)].add(name(other))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
