@@ -14,6 +14,7 @@ from fedveil.cli.deploy import deploy
 from fedveil.cli.doctor import doctor
 from fedveil.cli.key import deliver, key
 from fedveil.cli.report import report
+from fedveil.cli.settings import with_settings
 from fedveil.cli.transform import transform
 from fedveil.errors import FedveilError
 from fedveil.files import check_directory
@@ -34,45 +35,6 @@ app.add_typer(reproduce, name="reproduce")
 app.add_typer(audit, name="audit")
 app.add_typer(deploy, name="deploy")
 app.add_typer(key, name="key")
-
-
-class Strategy(StrEnum):
-    """Strategies of ``fedveil train``."""
-
-    FEDAVG = "fedavg"
-    NOISE_PAIR = "noise-pair"
-    NOISE_DELTA = "noise-delta"
-    PROTECTED = "protected"
-
-
-class Engine(StrEnum):
-    """Engines of ``fedveil train``."""
-
-    LOCAL = "local"
-    RAY = "ray"
-    DEPLOYED = "deployed"
-
-
-class Average(StrEnum):
-    """How ``fedveil train`` averages answers."""
-
-    MEAN = "mean"
-    MEDIAN = "median"
-    TRIMMED_MEAN = "trimmed-mean"
-
-
-class Log(StrEnum):
-    """Where ``fedveil train`` also writes its rounds."""
-
-    TENSORBOARD = "tensorboard"
-    MLFLOW = "mlflow"
-
-
-class Bound(StrEnum):
-    """What ``noise-delta`` checks its copies with."""
-
-    LABELS = "labels"
-    AGREEMENT = "agreement"
 
 
 def main() -> None:
@@ -106,168 +68,28 @@ def _root(
 
 
 @app.command()
+@with_settings
 def train(
-    out: Annotated[Path | None, typer.Option(help="New directory for the run.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Directory of a run to go on with.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with any of the options.")] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path."),
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="New directory for the run.", rich_help_panel="Output")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="cnn, mnist-cnn, lenet, resnet-gn, wide-resnet-gn, resnet-bn, vit or "
-            "package.module:factory."
-        ),
-    ] = None,
-    partition: Annotated[
-        str | None, typer.Option(help="iid, dirichlet:ALPHA or shards:CLASSES.")
-    ] = None,
-    defense: Annotated[
-        str | None,
-        typer.Option(
-            "--defense",
-            "--transform",
-            help="How clients protect their images: dct:keep=N and others of docs/defenses.md.",
-        ),
-    ] = None,
-    clients: Annotated[int | None, typer.Option(help="K: clients in all.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="C: fraction of them a round.")] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Rounds to train; with --resume, in all.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="E: local epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="B: local minibatch.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="eta: local learning rate.")] = None,
-    decay: Annotated[
-        bool | None,
-        typer.Option("--decay", help="Let eta fall to zero over a client's steps of a round."),
-    ] = None,
-    momentum: Annotated[float | None, typer.Option(help="Local momentum.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a local gradient.")] = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(
-            help="Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, "
-            "or some of them."
-        ),
-    ] = None,
-    strategy: Annotated[Strategy | None, typer.Option(help="How the model is protected.")] = None,
-    cap: Annotated[
-        float | None, typer.Option(help="theta: accuracy every copy stays below.")
-    ] = None,
-    noise: Annotated[
-        str | None, typer.Option(help="first-conv, output, all or a pattern over parameters.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="How flat the copies' logits are; 0: as trained.")
-    ] = None,
-    smoothing: Annotated[
-        float | None, typer.Option(help="How much of the last w noise-delta keeps in w, below 1.")
-    ] = None,
-    bound: Annotated[Bound | None, typer.Option(help="What copies are checked with.")] = None,
-    shared_rounds: Annotated[
-        int | None,
-        typer.Option(help="Rounds of plain averaging before protected sends nothing more."),
-    ] = None,
-    share_unlabelled: Annotated[
-        bool | None,
-        typer.Option(
-            "--share-unlabelled",
-            help="protected: send clients the calibration images, for clients of few classes.",
-        ),
-    ] = None,
-    distillation_steps: Annotated[
-        int | None, typer.Option(help="Steps a round in which protected teaches w.")
-    ] = None,
-    label_share: Annotated[
-        float | None,
-        typer.Option(
-            help="protected: how much w learns the calibration images' labels instead of the "
-            "clients' answers, from 0 to 1."
-        ),
-    ] = None,
-    server_clients: Annotated[
-        int | None, typer.Option(help="|s|: server-side clients of noise-pair.")
-    ] = None,
-    sigma_start: Annotated[float | None, typer.Option(help="First sigma tried.")] = None,
-    sigma_step: Annotated[float | None, typer.Option(help="Raise of noise-pair's loop.")] = None,
-    sigma_factor: Annotated[float | None, typer.Option(help="The same, as a factor.")] = None,
-    sigma_limit: Annotated[float | None, typer.Option(help="Largest sigma tried.")] = None,
-    calibration_images: Annotated[
-        int | None, typer.Option(help="Test images sigma is calibrated on.")
-    ] = None,
-    report_images: Annotated[
-        int | None, typer.Option(help="Other test images each round reports on.")
-    ] = None,
-    fingerprint: Annotated[
-        float | None,
-        typer.Option(help="Individual noise in each client's copy, in a layer's RMS; 0: none."),
-    ] = None,
-    archive: Annotated[
-        bool | None,
-        typer.Option(
-            "--archive/--no-archive", help="Keep what each client was sent, encrypted; the default."
-        ),
-    ] = None,
-    norm_limit: Annotated[
-        float | None,
-        typer.Option(help="Refuse changes longer than so many medians of the round; 0: none."),
-    ] = None,
-    weight_limit: Annotated[
-        float | None,
-        typer.Option(help="Count a client for so many medians of all claims at most; 0: no limit."),
-    ] = None,
-    average: Annotated[
-        Average | None, typer.Option(help="How answers are averaged; mean weighs by images.")
-    ] = None,
-    secure_aggregation: Annotated[
-        bool | None,
-        typer.Option(
-            "--secure-aggregation",
-            help="Let the server learn the sum of the clients' changes only, by SecAgg+.",
-        ),
-    ] = None,
-    reconstruction_threshold: Annotated[
-        float | None,
-        typer.Option(help="Part of a round's clients that must stay to the end for the sum."),
-    ] = None,
-    key_shares: Annotated[
-        int | None,
-        typer.Option(help="Clients that each shares keys with, odd; all of the round by default."),
-    ] = None,
-    largest_change: Annotated[
-        float | None, typer.Option(help="Largest change of a weight that can be summed.")
-    ] = None,
-    engine: Annotated[Engine | None, typer.Option(help="What runs the clients.")] = None,
-    superlink: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running SuperLink, for --engine deployed.")
-    ] = None,
-    root_certificates: Annotated[
+    resume: Annotated[
         Path | None,
-        typer.Option(help="PEM file of the CA that signed the SuperLink's certificate."),
+        typer.Option(help="Directory of a run to go on with.", rich_help_panel="Output"),
     ] = None,
-    app: Annotated[
-        str | None, typer.Option(help="Signed app for nodes that run no other: @who/what==1.0.0.")
-    ] = None,
-    send_models_unencrypted: Annotated[
-        bool | None,
-        typer.Option(
-            "--send-models-unencrypted",
-            help="Let models and updates travel to another machine in the clear.",
-        ),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one a core.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds a round waits.")] = None,
-    log: Annotated[
-        Log | None, typer.Option(help="Also write rounds for TensorBoard or MLflow, in --out.")
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with any of the options.", rich_help_panel="Output"),
     ] = None,
     noise_key: Annotated[
         Path | None,
-        typer.Option(help="noise.key, or noise.key.enc, of an earlier run: its noise again."),
+        typer.Option(
+            help="noise.key, or noise.key.enc, of an earlier run: its noise again.",
+            rich_help_panel="Noise",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seeds data, model, sampling, training.")] = None,
+    **settings: Any,
 ) -> None:
     """Train a model whose copies stay below an accuracy cap.
 
@@ -275,22 +97,22 @@ def train(
     curves.png, and all along what --resume needs. With FEDVEIL_KEY_FILE, the path of a key made by
     fedveil key make, models and keys in it are encrypted.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    places = ("out", "resume", "config", "noise_key")
-    settings = {k: v for k, v in given.items() if k not in places}
-    if root_certificates:
-        settings["root_certificates"] = str(root_certificates.absolute())
+    if (certificates := settings.get("root_certificates")) is not None:
+        settings["root_certificates"] = str(Path(certificates).absolute())
     if (out is None) == (resume is None):
         raise FedveilError("give either --out DIR for a new run or --resume DIR to go on with one")
     if out:
         _finish_training(_new_run(out, config, noise_key, settings))
-    elif others := [k for k in given if k not in ("resume", "rounds")]:
+        return
+    places = {"config": config, "noise_key": noise_key}
+    given = {name: value for name, value in (places | settings).items() if value is not None}
+    if others := [name for name in given if name != "rounds"]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise FedveilError(
             "--resume takes every setting but --rounds from the run itself; leave out " + names
         )
-    elif resume:
-        _finish_training(_earlier_run(resume, rounds))
+    if resume:
+        _finish_training(_earlier_run(resume, settings.get("rounds")))
 
 
 def _new_run(

@@ -15,12 +15,43 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from fedveil.errors import FedveilError
+
+Group = Literal[
+    "Data",
+    "Training",
+    "Protection",
+    "Noise",
+    "Both ways",
+    "Secure aggregation",
+    "Deployment",
+    "Output",
+]
+"""Under which the help of ``fedveil train`` lists an option, in this order."""
+
+
+def setting(
+    default: Any, group: Group, told: str, *, flags: tuple[str, ...] = (), **limits: Any
+) -> Any:
+    """Return a field: default, heading, help, options and range of one setting, in one place.
+
+    Args:
+        default: Where nothing is given.
+        group: The heading it is under.
+        told: Its help.
+        flags: Its options on the command line, where they are not its name.
+        limits: As pydantic's ``Field`` has them: ge, gt, le, lt, min_length, …
+    """
+    shown: JsonDict = {"group": group, "flags": list(flags)}
+    return Field(default=default, description=told, json_schema_extra=shown, **limits)
 
 
 class TrainConfig(BaseModel):
     """Settings of ``fedveil train``; each is an option of the command and a key of the TOML file.
+
+    A field is all there is of an option: its default, help, heading and range are read off it.
 
     The symbols are those of the papers: K clients, a fraction C of them a round, E local epochs,
     minibatches of B, learning rate η, accuracy cap θ, noise strength σ.
@@ -28,97 +59,190 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    dataset: str = Field(default="digits", min_length=1)
-    model: str = Field(default="cnn", min_length=1)
-    partition: str = Field(
-        default="iid", min_length=1, description="iid, dirichlet:ALPHA or shards:N"
+    dataset: str = setting(
+        "digits",
+        "Data",
+        "digits, photos, mnist, cifar10, cifar100, a hub name, a path.",
+        min_length=1,
     )
-    # Under its first name in runs of before there were defences other than of images.
-    defense: str = Field(
-        default="none",
+    model: str = setting(
+        "cnn",
+        "Training",
+        "cnn, mnist-cnn, lenet, resnet-gn, wide-resnet-gn, resnet-bn, vit or "
+        "package.module:factory.",
+        min_length=1,
+    )
+    partition: str = setting("iid", "Data", "iid, dirichlet:ALPHA or shards:CLASSES.", min_length=1)
+    defense: str = setting(
+        "none",
+        "Protection",
+        "How clients protect their images: dct:keep=N and others of docs/defenses.md.",
         validation_alias=AliasChoices("defense", "transform"),
-        description="how clients protect their images: dct:keep=N",
+        flags=("--defense", "--transform"),
     )
-    clients: int = Field(default=100, ge=1, le=1_000_000, description="K")
-    fraction: float = Field(default=0.1, gt=0, le=1, description="C")
-    rounds: int = Field(default=50, ge=1, le=1_000_000)
-    epochs: int = Field(default=1, ge=1, le=10_000, description="E")
-    batch_size: int = Field(default=10, ge=1, le=1_000_000, description="B")
-    learning_rate: float = Field(default=0.05, gt=0, le=100, description="eta")
-    decay: bool = Field(default=False, description="of eta to zero over a client's steps")
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    clip: float | None = Field(default=None, gt=0, description="largest norm of a step's gradient")
-    augment: str | None = Field(
-        default=None, description="of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip"
+    clients: int = setting(100, "Training", "K: clients in all.", ge=1, le=1_000_000)
+    fraction: float = setting(0.1, "Training", "C: fraction of them a round.", gt=0, le=1)
+    rounds: int = setting(
+        50, "Training", "Rounds to train; with --resume, in all.", ge=1, le=1_000_000
     )
-    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected"] = "protected"
-    shared_rounds: int = Field(
-        default=0, ge=0, le=1_000_000, description="of protected: rounds of plain averaging"
+    epochs: int = setting(1, "Training", "E: local epochs.", ge=1, le=10_000)
+    batch_size: int = setting(10, "Training", "B: local minibatch.", ge=1, le=1_000_000)
+    learning_rate: float = setting(0.05, "Training", "eta: local learning rate.", gt=0, le=100)
+    decay: bool = setting(
+        False,
+        "Training",
+        "Let eta fall to zero over a client's steps of a round.",
     )
-    share_unlabelled: bool = Field(
-        default=False, description="of protected: clients receive the calibration images"
+    momentum: float = setting(0.0, "Training", "Local momentum.", ge=0, lt=1)
+    clip: float | None = setting(None, "Training", "Largest norm of a local gradient.", gt=0)
+    augment: str | None = setting(
+        None,
+        "Data",
+        "Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, or some of "
+        "them.",
     )
-    distillation_steps: int = Field(
-        default=40, ge=1, le=1_000_000, description="of protected, a round"
+    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected"] = setting(
+        "protected",
+        "Protection",
+        "How the model is protected.",
     )
-    label_share: float = Field(
-        default=0.0, ge=0, le=1, description="of protected: the calibration labels' weight"
+    shared_rounds: int = setting(
+        0,
+        "Both ways",
+        "Rounds of plain averaging before protected sends nothing more.",
+        ge=0,
+        le=1_000_000,
     )
-    cap: float = Field(default=0.6, gt=0, lt=1, description="theta")
-    noise: str | None = Field(
-        default=None, min_length=1, description="first-conv, output, all, a pattern"
+    share_unlabelled: bool = setting(
+        False,
+        "Both ways",
+        "protected: send clients the calibration images, for clients of few classes.",
     )
-    temperature: float | None = Field(default=None, ge=0, le=1e6, description="0: none")
-    smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the delivered w")
-    bound: Literal["labels", "agreement"] = "labels"
-    server_clients: int = Field(default=5, ge=0, le=1_000_000, description="|s_t| of noise-pair")
-    sigma_start: float = Field(default=0.1, gt=0, le=1e6)
-    sigma_step: float = Field(default=0.1, ge=0, le=1e6, description="raise of noise-pair's loop")
-    sigma_factor: float = Field(default=1.0, ge=1, le=1e3, description="the same, as a factor")
-    sigma_limit: float = Field(default=100.0, gt=0, le=1e9)
-    calibration_images: int = Field(default=2_000, ge=20, le=10_000_000)
-    report_images: int = Field(
-        default=2_000, ge=20, le=10_000_000, description="a round; all at the end"
+    distillation_steps: int = setting(
+        40, "Both ways", "Steps a round in which protected teaches w.", ge=1, le=1_000_000
     )
-    fingerprint: float | None = Field(
-        default=None, ge=0, le=10, description="of each client's copy, in a layer's RMS; 0: none"
+    label_share: float = setting(
+        0.0,
+        "Both ways",
+        "protected: how much w learns the calibration images' labels instead of the clients' "
+        "answers, from 0 to 1.",
+        ge=0,
+        le=1,
     )
-    archive: bool = Field(default=True, description="keep what each client was sent, encrypted")
-    norm_limit: float = Field(
-        default=10.0, ge=0, le=1e9, description="of a change, in medians of the round; 0: none"
+    cap: float = setting(0.6, "Protection", "theta: accuracy every copy stays below.", gt=0, lt=1)
+    noise: str | None = setting(
+        None, "Noise", "first-conv, output, all or a pattern over parameters.", min_length=1
     )
-    weight_limit: float = Field(
-        default=3.0,
+    temperature: float | None = setting(
+        None, "Noise", "How flat the copies' logits are; 0: as trained.", ge=0, le=1e6
+    )
+    smoothing: float = setting(
+        0.0, "Noise", "How much of the last w noise-delta keeps in w, below 1.", ge=0, lt=1
+    )
+    bound: Literal["labels", "agreement"] = setting(
+        "labels",
+        "Noise",
+        "What copies are checked with.",
+    )
+    server_clients: int = setting(
+        5, "Noise", "|s|: server-side clients of noise-pair.", ge=0, le=1_000_000
+    )
+    sigma_start: float = setting(0.1, "Noise", "First sigma tried.", gt=0, le=1e6)
+    sigma_step: float = setting(0.1, "Noise", "Raise of noise-pair's loop.", ge=0, le=1e6)
+    sigma_factor: float = setting(1.0, "Noise", "The same, as a factor.", ge=1, le=1e3)
+    sigma_limit: float = setting(100.0, "Noise", "Largest sigma tried.", gt=0, le=1e9)
+    calibration_images: int = setting(
+        2_000, "Noise", "Test images sigma is calibrated on.", ge=20, le=10_000_000
+    )
+    report_images: int = setting(
+        2_000, "Output", "Other test images each round reports on.", ge=20, le=10_000_000
+    )
+    fingerprint: float | None = setting(
+        None,
+        "Protection",
+        "Individual noise in each client's copy, in a layer's RMS; 0: none.",
+        ge=0,
+        le=10,
+    )
+    archive: bool = setting(
+        True,
+        "Protection",
+        "Keep what each client was sent, encrypted.",
+    )
+    norm_limit: float = setting(
+        10.0,
+        "Protection",
+        "Refuse changes longer than so many medians of the round; 0: none.",
         ge=0,
         le=1e9,
-        description="for how many images a client counts, in medians of all claims; 0: no limit",
     )
-    average: Literal["mean", "median", "trimmed-mean"] = "mean"
-    secure_aggregation: bool = Field(
-        default=False, description="the server learns the sum of the changes only, by SecAgg+"
+    weight_limit: float = setting(
+        3.0,
+        "Protection",
+        "Count a client for so many medians of all claims at most; 0: no limit.",
+        ge=0,
+        le=1e9,
     )
-    reconstruction_threshold: float = Field(
-        default=0.6, gt=0.5, le=1, description="part of the key shares that undoes a mask"
+    average: Literal["mean", "median", "trimmed-mean"] = setting(
+        "mean",
+        "Protection",
+        "How answers are averaged; mean weighs by images.",
     )
-    key_shares: int | None = Field(
-        default=None, ge=5, le=65_535, description="of a key, odd; one a client of the round"
+    secure_aggregation: bool = setting(
+        False,
+        "Secure aggregation",
+        "Let the server learn the sum of the clients' changes only, by SecAgg+.",
     )
-    largest_change: float = Field(
-        default=16.0, gt=0, le=1e6, description="of a weight in a round, to be summed"
+    reconstruction_threshold: float = setting(
+        0.6,
+        "Secure aggregation",
+        "Part of a round's clients that must stay to the end for the sum.",
+        gt=0.5,
+        le=1,
     )
-    engine: Literal["local", "ray", "deployed"] = "local"
-    superlink: str | None = Field(default=None, min_length=1, description="host:port")
-    root_certificates: str | None = Field(default=None, min_length=1, description="a CA's PEM file")
-    app: str | None = Field(
-        default=None, min_length=1, description="a signed app: @who/what==1.0.0"
+    key_shares: int | None = setting(
+        None,
+        "Secure aggregation",
+        "Clients that each shares keys with, odd; all of the round by default.",
+        ge=5,
+        le=65_535,
     )
-    send_models_unencrypted: bool = False
-    workers: int | None = Field(default=None, ge=1, le=1024)
-    log: Literal["tensorboard", "mlflow"] | None = Field(
-        default=None, description="rounds in files of the run's directory"
+    largest_change: float = setting(
+        16.0, "Secure aggregation", "Largest change of a weight that can be summed.", gt=0, le=1e6
     )
-    timeout: float = Field(default=3_600, gt=0, description="seconds a round waits for replies")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    engine: Literal["local", "ray", "deployed"] = setting(
+        "local",
+        "Deployment",
+        "What runs the clients.",
+    )
+    superlink: str | None = setting(
+        None, "Deployment", "HOST:PORT of a running SuperLink, for --engine deployed.", min_length=1
+    )
+    root_certificates: str | None = setting(
+        None,
+        "Deployment",
+        "PEM file of the CA that signed the SuperLink's certificate.",
+        min_length=1,
+    )
+    app: str | None = setting(
+        None,
+        "Deployment",
+        "Signed app for nodes that run no other: @who/what==1.0.0.",
+        min_length=1,
+    )
+    send_models_unencrypted: bool = setting(
+        False,
+        "Deployment",
+        "Let models and updates travel to another machine in the clear.",
+    )
+    workers: int | None = setting(None, "Training", "Worker processes; one a core.", ge=1, le=1024)
+    log: Literal["tensorboard", "mlflow"] | None = setting(
+        None,
+        "Output",
+        "Also write rounds for TensorBoard or MLflow, in --out.",
+    )
+    timeout: float = setting(3_600, "Deployment", "Seconds a round waits.", gt=0)
+    seed: int = setting(0, "Data", "Seeds data, model, sampling, training.", ge=0, lt=2**31)
 
     @field_validator("defense", mode="before")
     @classmethod
