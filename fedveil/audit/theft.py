@@ -24,8 +24,8 @@ THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 
 _CORE = ("direct", "batch-norm", "probe", "fine-tune", "retrain-noised")
 _ALL = tuple(ATTACKS)
-_ONE = (("last", _ALL), ("averaged", _CORE))
-_SEVERAL = (("last", _CORE), ("colluding", _ALL))
+_ONE = (("last", _ALL), ("averaged", _CORE), ("every", ("cluster",)))
+_SEVERAL = (("last", _CORE), ("colluding", _ALL), ("every", ("cluster",)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class TheftSettings:
 
     Attributes:
         run: Directory of the run.
-        labels: Labelled images of a thief, over all who collude; each number is audited.
+        labels: Labelled images of a thief, over all who collude; each number is audited. 0 is a
+            thief whose images have no labels.
         colluders: Clients that put their copies together; each number is audited.
         thieves: Draws of clients and images behind each row.
         seed: Seeds the draws.
@@ -44,14 +45,14 @@ class TheftSettings:
     """
 
     run: Path
-    labels: tuple[int, ...] = (10, 50, 100, 600)
+    labels: tuple[int, ...] = (0, 10, 50, 100, 600)
     colluders: tuple[int, ...] = (1, 2, 5)
     thieves: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
         for option, values, least in (
-            ("--labels", self.labels, 2),
+            ("--labels", self.labels, 0),
             ("--colluders", self.colluders, 1),
             ("--thieves", (self.thieves,), 1),
             ("--seed", (self.seed,), 0),
@@ -61,6 +62,11 @@ class TheftSettings:
                 raise FedveilError(
                     f"{option} {text!r} is out of range: give numbers from {least}, none twice"
                 )
+        if 1 in self.labels:
+            raise FedveilError(
+                "--labels 1 is out of range: give 0, or at least 2, one to learn from and one to "
+                "check with"
+            )
 
     @property
     def cells(self) -> tuple[Thief, ...]:
@@ -341,7 +347,9 @@ def _draw(report: TheftReport) -> bytes:
         lower.axhline(0, color=GREY, linewidth=0.8)
         many = "one thief" if colluders == 1 else f"{colluders} colluders"
         upper.set(title=many, ylim=(0, 1.02))
-        lower.set(xlabel="labelled images", xscale="log")
+        lower.set(xlabel="labelled images")
+        # Zero labels have a place of their own, to the left of the logarithm's first decade.
+        lower.set_xscale("symlog", linthresh=10)
         lower.set_xticks(settings.labels, [str(n) for n in settings.labels])
         lower.minorticks_off()
         for axes in (upper, lower):

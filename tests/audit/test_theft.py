@@ -51,14 +51,14 @@ def noised(tmp_path_factory):
 @pytest.fixture(scope="module")
 def audited(noised, tmp_path_factory):
     out = tmp_path_factory.mktemp("audit")
-    settings = TheftSettings(run=noised, labels=(20,), colluders=(1, 2), thieves=1)
+    settings = TheftSettings(run=noised, labels=(0, 20), colluders=(1, 2), thieves=1)
     return out, settings, run_theft_audit(settings, out=out, workers=2)
 
 
 def test_the_rows_are_what_the_issue_asks_for(audited):
     out, _, report = audited
     content = json.loads((out / "theft.json").read_text())
-    assert content["settings"]["labels"] == [20]
+    assert content["settings"]["labels"] == [0, 20]
     names = {row["attack"] for row in content["rows"] if row["colluders"] == 2}
     assert {"direct", "retrain-noised", "colluding + direct", THIEF, OWNER} <= names
     for row in content["rows"]:
@@ -67,6 +67,27 @@ def test_the_rows_are_what_the_issue_asks_for(audited):
         assert row["advantage"] == pytest.approx(row["accuracy"] - row["alone"])
     assert Image.open(out / "theft.png").width > 500
     assert "owner fears" in report.table()
+
+
+def test_a_thief_without_labels_passes_a_cap_that_held(audited):
+    """The cap bounds what a copy does; names for its clusters need nobody's labels."""
+    *_, report = audited
+    rows = [
+        report.row(name, 0, 2) for name in ("colluding + cluster", "every + cluster", THIEF, OWNER)
+    ]
+    for row in rows:
+        assert row["labels_held"] == [0]
+        assert row["alone"] < 0.4
+    assert report.row("direct", 0, 2)["accuracy"] <= 0.7
+    assert max(row["accuracy"] for row in rows) > 0.7
+    assert rows[2]["chosen"][0].endswith("cluster")
+    with pytest.raises(StopIteration):
+        report.row("fine-tune", 0, 2)
+
+
+def test_one_label_is_neither_none_nor_enough(noised):
+    with pytest.raises(FedveilError, match="--labels 1 is out of range: give 0"):
+        TheftSettings(run=noised, labels=(1,))
 
 
 def test_two_colluders_with_both_signs_hold_the_owners_model(audited):

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from fedveil.attacks.theft.averaging import AverageRounds, Last
+from fedveil.attacks.theft.averaging import AverageRounds, Every, Last
 from fedveil.attacks.theft.batch_norm import ReestimateBatchNorm
+from fedveil.attacks.theft.cluster import Cluster
 from fedveil.attacks.theft.collusion import Collude
 from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.distillation import Distil
@@ -29,13 +30,15 @@ ATTACKS: Mapping[str, TheftAttack] = {
     "retrain-noised": RetrainNoised(),
     "surgical": Surgical(),
     "distil": Distil(),
+    "cluster": Cluster(),
 }
-"""Every attack on one copy, by name."""
+"""Every attack, by name; all but ``cluster`` look at the last copy alone."""
 
 COMBINATIONS: Mapping[str, Combination] = {
     "last": Last(),
     "averaged": AverageRounds(),
     "colluding": Collude(),
+    "every": Every(),
 }
 """Every way to make one copy of several, by name."""
 
@@ -43,11 +46,13 @@ __all__ = [
     "ATTACKS",
     "COMBINATIONS",
     "AverageRounds",
+    "Cluster",
     "Collude",
     "Combination",
     "Copy",
     "Direct",
     "Distil",
+    "Every",
     "FineTune",
     "Last",
     "LocalEpochs",

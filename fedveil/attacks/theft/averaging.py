@@ -25,6 +25,19 @@ class Last:
 
 
 @dataclass(frozen=True)
+class Every:
+    """Combine nothing: every copy, for an attack that asks each of them."""
+
+    def applies(self, observation: TheftObservation) -> bool:
+        """Return whether there are several distinct copies."""
+        return len(distinct([copy.weights for copy in observation.copies])) > 1
+
+    def __call__(self, observation: TheftObservation) -> TheftObservation:
+        """Return the observation."""
+        return observation
+
+
+@dataclass(frozen=True)
 class AverageRounds:
     """Average the last 2, 4, 8 or all copies that the client of the last copy received.
 

@@ -10,12 +10,13 @@ from fedveil.attacks.theft.observation import Stolen, TheftObservation
 class Direct:
     """Use the copy untouched: what a cap on its accuracy bounds.
 
-    Labels serve only to check it, on the same held-out images as every other attack.
+    Labels serve only to check it, on the same held-out images as every other attack. Of who has
+    neither a copy nor a label it is the untrained model, that is, chance.
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return whether there is a copy."""
-        return bool(observation.copies)
+        """Return whether there is a copy, or nothing else to be done."""
+        return bool(observation.copies) or not observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the last copy."""

@@ -30,8 +30,8 @@ class Distil:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return whether there are unlabelled images."""
-        return len(observation.unlabelled) > 0
+        """Return whether there are unlabelled images, and labels to choose a teacher by."""
+        return len(observation.unlabelled) > 0 and observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the student."""

@@ -16,8 +16,8 @@ class FineTune:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return True: it always does."""
-        return True
+        """Return whether there are labels to learn from."""
+        return observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the fine-tuned copy; step size, decay and length by the thief's holdout."""

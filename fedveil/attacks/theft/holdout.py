@@ -47,9 +47,11 @@ def folds(labels: int, *, seed: int) -> tuple[Fold, ...]:
     """Divide labelled images: five folds of fewer than 30, three of fewer than 100, else a quarter.
 
     Args:
-        labels: How many images, at least 2.
+        labels: How many images, at least 2; of none there is no fold.
         seed: Seeds the division.
     """
+    if not labels:
+        return ()
     order = torch.randperm(labels, generator=torch.Generator().manual_seed(seed))
     if labels >= _SOME:
         quarter = labels // 4
@@ -93,5 +95,10 @@ def score_folds(folds: Sequence[Fold], labels: Tensor, logits: Iterable[Tensor])
         folds: The divisions.
         labels: int64 [N], of all labelled images.
         logits: For each fold those of its held-out images, float [K, classes].
+
+    Returns:
+        Where there is no fold, for want of labels, the least score.
     """
+    if not folds:
+        return Score(0.0, _NO_CONFIDENCE)
     return score(torch.cat(list(logits)), labels[torch.cat([fold.held_out for fold in folds])])

@@ -15,8 +15,8 @@ class LocalEpochs:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return True: it always does."""
-        return True
+        """Return whether there are labels to learn from."""
+        return observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the copy, trained as the server asks."""

@@ -42,7 +42,7 @@ class TheftObservation:
             [N, C, H, W] in [0, 1], returns logits [N, classes].
         copies: What the thief and those who collude with it received, in the order of the rounds.
             Empty for somebody who trains alone.
-        labelled: The thief's labelled images; the n of the audit.
+        labelled: The thief's labelled images; the n of the audit, which may be 0.
         unlabelled: float [M, C, H, W] in [0, 1], further images of its own; M may be 0.
         noised: Parameters in which the public defence degrades copies (Kerckhoffs: the thief knows
             the defence, but not its keys). Empty where there is none.
@@ -52,7 +52,7 @@ class TheftObservation:
         seed: The thief's own randomness.
 
     Raises:
-        FedveilError: Fewer than two labelled images.
+        FedveilError: One labelled image.
     """
 
     architecture: nn.Module
@@ -65,10 +65,10 @@ class TheftObservation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.labelled) < 2:
+        if len(self.labelled) == 1:
             raise FedveilError(
-                f"the thief holds {len(self.labelled)} labelled images; it needs at least 2, one "
-                "to learn from and one to check with"
+                "the thief holds 1 labelled image; it needs at least 2, one to learn from and one "
+                "to check with, or none"
             )
 
     @property
@@ -85,6 +85,11 @@ class TheftObservation:
             for name, value in self.copies[-1].weights.items()
             if name in state and value.shape == state[name].shape
         }
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a labelled image."""
+        return len(self.labelled) > 0
 
     @property
     def folds(self) -> tuple[Fold, ...]:

@@ -27,21 +27,22 @@ class Probe:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return whether the model ends in one linear layer with a bias."""
-        return _output(observation) is not None
+        """Return whether the model ends in one linear layer with a bias, and there are labels."""
+        return observation.has_labels and head_of(observation) is not None
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the copy with a new output layer."""
-        layer = _output(observation)
+        layer = head_of(observation)
         assert layer is not None
         features, answers = _features(observation, layer), _answers(observation, layer)
         best, ridge = max((_checked(observation, features, answers, r), r) for r in _RIDGES)
-        weight, bias = _regress(features, answers, ridge)
+        weight, bias = regress(features, answers, ridge)
         head = {f"{layer}.weight": weight, f"{layer}.bias": bias}
         return Stolen({**observation.start, **head}, best)
 
 
-def _output(observation: TheftObservation) -> str | None:
+def head_of(observation: TheftObservation) -> str | None:
+    """Return the linear layer with a bias whose output is the logits; None where there is none."""
     channels, height, width = observation.labelled.raw.shape[1:]
     try:
         layer = output_layer(observation.architecture, (channels, height, width))
@@ -72,13 +73,22 @@ def _checked(
 ) -> Score:
     logits = []
     for fold in observation.folds:
-        weight, bias = _regress(features[fold.train], answers[fold.train], ridge)
+        weight, bias = regress(features[fold.train], answers[fold.train], ridge)
         logits.append(features[fold.held_out, 0] @ weight.T + bias)
     return score_folds(observation.folds, observation.labelled.labels, logits)
 
 
-def _regress(features: Tensor, answers: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return weight [classes, D] and bias [classes]; the ridge counts in the features' variance."""
+def regress(features: Tensor, answers: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Regress answers on features.
+
+    Args:
+        features: Float [N, views, D].
+        answers: Float [N, classes].
+        ridge: In the features' variance.
+
+    Returns:
+        Weight [classes, D] and bias [classes].
+    """
     x = features.double().flatten(0, 1)
     y = answers.repeat_interleave(features.shape[1], dim=0)
     mean, middle = x.mean(0), y.mean(0)

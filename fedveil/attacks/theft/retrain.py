@@ -16,8 +16,8 @@ class RetrainNoised:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return whether a copy has degraded parameters."""
-        return bool(observation.copies and observation.noised)
+        """Return whether a copy has degraded parameters, and there are labels to learn from."""
+        return bool(observation.copies and observation.noised) and observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the copy with its degraded layers learnt anew."""

@@ -18,8 +18,8 @@ class Surgical:
     """
 
     def applies(self, observation: TheftObservation) -> bool:
-        """Return True: it always does."""
-        return True
+        """Return whether there are labels to learn from."""
+        return observation.has_labels
 
     def __call__(self, observation: TheftObservation) -> Stolen:
         """Return the copy with one layer fine-tuned; which one by the thief's holdout."""

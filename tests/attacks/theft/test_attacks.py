@@ -161,7 +161,7 @@ def test_batch_statistics_are_measured_anew(observe, dataset):
 def test_training_alone_takes_every_attack_that_needs_no_copy(observe):
     alone = observe()
     able = {name for name, attack in ATTACKS.items() if attack.applies(alone)}
-    assert able == {"probe", "local-epochs", "fine-tune", "surgical", "distil"}
+    assert able == {"probe", "local-epochs", "fine-tune", "surgical", "distil", "cluster"}
 
 
 def test_layers_are_grouped_into_few_blocks():

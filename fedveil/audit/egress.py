@@ -1,0 +1,356 @@
+"""``fedveil audit egress``: what a model that leaves tells of who was in its training."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.attacks.membership.released import (
+    calibrated,
+    confidence,
+    likelihood_ratio,
+    loss,
+    relative,
+)
+from fedveil.audit.metrics import Interval, wilson
+from fedveil.data import Images
+from fedveil.errors import FedveilError
+from fedveil.federation.evaluation import count_correct
+from fedveil.federation.training import LocalTraining, train_locally
+from fedveil.files import write_results
+from fedveil.runs.directory import versions
+
+RATES = (0.01, 0.001)
+"""False-positive rates at which members are counted."""
+
+_FEWEST = 20
+_EXPOSED = 10
+_MOST_EPOCHS = 60
+_DRAWS = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EgressSettings:
+    """How a model is audited.
+
+    Attributes:
+        images: Members, and as many others, that are told apart.
+        shadows: Models of the same kind that are trained to compare with, an even number; 0 leaves
+            the loss alone.
+        companions: Further training images that every shadow learns from besides.
+        epochs: Most passes of a shadow; it stops where it fits its images as the model fits its
+            own.
+        seed: Seeds the choice of images and the shadows.
+
+    Raises:
+        FedveilError: A number out of range.
+    """
+
+    images: int = 1_000
+    shadows: int = 4
+    companions: int = 4_000
+    epochs: int = _MOST_EPOCHS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", _FEWEST), ("shadows", 0), ("companions", 0), ("epochs", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise FedveilError(f"--{name} {value} is out of range: give at least {least}")
+        if self.shadows % 2:
+            raise FedveilError(
+                f"--shadows {self.shadows} is odd: give an even number, so that every image is "
+                "in half of them"
+            )
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How well one attack tells members from others.
+
+    Attributes:
+        attack: Its name.
+        auc: Probability that a member scores above another image, with its 95 % interval.
+        found: For each rate of ``RATES`` the share of members found, with its 95 % interval; None
+            where there are too few other images to tell that rate.
+        scores: Float64 [N], members first.
+    """
+
+    attack: str
+    auc: Interval
+    found: tuple[Interval | None, ...]
+    scores: Tensor
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a row of ``egress.json``."""
+        row: dict[str, Any] = {"attack": self.attack, **_columns("auc", self.auc)}
+        for name, told in zip(("tpr_at_1", "tpr_at_01"), self.found, strict=True):
+            row |= _columns(name, told)
+        return row
+
+
+@dataclass(frozen=True)
+class EgressReport:
+    """The result of an audit.
+
+    Attributes:
+        subject: What was audited, in words.
+        settings: How.
+        accuracy: Of the model on members and on the others.
+        members: Int64 [M], which training images they are.
+        labels: Int64 [M], of the members.
+        others: How many images that nobody trained on they were told from.
+        rows: One an attack.
+        untold: Why something could not be told, sentence by sentence.
+    """
+
+    subject: str
+    settings: EgressSettings
+    accuracy: tuple[float, float]
+    members: Tensor
+    labels: Tensor
+    others: int
+    rows: tuple[Exposure, ...]
+    untold: tuple[str, ...]
+
+    @property
+    def best(self) -> Exposure:
+        """The attack by which most members are found at the lowest rate that can be told."""
+
+        def reach(row: Exposure) -> tuple[float, float]:
+            told = [found.value for found in row.found if found is not None]
+            return (told[-1] if told else 0.0, row.auc.value)
+
+        return max(self.rows, key=reach)
+
+    def exposed(self) -> list[dict[str, Any]]:
+        """Return the members that the best attack is surest of, and how many others score so."""
+        scores = self.best.scores
+        own, strangers = scores[: len(self.members)], scores[len(self.members) :]
+        order = own.argsort(descending=True, stable=True)[:_EXPOSED]
+        return [
+            {
+                "image": int(self.members[place]),
+                "label": int(self.labels[place]),
+                "score": float(own[place]),
+                "others_above": int((strangers >= own[place]).sum()),
+            }
+            for place in order.tolist()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of ``egress.json``."""
+        return {
+            "subject": self.subject,
+            "settings": asdict(self.settings),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": versions(),
+            "members": len(self.members),
+            "others": self.others,
+            "accuracy_members": self.accuracy[0],
+            "accuracy_others": self.accuracy[1],
+            "rows": [row.as_json() for row in self.rows],
+            "best": self.best.attack,
+            "exposed": self.exposed(),
+            "untold": list(self.untold),
+        }
+
+    def table(self) -> str:
+        """Return the rows as lines of text."""
+        lines = [
+            f"{self.subject}: {len(self.members):,} training images against {self.others:,} others",
+            f"accuracy {self.accuracy[0]:.1%} on them, {self.accuracy[1]:.1%} on the others",
+            f"{'attack':12}{'AUC':20}{'found at FPR 1 %':26}{'at FPR 0.1 %':26}",
+        ]
+        for row in self.rows:
+            found = "".join(f"{_text(told):26}" for told in row.found)
+            auc = f"{row.auc.value:.3f} [{row.auc.low:.3f}, {row.auc.high:.3f}]"
+            lines.append(f"{row.attack:12}{auc:20}{found}".rstrip())
+        return "\n".join([*lines, *self.untold])
+
+    def write(self, out: Path) -> None:
+        """Write egress.json into ``out``, whole or not at all.
+
+        Raises:
+            FedveilError: The directory cannot be written.
+        """
+        content = (json.dumps(self.as_json(), indent=1) + "\n").encode()
+        write_results(out, {"egress.json": content})
+
+
+def _columns(name: str, told: Interval | None) -> dict[str, float | None]:
+    ends = (None, None, None) if told is None else (told.value, told.low, told.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+
+
+def _text(told: Interval | None) -> str:
+    if told is None:
+        return "cannot tell"
+    return f"{told.value:.1%} [{told.low:.1%}, {told.high:.1%}]"
+
+
+Progress = Callable[[int, int], None]
+
+
+def audit_egress(
+    model: nn.Module,
+    fresh: Callable[[int], nn.Module],
+    used: Images,
+    unused: Images,
+    settings: EgressSettings,
+    *,
+    subject: str,
+    training: LocalTraining | None = None,
+    progress: Progress = lambda done, total: None,
+) -> EgressReport:
+    """Tell images that a model was trained on from images that it was not, by what it answers.
+
+    Shadows are trained on half of the audited images each, every image in half of them, so that
+    each image is compared with models that held it and models that did not. The images that are
+    told apart are thereby known to the attacker, as in the sources: this is the worst case.
+
+    Args:
+        model: What leaves.
+        fresh: Returns an untrained model of the same kind for a seed.
+        used: Images it was trained on, as they were trained on.
+        unused: Images that nobody trained on, treated alike.
+        settings: How.
+        subject: What is audited, in words.
+        training: How a shadow trains; plain minibatches where it is not known.
+        progress: Called as ``progress(shadows done, shadows in all)``.
+
+    Raises:
+        FedveilError: Fewer than 20 images of either kind.
+    """
+    if min(len(used), len(unused)) < _FEWEST:
+        raise FedveilError(
+            f"{len(used)} images were trained on and {len(unused)} not; an egress audit needs at "
+            f"least {_FEWEST} of each"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.randperm(len(used), generator=generator)
+    count = min(settings.images, len(used), len(unused))
+    members = drawn[:count]
+    strangers = unused[torch.randperm(len(unused), generator=generator)]
+    # A rate of one in a thousand needs a thousand strangers; but a shadow, which holds half of all,
+    # must not hold more than the model did, or it fits them less well.
+    strangers = strangers[: max(count, min(_DRAWS, 2 * len(used) - count))]
+    pool = _joined(used[members], strangers)
+    target = confidence(model, pool)
+    scores = {"loss": loss(target)}
+    if settings.shadows:
+        room = min(settings.companions, len(used) - len(pool) // 2)
+        beside = used[drawn[count : count + max(0, room)]]
+        level = float(torch.nn.functional.softplus(-target[:count]).mean())
+        shadows, held = _shadows(
+            fresh, pool, beside, settings, training or LocalTraining(), level, generator, progress
+        )
+        population = torch.arange(len(pool)) >= count
+        scores["calibrated"] = calibrated(target, shadows)
+        scores["lira"] = likelihood_ratio(target, shadows, held)
+        scores["rmia"] = relative(target, shadows, population, held)
+    rows = tuple(_exposure(name, values, count) for name, values in scores.items())
+    return EgressReport(
+        subject,
+        settings,
+        (_right(model, pool[:count]), _right(model, pool[count:])),
+        members,
+        pool.labels[:count],
+        len(strangers),
+        rows,
+        tuple(_untold(len(strangers), settings)),
+    )
+
+
+def _shadows(
+    fresh: Callable[[int], nn.Module],
+    pool: Images,
+    beside: Images,
+    settings: EgressSettings,
+    training: LocalTraining,
+    level: float,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Return φ [S, N] under each shadow, and which images it held, bool [S, N]."""
+    known, held = [], torch.zeros(settings.shadows, len(pool), dtype=torch.bool)
+    one_pass = replace(training, epochs=1, decay=False)
+    for number in range(settings.shadows):
+        # Of each pair of shadows the second holds what the first does not.
+        if number % 2:
+            held[number] = ~held[number - 1]
+        else:
+            half = torch.randperm(len(pool), generator=generator)[: len(pool) // 2]
+            held[number, half] = True
+        own = _joined(pool[held[number]], beside)
+        shadow = fresh(settings.seed + number + 1)
+        for _ in range(settings.epochs):
+            train_locally(shadow, own, one_pass, generator=generator)
+            fit = confidence(shadow, pool[held[number]])
+            if float(torch.nn.functional.softplus(-fit).mean()) <= level:
+                break
+        known.append(confidence(shadow, pool))
+        progress(number + 1, settings.shadows)
+    return torch.stack(known), held
+
+
+def _exposure(name: str, scores: Tensor, count: int) -> Exposure:
+    own, strangers = scores[:count], scores[count:]
+    found: list[Interval | None] = []
+    for rate in RATES:
+        if len(strangers) * rate < 1:
+            found.append(None)
+            continue
+        limit = strangers.sort(descending=True).values[int(rate * len(strangers))]
+        found.append(wilson((own > limit).double()))
+    return Exposure(name, area(own, strangers), tuple(found), scores)
+
+
+def area(members: Tensor, strangers: Tensor) -> Interval:
+    """Return the area under the receiver's operating characteristic with its 95 % interval.
+
+    Source: DeLong, DeLong & Clarke-Pearson, "Comparing the Areas under Two or More Correlated
+    Receiver Operating Characteristic Curves", Biometrics 1988.
+
+    Args:
+        members: [M], M at least 2.
+        strangers: [S], S at least 2.
+    """
+
+    def above(one: Tensor, other: Tensor) -> Tensor:
+        """Return for each of ``one`` the share of ``other`` it lies above, ties counted half."""
+        order = other.sort().values
+        below, through = (torch.searchsorted(order, one, right=side) for side in (False, True))
+        return (below + through).double() / (2 * len(other))
+
+    over, under = above(members, strangers), 1 - above(strangers, members)
+    value = float(over.mean())
+    wide = 1.96 * float(over.var() / len(over) + under.var() / len(under)) ** 0.5
+    return Interval(value, max(0.0, value - wide), min(1.0, value + wide))
+
+
+def _untold(strangers: int, settings: EgressSettings) -> Iterator[str]:
+    for rate in RATES:
+        if strangers * rate < 1:
+            yield (
+                f"A false-positive rate of {rate:.1%} cannot be told from {strangers} images that "
+                f"nobody trained on: {round(1 / rate):,} are needed."
+            )
+    if not settings.shadows:
+        yield "Without shadows only the loss was tried, which finds few at low rates."
+
+
+def _right(model: nn.Module, images: Images) -> float:
+    return count_correct(model, images.pixels, images.labels) / len(images)
+
+
+def _joined(one: Images, other: Images) -> Images:
+    if not len(other):
+        return one
+    raw = (one.pixels, other.pixels) if one.raw.dtype != other.raw.dtype else (one.raw, other.raw)
+    return Images(torch.cat(raw), torch.cat([one.labels, other.labels]))

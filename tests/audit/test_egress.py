@@ -1,0 +1,154 @@
+"""What a delivered model tells of who was in its training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import nn
+from typer.testing import CliRunner
+
+from fedveil.audit.egress import EgressSettings, _exposure, area, audit_egress
+from fedveil.cli.main import app as command
+from fedveil.data import load_dataset
+from fedveil.errors import FedveilError
+from fedveil.federation.training import LocalTraining, train_locally
+from fedveil.federation.training_run import run_to_completion
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
+from tests.audit.small_models import two_layers
+
+TRAINING = LocalTraining(epochs=1, batch_size=20, learning_rate=0.2, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def fresh(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def learnt(images, epochs):
+    torch.set_num_threads(1)
+    model, generator = fresh(99), torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        train_locally(model, images, TRAINING, generator=generator)
+    return model
+
+
+def audited(model, used, unused, **changes):
+    settings = EgressSettings(**{"images": 150, "shadows": 4, "companions": 0, **changes})
+    return audit_egress(model, fresh, used, unused, settings, subject="a model", training=TRAINING)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_operating_points_are_scikit_learns(seed):
+    generator = torch.Generator().manual_seed(seed)
+    members = torch.randn(300, generator=generator).add(0.7).mul(4).round()  # with ties
+    strangers = torch.randn(1000, generator=generator).mul(4).round()
+    scores, truth = torch.cat([members, strangers]), np.arange(1300) < 300
+    row = _exposure("loss", scores, 300)
+    assert row.auc.value == pytest.approx(roc_auc_score(truth, scores))
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    for rate, told in zip((0.01, 0.001), row.found, strict=True):
+        assert told.value == pytest.approx(true[false <= rate + 1e-12].max())
+        assert told.low - 1e-12 <= told.value <= told.high
+
+
+def test_the_interval_of_the_area_covers_it():
+    generator = torch.Generator().manual_seed(0)
+    truth, inside = 0.76025, 0  # Φ(1 / √2)
+    for _ in range(200):
+        told = area(torch.randn(80, generator=generator) + 1, torch.randn(120, generator=generator))
+        inside += told.low <= truth <= told.high
+    assert 180 <= inside <= 200
+
+
+def test_a_model_that_learnt_by_heart_tells_who_was_in_it(digits):
+    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(3))
+    labels = torch.randint(10, (len(order),), generator=torch.Generator().manual_seed(4))
+    everything = type(digits.train)(digits.train.raw[order], labels)  # nothing but by heart
+    used, unused = everything[:300], everything[300:600]
+    report = audited(learnt(used, 120), used, unused, images=300, epochs=150)
+    assert [row.attack for row in report.rows] == ["loss", "calibrated", "lira", "rmia"]
+    for row in report.rows:
+        assert row.auc.low > 0.55, row.attack
+    assert report.best.found[0].low > 0.02
+    exposed = report.as_json()["exposed"]
+    assert len(exposed) == 10
+    assert all(one["others_above"] <= 6 for one in exposed)
+    assert {one["image"] for one in exposed} <= set(range(300))
+
+
+def test_a_model_that_never_saw_the_images_tells_nothing(digits):
+    model = learnt(digits.train[:300], 5)
+    report = audited(model, digits.train[300:700], digits.train[700:])
+    for row in report.rows:
+        assert row.auc.low < 0.52
+        assert row.found[0].value < 0.08
+
+
+def test_a_rate_that_too_few_images_can_tell_is_not_told(digits):
+    report = audited(learnt(digits.train[:60], 3), digits.train[:60], digits.test[:99])
+    assert all(row.found == (None, None) for row in report.rows)
+    assert "cannot tell" in report.table()
+    assert report.as_json()["rows"][0]["tpr_at_01"] is None
+    assert report.as_json()["rows"][0]["tpr_at_01_low"] is None
+    assert [sentence.split(" cannot")[0] for sentence in report.untold] == [
+        "A false-positive rate of 1.0%",
+        "A false-positive rate of 0.1%",
+    ]
+
+
+def test_settings_that_cannot_be(digits):
+    for changes, message in (
+        ({"shadows": 3}, "--shadows 3 is odd"),
+        ({"images": 5}, "--images 5"),
+        ({"shadows": -2}, "--shadows -2"),
+    ):
+        with pytest.raises(FedveilError, match=message):
+            EgressSettings(**changes)
+    with pytest.raises(FedveilError, match="needs at least 20 of each"):
+        audited(fresh(0), digits.train[:5], digits.test)
+
+
+def test_a_run_and_a_file_of_weights(digits, tmp_path):
+    torch.set_num_threads(1)
+    config = TrainConfig.check(
+        {
+            "dataset": "digits", "model": "tests.audit.small_models:two_layers", "clients": 6,
+            "fraction": 0.5, "rounds": 2, "learning_rate": 0.1, "strategy": "fedavg",
+            "workers": 1, "calibration_images": 60,
+        }
+    )  # fmt: skip
+    run = RunDirectory.create(tmp_path / "run", config)
+    run_to_completion(run)
+    options = ["--images", "60", "--shadows", "2", "--epochs", "2"]
+    out = tmp_path / "egress"
+    done = CliRunner().invoke(
+        command, ["audit", "egress", str(tmp_path / "run"), "--out", str(out), *options]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "egress.json").read_text())
+    assert told["members"] == 60
+    assert [row["attack"] for row in told["rows"]] == ["loss", "calibrated", "lira", "rmia"]
+    assert "cannot tell" in done.output
+    weights = tmp_path / "model.safetensors"
+    save_file(two_layers(digits.shape, 10).state_dict(), weights)
+    refused = CliRunner().invoke(
+        command, ["audit", "egress", str(weights), "--out", str(out), *options]
+    )
+    assert "give the --dataset" in str(refused.exception)
+    given = ["--dataset", "digits", "--model", "tests.audit.small_models:two_layers"]
+    done = CliRunner().invoke(
+        command, ["audit", "egress", str(weights), "--out", str(out), *given, *options]
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads((out / "egress.json").read_text())["rows"]
+    assert all(row["auc_low"] < 0.6 for row in rows)  # nothing was learnt
