@@ -21,7 +21,8 @@ class Head:
         weight: W, float64 [K, D].
         bias: b, float64 [K].
         penalty: λ.
-        error: GCV's estimate of the mean squared error on images that are not in the sums.
+        error: GCV's estimate of the mean squared error on images that are not in the sums; NaN of
+            sums with noise, which do not tell it.
     """
 
     weight: Tensor
@@ -67,6 +68,34 @@ def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
     weight = (vectors @ (targets / (values[:, None] + chosen))).T
     bias = counts / images - weight @ means
     return Head(weight, bias, chosen, spectrum.error(chosen))
+
+
+def noisy_ridge(statistics: Statistics, *, noise: float) -> Head:
+    """Return a ridge of sums with noise, for features that are centred already.
+
+    Targets are the classes' unit vectors less 1/K, so that no class's number of images is needed:
+    W = (G + λI)⁻¹ (H - m·1ᵀ/K), with m = H·1. λ is the length that G's noise has in any direction
+    at most, 2·(σ/√2)·√D, in the manner of AdaSSP, and takes nothing of the sums.
+
+    Source: Wang, "Revisiting Differentially Private Linear Regression: Optimal and Adaptive
+    Prediction & Estimation in Unbounded Domain", UAI 2018, algorithm 2.
+
+    Args:
+        statistics: The sums; their counts are not looked at.
+        noise: Standard deviation of the noise on G's diagonal and on H; σ/√2 beside the diagonal.
+
+    Raises:
+        FedveilError: ``noise`` is not above 0.
+    """
+    if not 0 < noise < math.inf:
+        raise FedveilError(f"noise={noise} is out of range: give a number above 0")
+    moments = statistics.moments
+    centred = moments - moments.sum(1, keepdim=True) / moments.shape[1]
+    penalty = math.sqrt(2 * statistics.layout.dimension) * noise
+    values, vectors = torch.linalg.eigh(statistics.gram)
+    raised = values.clamp_(min=0)[:, None] + penalty
+    weight = (vectors @ ((vectors.T @ centred) / raised)).T
+    return Head(weight, torch.zeros(len(weight), dtype=torch.float64), penalty, math.nan)
 
 
 @dataclass(frozen=True)

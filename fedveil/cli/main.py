@@ -181,7 +181,20 @@ def _finish_training(directory: "RunDirectory") -> None:
         rounds = directory.config.rounds
         passed = f" (cap {cap:.0%}, passed in {summary['rounds_over_cap']} of {rounds} rounds)"
     typer.echo(f"best copy any client received: {summary['copies_max']:.2%}{passed}")
+    if seen := _seen_of_clients(summary):
+        typer.echo(seen, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _seen_of_clients(summary: dict[str, Any]) -> str | None:
+    from fedveil.federation.server_app import SEEN_ALONE
+
+    if summary.get("analytic", {}).get("server_sees") != SEEN_ALONE or summary["privacy"]:
+        return None
+    return (
+        "the server saw each client's own sums, which tell of its images; with "
+        "--secure-aggregation it sees the sum of all clients only"
+    )
 
 
 def _of_no_use(summary: dict[str, Any]) -> str | None:

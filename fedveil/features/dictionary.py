@@ -226,7 +226,7 @@ def default_options(
     )
 
 
-_LARGE = 48  # pixels a side from which patches need not overlap as much
+_LARGE = 24  # pixels a side from which every other patch does
 
 
 def _places(side: int, options: DictionaryOptions) -> int:

@@ -16,7 +16,7 @@ from fedveil.errors import FedveilError
 Shape = tuple[int, int, int]
 Options = Mapping[str, Any]
 
-_BLOCK = 100  # images mapped at once, to bound what lies in memory
+_BLOCK = 20  # images mapped at once: what they become stays in a cache
 
 
 class FeatureMap(nn.Module):

@@ -22,8 +22,10 @@ from fedveil.defenses.defense import Defense
 from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.secagg.client import secure_aggregation_mod
+from fedveil.federation.permission import check_model_allowed
+from fedveil.federation.secagg.client import STATISTICS, secure_aggregation_mod
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
+from fedveil.federation.statistics import answer_statistics
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally, train_privately
 from fedveil.models import build_model
@@ -169,6 +171,21 @@ def _metrics(images: int, loss: float | None, task: ClientTask) -> MetricRecord:
     """Return what a client says besides: no loss where privacy is promised."""
     told = {} if loss is None else {"loss": loss}
     return MetricRecord({"num-examples": images, "server-round": task.server_round, **told})
+
+
+@app.train(STATISTICS)
+def statistics(message: Message, context: Context) -> Message:
+    """Return sums over this client's features, as an analytic federation asks for."""
+    return answer_sums(message, context, client_images(context, _task(message)))
+
+
+def answer_sums(message: Message, context: Context, images: Images) -> Message:
+    """Return what a client with these images, transformed already, answers to such a message."""
+    torch.set_num_threads(1)
+    task = _task(message)
+    return answer_statistics(
+        message, context, images, server_round=task.server_round, seed=task.seed
+    )
 
 
 @app.train("gradient", mods=[defense_mod])
@@ -337,18 +354,8 @@ def _classes(task: ClientTask) -> int:
     return len(task.classes or _dataset(task.dataset, task.seed).classes)
 
 
-MODELS = "models"
-"""Key of a node config: the models this node trains, separated by commas; no others."""
-
-
 def _model_for(task: ClientTask, context: Context) -> nn.Module:
-    # Before it is built: the name of a model may be that of a module to import.
-    allowed = context.node_config.get(MODELS)
-    if allowed is not None and task.model not in [name.strip() for name in str(allowed).split(",")]:
-        raise FedveilError(
-            f"this node's config allows {MODELS} {allowed}, and the server asked for "
-            f"{task.model!r}; ask the site to allow it, or train another"
-        )
+    check_model_allowed(task.model, context)
     if task.shape is not None:
         return model_of(task, task.shape, len(task.classes))
     dataset = _dataset(task.dataset, task.seed)

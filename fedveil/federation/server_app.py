@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,9 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
+from fedveil.analytic import AnalyticClassifier, load_classifier
+from fedveil.analytic.privacy import ADJACENCY as ADJACENT
+from fedveil.analytic.privacy import NOISE_FROM, GaussianRelease
 from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
@@ -23,23 +27,29 @@ from fedveil.data.partition import partition
 from fedveil.defenses import check_defense, parse_defense
 from fedveil.defenses.dp_sgd import ADJACENCY, DPSGD
 from fedveil.errors import FedveilError
+from fedveil.features import MapDescription
 from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.evaluation import count_correct
+from fedveil.federation.feature_choice import choose_features
 from fedveil.federation.roster import Client, Sampling, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
+from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
 from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
 from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.task import ClientTask
-from fedveil.federation.trial import Trial, try_out
+from fedveil.federation.trial import Trial, try_out, try_sums
 from fedveil.models import build_model, check_sendable, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, StrategyState, versions
 from fedveil.types import Weights
+
+SEEN_ALONE = "each client's own sums"
+"""What the server sees of clients without secure aggregation."""
 
 OnRound = Callable[[RoundRecord], None]
 
@@ -99,22 +109,59 @@ def prepare_job(config: TrainConfig) -> Job:
         FedveilError: A setting does not fit the data or the model, or a step fails.
     """
     job = load_job(config)
-    shares = [2] * config.clients  # where each node has images of its own, nobody knows how many
-    if config.engine != "deployed":
-        scheme = parse_partition(config.partition)
-        labels = job.dataset.train.labels
-        parts = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
-        shares = [len(part) for part in parts]
+    shares = _shares(config, job.dataset)
+    strategy = build_strategy(job, Resume(), NoiseKey.generate())
     trial = Trial(
         job.model,
         job.dataset.train,
         len(job.dataset.classes),
-        tuple(shares),
+        # Where each node has images of its own, nobody knows how many.
+        tuple(shares or [2] * config.clients),
         ClientTask.of(config, job.dataset),
-        build_strategy(job, Resume(), NoiseKey.generate()),
+        strategy,
         _mark_strength(config),
     )
+    if isinstance(strategy, Analytic):
+        check_sums(strategy, config, shares)
+        return replace(job, notes=tuple(try_sums(trial, strategy)))
     return replace(job, notes=tuple(try_out(trial)))
+
+
+def _shares(config: TrainConfig, dataset: Dataset) -> list[int]:
+    """Return how many images each client has; empty where nodes have images of their own."""
+    if config.engine == "deployed":
+        return []
+    scheme = parse_partition(config.partition)
+    labels = dataset.train.labels
+    parts = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
+    return [len(part) for part in parts]
+
+
+def _smallest_sum(config: TrainConfig, dataset: Dataset) -> int:
+    """Return of how many images a round's sum is at least, by the server's own data elsewhere."""
+    shares = _shares(config, dataset) or [len(dataset.train) // config.clients] * config.clients
+    return sum(sorted(shares)[: round_size(config.clients, config.fraction)])
+
+
+def check_sums(strategy: Analytic, config: TrainConfig, shares: Sequence[int]) -> None:
+    """Refuse an analytic run whose clients would be asked twice, or refuse themselves.
+
+    Raises:
+        FedveilError: Says what to change.
+    """
+    asked = round_size(config.clients, config.fraction)
+    if config.engine != "deployed" and (config.rounds - 1) * asked >= config.clients:
+        raise FedveilError(
+            f"{config.rounds} rounds ask {asked} clients each, and each of the {config.clients} is "
+            f"asked once: give --rounds {-(-config.clients // asked)} at most, or less --fraction"
+        )
+    images = sum(sorted(shares)[:asked])
+    if config.secure_aggregation and shares and images < strategy.least_images:
+        raise FedveilError(
+            f"a round's sum is of {images} images at least, and {strategy.layout.dimension} "
+            f"features take {strategy.least_images} not to show single ones: give fewer --filters, "
+            "a higher --fraction, or a lower --images-per-feature (at least 4)"
+        )
 
 
 def load_job(config: TrainConfig) -> Job:
@@ -124,10 +171,10 @@ def load_job(config: TrainConfig) -> Job:
         FedveilError: A setting does not fit the data or the model.
     """
     dataset = load_dataset(config.dataset, seed=config.seed)
-    model = build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
-    check_sendable(model)
     _check_test_split(config.dataset, dataset)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
+    model = _STRATEGIES[config.strategy].model(config, dataset, split)
+    check_sendable(model)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
     partition(dataset.train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
@@ -135,6 +182,21 @@ def load_job(config: TrainConfig) -> Job:
     job = Job(config, dataset, split, model.eval())
     build_strategy(job, Resume(), NoiseKey.generate())
     return job
+
+
+def _network(config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
+    return build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
+
+
+def _classifier(config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
+    if parse_defense(config.defense).names:
+        raise FedveilError(
+            f"defense {config.defense} is for clients that train, and those of strategy analytic "
+            "return sums over their images: leave it out, and give --secure-aggregation"
+        )
+    images = _smallest_sum(config, dataset)
+    features = choose_features(config, split.calibration.raw, images=images)
+    return AnalyticClassifier(features, len(dataset.classes))
 
 
 def _check_test_split(name: str, dataset: Dataset) -> None:
@@ -290,6 +352,24 @@ def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     )
 
 
+def _analytic(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
+    assert isinstance(job.model, AnalyticClassifier)
+    return Analytic(
+        model=job.model,
+        labelled=job.evaluation.calibration,
+        images_per_feature=job.config.images_per_feature,
+        release=_release(job.config),
+        sampling=_sampling(job.config),
+        resume=resume,
+    )
+
+
+def _release(config: TrainConfig) -> GaussianRelease | None:
+    if config.epsilon is None:
+        return None
+    return GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
+
+
 @dataclass(frozen=True)
 class _Choice:
     """A strategy that a configuration can name.
@@ -297,13 +377,16 @@ class _Choice:
     Attributes:
         strategy: Its class, which says what it promises.
         build: Makes it for a run.
+        model: Makes what w is an instance of.
     """
 
     strategy: type[SeededFedAvg]
     build: Callable[[Job, Resume, NoiseKey], SeededFedAvg]
+    model: Callable[[TrainConfig, Dataset, Evaluation], nn.Module] = _network
 
 
 _STRATEGIES: Mapping[str, _Choice] = {
+    "analytic": _Choice(Analytic, _analytic, _classifier),
     "fedavg": _Choice(SeededFedAvg, _fedavg),
     "protected": _Choice(EnsembleDistillation, _protected),
     "noise-pair": _Choice(NoisePair, _noise_pair),
@@ -384,7 +467,8 @@ class Recorder:
         )
 
     def _copies(self, sent: Distribution, images: int) -> tuple[float, ...]:
-        return tuple(self.job.accuracy(copy, images=images) for copy in sent.copies)
+        received = self.strategy.received(sent)
+        return tuple(self.job.accuracy(copy, images=images) for copy in received)
 
 
 def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRound) -> None:
@@ -408,10 +492,13 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     key = directory.noise_key()
+    if last.round and isinstance(job.model, AnalyticClassifier):
+        # The very map that the earlier sums are of, whatever this process would make anew.
+        job = replace(job, model=load_classifier(last.weights))
     strategy = build_strategy(job, Resume(last.round, last.state), key)
     strategy.fingerprint = _fingerprint(job, key)
     strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
-    if parse_defense(job.config.defense).privacy is not None:
+    if parse_defense(job.config.defense).privacy is not None or job.config.epsilon is not None:
         strategy.started = partial(_note_release, directory)
     recorder = Recorder(job, directory, strategy, on_round)
     if last.round < job.config.rounds:
@@ -427,9 +514,28 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     directory.write_model(last.weights)
     summary = summarise(job, last.weights, recorder.rounds, directory.releases())
     summary["sends"] = strategy.sends
+    if isinstance(strategy, Analytic):
+        summary["analytic"] = sums_in_words(strategy, job.config)
     if len(history := directory.version_history()) > 1:
         summary["version_history"] = history
     directory.write_summary(summary)
+
+
+def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
+    """Return what ``summary.json`` says of an analytic run's sums."""
+    features, solved = MapDescription.of(strategy.model.features), strategy.outcome
+    return {
+        "features": features.name,
+        "feature_map_sha256": features.digest,
+        "dimension": features.dimension,
+        "images": solved.images,
+        "clients": solved.clients,
+        "images_per_feature": solved.images / features.dimension,
+        "penalty": solved.head.penalty,
+        "answer_bytes": 8 * strategy.layout.length,
+        "noise": solved.noise,
+        "server_sees": "sums of a round's clients" if config.secure_aggregation else SEEN_ALONE,
+    }
 
 
 def _note_release(directory: RunDirectory, _: int, clients: Sequence[Client]) -> None:
@@ -485,6 +591,29 @@ def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str
     return None
 
 
+def privacy_of_sums(
+    release: GaussianRelease, releases: Sequence[Mapping[int, int | None]]
+) -> dict[str, Any]:
+    """Return (ε, δ) of noisy sums for each client that was asked, as often as it was.
+
+    Args:
+        release: What each answer is.
+        releases: Who was asked in each round that was started, one that was killed too.
+    """
+    times = Counter(client for asked in releases for client in asked)
+    clients = {str(client): release.spent(count) for client, count in sorted(times.items())}
+    return {
+        "epsilon": max(clients.values(), default=None),
+        "delta": release.delta,
+        "adjacency": ADJACENT[release.unit],
+        "unit": release.unit,
+        "noise_multiplier": release.multiplier,
+        "noise_from": NOISE_FROM,
+        **({} if clients else {"reason": "it was not noted who was asked"}),
+        "clients": clients,
+    }
+
+
 def _privacy(job: Job, releases: Sequence[Mapping[int, int | None]]) -> dict[str, Any] | None:
     """Return (ε, δ) of DP-SGD for an image of each client, and of the one that gave most away.
 
@@ -493,6 +622,8 @@ def _privacy(job: Job, releases: Sequence[Mapping[int, int | None]]) -> dict[str
     gave none there is no ε.
     """
     config = job.config
+    if sums := _release(config):
+        return privacy_of_sums(sums, releases)
     privacy = parse_defense(config.defense).privacy
     if privacy is None:
         return None

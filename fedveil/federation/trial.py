@@ -7,7 +7,7 @@ read by the server's checks. Nothing is written.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedveil.analytic import Statistics
 from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import NoiseKey, add_noise
@@ -28,6 +29,8 @@ from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.replies import read_replies
 from fedveil.federation.roster import Client
+from fedveil.federation.secagg.client import STATISTICS, WORDS
+from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.strategies.fedavg import SeededFedAvg, clone
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
 from fedveil.federation.task import ClientTask
@@ -91,6 +94,32 @@ def try_out(trial: Trial) -> list[str]:
         finally:
             # A memory layout that stays behind rounds otherwise in the clients of this process.
             client_app.forget_models()
+
+
+def try_sums(trial: Trial, strategy: Analytic) -> list[str]:
+    """Do once what a client of an analytic run does, on two images, and read its answer.
+
+    Returns:
+        What the user should know though it hinders nothing: nothing.
+
+    Raises:
+        FedveilError: Names what is wrong with the map, or the answer.
+    """
+    sent, images = strategy.model.features.sent(), trial.images[:2]
+    strategy.clients = (Client(0, _NODE, len(images)),)
+    message = _message(sent, trial.task, f"train.{STATISTICS}", strategy.attachments())
+    with torch_threads(1), _named(strategy.model, "fails on two images of the dataset"):
+        reply = client_app.answer_sums(message, _context(trial), images)
+    asked = {_NODE: Client(0, _NODE, len(images))}
+    expected = {WORDS: torch.zeros(strategy.layout.length, dtype=torch.int64)}
+    updates, refusals = read_replies([reply], asked=asked, expected=expected, round_number=_ROUND)
+    fault = refusals[0].reason if refusals else None
+    if updates and strategy.release is None:
+        sums = Statistics(strategy.layout, updates[0].weights[WORDS])
+        fault = sums.fault(images=len(images))
+    if fault:
+        raise FedveilError(f"every client's answer would be refused: {fault}; mend the backbone")
+    return []
 
 
 def _as_clients_build_it(trial: Trial) -> nn.Module:
@@ -223,9 +252,14 @@ def _repeats(trial: Trial, own: nn.Module, images: Images) -> list[str]:
     ]
 
 
-def _message(sent: Weights, task: ClientTask) -> Message:
+def _message(
+    sent: Weights,
+    task: ClientTask,
+    kind: str = "train",
+    beside: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
+) -> Message:
     config = ConfigRecord({**task.to_record(), "server-round": _ROUND})
-    content = RecordDict({"arrays": ArrayRecord(dict(sent)), "config": config})
+    content = RecordDict({"arrays": ArrayRecord(dict(sent)), "config": config, **(beside or {})})
     # Not by Message(...), which is for a process that Flower has given a run already.
     metadata = Metadata(
         run_id=1,
@@ -236,7 +270,7 @@ def _message(sent: Weights, task: ClientTask) -> Message:
         group_id="",
         created_at=time.time(),
         ttl=DEFAULT_TTL,
-        message_type="train",
+        message_type=kind,
     )
     return make_message(metadata, content)
 

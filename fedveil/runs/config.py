@@ -101,10 +101,46 @@ class TrainConfig(BaseModel):
         "Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, or some of "
         "them.",
     )
-    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected"] = setting(
+    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected", "analytic"] = setting(
         "protected",
         "Protection",
         "How the model is protected.",
+    )
+    backbone: str | None = setting(
+        None,
+        "Both ways",
+        "analytic: efficientnet-lite0 or package.module:factory instead of a dictionary made of "
+        "the calibration images.",
+        min_length=1,
+    )
+    filters: int | None = setting(
+        None, "Both ways", "analytic: filters of the dictionary, 8 features each.", ge=1, le=100_000
+    )
+    mirrored: bool | None = setting(
+        None,
+        "Both ways",
+        "analytic: take mirror images for alike; by default where they cannot be told.",
+        flags=("--mirrored/--not-mirrored",),
+    )
+    resolution: int = setting(
+        128, "Both ways", "analytic: side in pixels of a backbone's input.", ge=32, le=512
+    )
+    images_per_feature: float = setting(
+        8.0, "Both ways", "analytic: images a feature that a sum must have.", ge=4, le=1e6
+    )
+    components: int | None = setting(
+        None,
+        "Both ways",
+        "analytic: keep so many principal components of the features.",
+        ge=1,
+        le=100_000,
+    )
+    epsilon: float | None = setting(
+        None, "Both ways", "analytic: differential privacy of what clients return.", gt=0, le=1000
+    )
+    delta: float = setting(1e-5, "Both ways", "With --epsilon.", gt=0, lt=1)
+    privacy_unit: Literal["image", "client"] = setting(
+        "image", "Both ways", "Whom --epsilon protects: an image, or a client."
     )
     shared_rounds: int = setting(
         0,
@@ -266,6 +302,13 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _sums_are_asked_for_once(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("strategy") == "analytic":
+            return {"rounds": 1, "fraction": 1.0, **settings}
+        return settings
+
+    @model_validator(mode="before")
+    @classmethod
     def _no_norm_of_a_sum(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and settings.get("secure_aggregation") is True:
             return {"norm_limit": 0.0, **settings}
@@ -295,6 +338,25 @@ class TrainConfig(BaseModel):
                 f"key-shares {self.key_shares} is even; a neighbourhood has as many clients on "
                 "either side, so give an odd number, or leave it out for all clients of a round"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_are_of_whole_images(self) -> "TrainConfig":
+        if self.epsilon is not None and self.strategy != "analytic":
+            raise ValueError(
+                f"epsilon is of strategy analytic; {self.strategy} takes --defense dp-sgd:noise=N"
+            )
+        if self.epsilon is not None and self.privacy_unit == "client" and not self.weight_limit:
+            raise ValueError(
+                "privacy-unit client bounds a client's images: give a weight-limit above 0"
+            )
+        if self.strategy == "analytic" and self.backbone is not None:
+            for name in ("filters", "mirrored"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is of a dictionary, and backbone {self.backbone} takes its place; "
+                        "leave out either"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedveil.errors import FedveilError
-from fedveil.federation.client_app import MODELS, _model_for
+from fedveil.federation.client_app import _model_for
+from fedveil.federation.permission import MODELS
 
 
 @pytest.mark.parametrize("allowed", ["cnn", "cnn, lenet", ""])

@@ -58,8 +58,16 @@ _STORY = "fedveil.secagg"
 INSISTS = "require-secure-aggregation"
 """Key of a node config: this node answers no training but under secure aggregation."""
 
+WORDS = "words"
+"""Name of the one array of an answer whose whole numbers are summed as they are, int64 [L]."""
+
+STATISTICS = "statistics"
+"""Action of a train message that is answered by ``WORDS``."""
+
+_SUMMED = ("train", f"train.{STATISTICS}")
+
 Floats = NDArray[np.float64]
-Words = NDArray[np.uint32]
+Words = NDArray[np.uint32] | NDArray[np.uint64]
 Tensors = Mapping[str, NDArray[Any]]
 
 FEWEST = 3
@@ -96,7 +104,7 @@ class FixedPoint:
         """Return weighted numbers as integers, uint32 of the same shape."""
         return np.rint(weighted / self.step).astype(np.int64).astype(np.uint32)
 
-    def decode(self, total: Words) -> Floats:
+    def decode(self, total: NDArray[np.uint32]) -> Floats:
         """Return what a sum of such integers stands for, float64 of the same shape."""
         return total.view(np.int32).astype(np.float64) * self.step
 
@@ -105,7 +113,7 @@ class FixedPoint:
         return self.clients * self.step / (2 * weight)
 
 
-def mask(seed: bytes, length: int) -> Words:
+def mask(seed: bytes, length: int, word: str = "<u4") -> Words:
     """Return the mask of a seed: the key stream of AES-256 in counter mode, uint32 [length].
 
     No seed serves twice, so the counter may start at 0.
@@ -116,13 +124,16 @@ def mask(seed: bytes, length: int) -> Words:
     Args:
         seed: 32 bytes, or those in URL-safe base 64, as Flower gives the key two clients share.
         length: Number of words.
+        word: ``<u4``, or ``<u8`` for uint64.
     """
     key = seed if len(seed) == 32 else urlsafe_b64decode(seed)
     stream = Cipher(AES256(key), CTR(bytes(16))).encryptor()
-    return np.frombuffer(stream.update(bytes(4 * length)), dtype="<u4")
+    return np.frombuffer(stream.update(bytes(int(word[-1]) * length)), dtype=word)
 
 
-def pairwise_mask(own_private: bytes, other_public: bytes, story: bytes, length: int) -> Words:
+def pairwise_mask(
+    own_private: bytes, other_public: bytes, story: bytes, length: int, word: str = "<u4"
+) -> Words:
     """Return the mask that two clients share, from one's private and the other's public key.
 
     It depends on what the two were told, so that masks of clients that a server told different
@@ -133,10 +144,33 @@ def pairwise_mask(own_private: bytes, other_public: bytes, story: bytes, length:
         other_public: Of the other one, PEM.
         story: As ``story_of`` returns it.
         length: Number of words.
+        word: As of ``mask``.
     """
     private, public = bytes_to_private_key(own_private), bytes_to_public_key(other_public)
     shared = urlsafe_b64decode(generate_shared_key(private, public))
-    return mask(derive_key(shared, f"secagg mask v2 {story.hex()}"), length)
+    return mask(derive_key(shared, f"secagg mask v2 {story.hex()}"), length, word)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum that a client's answer will be part of, as all of its clients were told.
+
+    Attributes:
+        clients: How many it is of.
+        images: How many images they have.
+    """
+
+    clients: int
+    images: int
+
+
+def announced_sum(message: Message, context: Context) -> Sum | None:
+    """Return the sum that the answer to a message goes into; None where it will be seen alone."""
+    if RECORD_KEY_CONFIGS not in message.content.config_records:
+        return None
+    told = context.state.config_records[_STORY]
+    images = int(cast("float", told[Key.MAX_WEIGHT]))
+    return Sum(cast("int", told[Key.SAMPLE_NUMBER]), images)
 
 
 def member(node: int, keys: tuple[bytes, bytes]) -> bytes:
@@ -168,7 +202,8 @@ def secure_aggregation_mod(
     """Answer the four stages of SecAgg+; train in the third, and return the change masked.
 
     Comes before every mod that changes an update, so that what leaves is masked last. Whatever
-    other record an app's answer holds stays on the client.
+    other record an app's answer holds stays on the client. An answer of ``WORDS`` alone is summed
+    as it is, modulo 2⁶⁴, and any other as a weighted change of what was sent.
 
     Source: Bonawitz et al. 2017, figure 4, against a server that follows the protocol; Bell et al.,
     "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020, section 3.
@@ -178,7 +213,7 @@ def secure_aggregation_mod(
             cannot be summed; or this node takes no message without secure aggregation.
     """
     record = message.content.config_records.get(RECORD_KEY_CONFIGS)
-    if message.metadata.message_type != "train" or record is None:
+    if message.metadata.message_type not in _SUMMED or record is None:
         _check_permitted(message, context)
         return call_next(message, context)
     stage = str(record.get(Key.STAGE))
@@ -287,14 +322,16 @@ def _collect(
         return reply
     metrics = _metrics(reply)
     told = context.state.config_records[_STORY]
-    vector = _weighted(state, sent, _arrays(reply), metrics, most=cast("int", told[MOST_EXAMPLES]))
-    code, story = FixedPoint(state.clipping_range, state.sample_num), cast("bytes", told["digest"])
-    masked = _masked(state, partners, story, code, vector)
+    returned, most = _arrays(reply), cast("int", told[MOST_EXAMPLES])
+    if (words := _whole(returned)) is None:
+        code = FixedPoint(state.clipping_range, state.sample_num)
+        words = code.encode(_weighted(state, sent, returned, metrics, most=most))
+    masked = _masked(state, partners, cast("bytes", told["digest"]), words)
     context.state.config_records[RECORD_KEY_STATE] = ConfigRecord(state.to_dict())
     said = {key: metrics[key] for key in ("num-examples", "server-round") if key in metrics}
     content = RecordDict(
         {
-            "arrays": ArrayRecord({MASKED: Array(masked.view(np.int32))}),
+            "arrays": ArrayRecord({MASKED: Array(masked.view(f"i{masked.itemsize}"))}),
             "metrics": MetricRecord(said),
         }
     )
@@ -325,6 +362,14 @@ def _arrays(message: Message) -> dict[str, NDArray[Any]]:
     if len(records) != 1:
         raise FedveilError(f"{len(records)} records of arrays; secure aggregation sums exactly one")
     return {name: array.numpy() for name, array in records[0].items()}
+
+
+def _whole(returned: Tensors) -> Words | None:
+    """Return the words of an answer that consists of nothing else."""
+    words = returned.get(WORDS)
+    if len(returned) != 1 or words is None or words.dtype != np.int64:
+        return None
+    return words.view(np.uint64)
 
 
 def _metrics(reply: Message) -> MetricRecord:
@@ -387,16 +432,12 @@ def _weight(metrics: MetricRecord, total: float, most: int) -> float:
     return counted / total
 
 
-def _masked(
-    state: SecAggPlusState,
-    partners: list[int],
-    story: bytes,
-    code: FixedPoint,
-    weighted: Floats,
-) -> Words:
-    total = code.encode(weighted) + mask(state.rd_seed, len(weighted))
+def _masked(state: SecAggPlusState, partners: list[int], story: bytes, words: Words) -> Words:
+    word, length = f"<u{words.itemsize}", len(words)
+    total: Words = words + mask(state.rd_seed, length, word)
     for node in partners:
-        shared = pairwise_mask(state.sk1, state.public_keys_dict[node][0], story, len(weighted))
+        public = state.public_keys_dict[node][0]
+        shared = pairwise_mask(state.sk1, public, story, length, word)
         total = total + shared if state.nid > node else total - shared
     return total
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import WARNING
 from random import SystemRandom
 from typing import TypeVar, cast
@@ -16,6 +16,7 @@ from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.serverapp import Grid
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+from torch import Tensor
 
 from fedveil.errors import FedveilError
 from fedveil.federation.replies import Update, read_replies
@@ -42,6 +43,7 @@ Keys = tuple[bytes, bytes]
 Read = TypeVar("Read")
 
 _MODULUS = 2**32
+_NAMED = 3  # reasons for which clients are not in a sum
 
 
 @dataclass(frozen=True)
@@ -265,18 +267,80 @@ class Agreement:
             expected={MASKED: torch.zeros(layout.length, dtype=torch.int32)},
             round_number=self.stages.round_number,
         )
-        present = {vector.client.node for vector in vectors}
-        refused = [*self.refused, *refused, *self._silent(present, refused)]
-        holders = [client.node for client in self.clients]
-        self.stages.check("sent what they changed", present, holders, refused)
         total = np.zeros(layout.length, dtype=np.uint32)
         for vector in vectors:
             total += vector.weights[MASKED].numpy().view(np.uint32)
-        for covering in self._masks(self._shares(present, refused), present, layout.length):
-            total -= covering
+        refused = self._unmask(total, {vector.client.node for vector in vectors}, refused)
         weight = sum(min(vector.examples, self.most) for vector in vectors) / self.images
         mean = self.code.decode(total) / weight
         return layout.credited(self.code, mean, vectors, received), refused
+
+    def total(
+        self,
+        replies: Iterable[Message],
+        length: int,
+        *,
+        least_images: int = 0,
+        least_clients: int = 0,
+    ) -> tuple[Tensor, list[Update], list[Refusal]]:
+        """Run the last stage and return the sum of the clients' words, modulo 2⁶⁴.
+
+        Answers are added as they come, and no two of them are held at once.
+
+        Args:
+            replies: Of the third stage, in any order.
+            length: How many words each must have.
+            least_images: Of how many images a sum is made known at least.
+            least_clients: And of how many clients.
+
+        Returns:
+            int64 [length]; who is in it, without weights, in the order of the clients' partitions;
+            and who dropped out.
+
+        Raises:
+            FedveilError: As ``mean``; or too few images are left, and the sum stays hidden.
+        """
+        asked = {client.node: client for client in self.clients}
+        expected = {MASKED: torch.zeros((), dtype=torch.int64).expand(length)}
+        total = np.zeros(length, dtype=np.uint64)
+        summed: dict[int, Update] = {}
+        refused: list[Refusal] = []
+        for reply in replies:
+            updates, wrong = read_replies(
+                [reply],
+                asked=asked,
+                expected=expected,
+                round_number=self.stages.round_number,
+            )
+            refused += wrong
+            for update in updates:
+                if update.client.node in summed:
+                    refused.append(Refusal(update.client.node, "it answered twice"))
+                    continue
+                total += update.weights[MASKED].numpy().view(np.uint64)
+                summed[update.client.node] = replace(update, weights={}, content=None)
+        images = sum(int(update.examples) for update in summed.values())
+        if images < least_images or len(summed) < least_clients:
+            reasons = "; ".join(sorted({refusal.reason for refusal in refused})[:_NAMED])
+            raise FedveilError(
+                f"round {self.stages.round_number}: {images} images of {len(summed)} clients are "
+                f"left in the sum, which would show single ones; it takes {least_images} of "
+                f"{least_clients or FEWEST}, and the sum stays hidden "
+                f"({reasons or 'nobody else answered'}); go on with fedveil train --resume when "
+                "more clients are there"
+            )
+        refused = self._unmask(total, set(summed), refused)
+        ordered = sorted(summed.values(), key=lambda update: update.client.partition)
+        return torch.from_numpy(total.view(np.int64)), ordered, refused
+
+    def _unmask(self, total: Words, present: Set[int], refused: list[Refusal]) -> list[Refusal]:
+        """Take every mask out of ``total``, in place; return all who dropped out."""
+        refused = [*self.refused, *refused, *self._silent(present, refused)]
+        holders = [client.node for client in self.clients]
+        self.stages.check("sent what they changed", present, holders, refused)
+        for covering in self._masks(self._shares(present, refused), present, total):
+            total -= covering
+        return refused
 
     def _silent(self, present: Set[int], refused: Sequence[Refusal]) -> list[Refusal]:
         heard = present | {refusal.node for refusal in refused}
@@ -306,17 +370,18 @@ class Agreement:
         }
 
     def _masks(
-        self, shares: Mapping[int, Sequence[bytes]], present: Set[int], length: int
+        self, shares: Mapping[int, Sequence[bytes]], present: Set[int], total: Words
     ) -> Iterator[Words]:
         """Yield what is left in the sum beside the changes: own masks, and those of a gone half."""
+        length, word = len(total), f"<u{total.itemsize}"
         for node, held in shares.items():
             try:
                 secret = combine_shares(list(held[: self.stages.needed]))
                 if node in present:
-                    yield mask(secret, length)
+                    yield mask(secret, length, word)
                     continue
                 for other in self.stages.neighbours[node] & present:
-                    shared = pairwise_mask(secret, self.keys[other][0], self.story, length)
+                    shared = pairwise_mask(secret, self.keys[other][0], self.story, length, word)
                     yield shared if other > node else -shared
             except (ValueError, IndexError):
                 raise FedveilError(

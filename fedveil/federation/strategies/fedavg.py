@@ -169,9 +169,23 @@ class SeededFedAvg(FedAvg):
         """Decide which model each sampled client receives; here all receive the same."""
         return Distribution((weights,), tuple((client, 0) for client in clients))
 
-    def attachments(self) -> dict[str, ArrayRecord]:
+    def attachments(self) -> Mapping[str, ArrayRecord | ConfigRecord]:
         """Return what goes to every client beside its copy, by the name of its record."""
         return {}
+
+    def choose(self, round_number: int) -> list[Client]:
+        """Return the clients of a round; the same for the same seed and round."""
+        return sample_clients(
+            self.clients,
+            fraction=self.sampling.fraction,
+            seed=self.sampling.seed,
+            round_number=round_number,
+            least=self.sampling.min_train,
+        )
+
+    def received(self, sent: Distribution) -> tuple[Weights, ...]:
+        """Return the models that clients could make of what a round sent, to be evaluated."""
+        return sent.copies
 
     def marked(self, round_number: int, sent: Distribution) -> Distribution:
         """Give each client a copy of its own, with its fingerprint, if it has none yet."""
@@ -219,13 +233,7 @@ class SeededFedAvg(FedAvg):
                 timeout=self.sampling.timeout,
                 key=self.configrecord_key,
             )
-        chosen = sample_clients(
-            self.clients,
-            fraction=self.sampling.fraction,
-            seed=self.sampling.seed,
-            round_number=round_number,
-            least=self.sampling.min_train,
-        )
+        chosen = self.choose(round_number)
         if self.secure:
             # Before any model is made, so that who drops out here was never sent one.
             self._agreement = self.secure.agree(

@@ -1,0 +1,86 @@
+"""A map centred and projected on what the server's own images vary in."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedveil.errors import FedveilError
+from fedveil.features.protocol import FeatureMap, Options, features_of
+
+
+class Projected(FeatureMap):
+    """Principal components, of images that are no client's, of another map's normalised features.
+
+    Fewer features take less noise and fewer images; and centred ones use the norm of 1 that an
+    image may have for what tells it from others.
+
+    Args:
+        inner: The other map.
+        mean: Float32 [D], of its features scaled to norm 1.
+        components: Float32 [D', D].
+
+    Raises:
+        FedveilError: Tensors do not fit the map.
+    """
+
+    name = "projected"
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, inner: FeatureMap, mean: Tensor, components: Tensor) -> None:
+        fits = components.ndim == 2 and components.shape[1] == inner.dimension
+        if not fits or mean.shape != (inner.dimension,):
+            raise FedveilError(
+                f"a projection's tensors are {tuple(mean.shape)} and {tuple(components.shape)}; "
+                f"allowed: ({inner.dimension},) and (D', {inner.dimension})"
+            )
+        super().__init__(inner.shape, len(components))
+        self.inner = inner
+        self.register_buffer("mean", mean.float().contiguous())
+        self.register_buffer("components", components.float().contiguous())
+
+    @property
+    def options(self) -> Options:
+        """Of the inner map."""
+        return {"name": self.inner.name, "options": json.dumps(self.inner.options, sort_keys=True)}
+
+    def sent(self) -> dict[str, Tensor]:
+        """Return the projection, and what the inner map sends."""
+        inner = {f"inner.{name}": value for name, value in self.inner.sent().items()}
+        return {"mean": self.mean, "components": self.components, **inner}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return float32 [N, D']."""
+        return (F.normalize(self.inner(pixels), dim=1) - self.mean) @ self.components.T
+
+
+def inner_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the inner map among those that ``Projected.sent`` gave."""
+    prefix = "inner."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def project(inner: FeatureMap, images: Tensor, dimension: int) -> Projected:
+    """Return a map's first principal components on unlabelled images.
+
+    Args:
+        inner: The map.
+        images: uint8 or float in [0, 1], [N, C, H, W]; no client's.
+        dimension: D', at most D and N - 1.
+
+    Raises:
+        FedveilError: ``dimension`` out of range.
+    """
+    most = min(inner.dimension, len(images) - 1)
+    if not 1 <= dimension <= most:
+        raise FedveilError(
+            f"{dimension} components are out of range: {len(images)} images of the server and "
+            f"{inner.dimension} features allow 1 to {most}"
+        )
+    rows = F.normalize(features_of(inner, images), dim=1).double()
+    mean = rows.mean(0)
+    _, _, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    return Projected(inner, mean, directions[:dimension])

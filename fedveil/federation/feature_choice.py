@@ -1,0 +1,95 @@
+"""Which feature map an analytic run has, from its settings and the server's unlabelled images."""
+
+import math
+from dataclasses import asdict
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from fedveil.analytic.privacy import GaussianRelease
+from fedveil.data import cache
+from fedveil.features import (
+    Dictionary,
+    DictionaryOptions,
+    EfficientNetLite0,
+    FeatureMap,
+    OwnFeatures,
+    Shape,
+    default_options,
+    learn_dictionary,
+    project,
+    tells_mirror_images,
+)
+from fedveil.runs.config import TrainConfig
+
+_MOST_FILTERS = 512  # unless asked for: 4,096 features, whose sums are 67 MB
+_FEATURES_A_FILTER = 8
+_FEWEST_COMPONENTS, _MOST_COMPONENTS, _SHARE = 16, 512, 0.3
+# Part of the key of what is kept: raise it whenever the same settings make another dictionary.
+_FORMAT = 1
+
+
+def choose_features(config: TrainConfig, unlabelled: Tensor, *, images: int) -> FeatureMap:
+    """Return the map that a configuration names, or a dictionary where it names none.
+
+    Args:
+        config: The run's settings.
+        unlabelled: The server's images, uint8 [N, C, H, W].
+        images: Images of the smallest sum there will be, as far as is known.
+
+    Raises:
+        FedveilError: The map cannot be made.
+    """
+    channels, height, width = unlabelled.shape[1:]
+    shape = (channels, height, width)
+    inner = _inner(config, shape, unlabelled, images)
+    components = config.components
+    if components is None and config.epsilon is not None:
+        components = _private_components(config, images)
+    if components is None:
+        return inner
+    return project(inner, unlabelled, min(components, inner.dimension, len(unlabelled) - 1))
+
+
+def _private_components(config: TrainConfig, images: int) -> int:
+    """Return of how many features noise leaves the most: more images bear more of them."""
+    assert config.epsilon is not None
+    release = GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
+    most = math.ceil((config.weight_limit or 1) * images / config.clients)
+    best = round(_SHARE * math.pow(images / release.scale(most), 2 / 3))
+    return max(_FEWEST_COMPONENTS, min(_MOST_COMPONENTS, best))
+
+
+def _inner(config: TrainConfig, shape: Shape, unlabelled: Tensor, images: int) -> FeatureMap:
+    if config.backbone is None:
+        return _dictionary(config, unlabelled, images)
+    if config.backbone == EfficientNetLite0.name:
+        return EfficientNetLite0(shape, config.resolution)
+    return OwnFeatures(shape, config.backbone)
+
+
+def _dictionary(config: TrainConfig, unlabelled: Tensor, images: int) -> Dictionary:
+    channels, height, width = unlabelled.shape[1:]
+    fitting = int(images / config.images_per_feature / _FEATURES_A_FILTER)
+    if config.components or config.epsilon:
+        fitting = _MOST_FILTERS  # what is sent are the components
+    filters = config.filters or max(1, min(_MOST_FILTERS, fitting))
+    mirrored = config.mirrored
+    if mirrored is None:
+        mirrored = not tells_mirror_images(unlabelled, seed=config.seed)
+    options = default_options((channels, height, width), filters, mirrored=mirrored)
+    return _kept(unlabelled, options, seed=config.seed)
+
+
+def _kept(unlabelled: Tensor, options: DictionaryOptions, *, seed: int) -> Dictionary:
+    """Return the dictionary of an earlier process, or make and keep it."""
+    channels, height, width = unlabelled.shape[1:]
+    content = sha256(unlabelled.contiguous().numpy().tobytes()).hexdigest()
+    settings = asdict(options)
+    key = cache.digest("dictionary", _FORMAT, content, settings, seed, torch.__version__)
+    if found := cache.read(key):
+        return Dictionary.rebuild((channels, height, width), settings, found[0])
+    made = learn_dictionary(unlabelled, options, seed=seed)
+    cache.write(key, made.sent(), [])
+    return made
