@@ -120,7 +120,6 @@ class TrainConfig(BaseModel):
         None,
         "Both ways",
         "analytic: take mirror images for alike; by default where they cannot be told.",
-        flags=("--mirrored/--not-mirrored",),
     )
     resolution: int = setting(
         128, "Both ways", "analytic: side in pixels of a backbone's input.", ge=32, le=512

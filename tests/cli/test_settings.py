@@ -57,11 +57,12 @@ def test_every_setting_is_reached_from_the_command_line_as_it_was_written():
     command.command()(with_settings(lambda **settings: given.update(settings)))
     words = []
     for name, field in TrainConfig.model_fields.items():
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             words.append(f"--{'no-' if field.default else ''}{name.replace('_', '-')}")
         else:
             value = {"strategy": "fedavg", "engine": "deployed", "log": "mlflow"}.get(name, "1")
             value = {"average": "median", "bound": "agreement"}.get(name, value)
+            value = {"privacy_unit": "client"}.get(name, value)
             words += [f"--{name.replace('_', '-')}", value]
     done = CliRunner().invoke(command, words)
     assert done.exit_code == 0, done.output
