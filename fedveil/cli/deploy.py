@@ -24,11 +24,15 @@ def init(
     port: Annotated[
         int, typer.Option(min=1, max=60_000, help="Port for the nodes; the next two are used too.")
     ] = 9092,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="TOML file: what the sites let be done with their images."),
+    ] = None,
 ) -> None:
     """Write certificates, keys, start scripts, systemd units and a README with every command."""
     from fedveil.deployment.layout import Deployment, create
 
-    create(directory, Deployment(host, port, nodes))
+    create(directory, Deployment(host, port, nodes), policy=policy)
     typer.echo(f"{directory / 'README.md'}")
 
 
@@ -58,6 +62,9 @@ def status(directory: _Directory) -> None:
         runs.add_row(str(run.number), run.app, run.status, run.details)
     console.print(nodes)
     console.print(runs)
+    for node in found.nodes:
+        if node.refused:
+            console.print(f"{node.name} refused, {node.refused}", markup=False)
     if not all(found.parts.values()) or any(node.status != "online" for node in found.nodes):
         raise typer.Exit(1)
 
@@ -84,13 +91,18 @@ def sign(
 @deploy.command()
 def gate(directory: _Directory) -> None:
     """Serve the one port that is open to the nodes; start-gate runs this."""
-    from fedveil.deployment.admission import Register
+    from fedveil.deployment.admission import Refusals, Register
     from fedveil.deployment.gate import Gate, serve
     from fedveil.deployment.layout import Deployment
 
     deployment = Deployment.open(directory)
     serve(
-        Gate(deployment.superlink, authority=directory / "ca.crt", register=Register(directory)),
+        Gate(
+            deployment.superlink,
+            authority=directory / "ca.crt",
+            register=Register(directory),
+            refusals=Refusals(directory),
+        ),
         host=deployment.listen,
         port=deployment.port,
         certificate=directory / "server.crt",
@@ -111,3 +123,35 @@ def shelf(directory: _Directory) -> None:
         raise FedveilError(f"127.0.0.1:{deployment.shelf_port}: {error.strerror}") from None
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+@deploy.command()
+def images(
+    node: Annotated[Path, typer.Argument(help="Folder of a node.")],
+    source: Annotated[Path, typer.Argument(help="Its images.")],
+) -> None:
+    """Pass a node's images through its policy; prints where apps find them. start runs this."""
+    from fedveil.deployment.site_images import admitted_images
+
+    error = Console(stderr=True, soft_wrap=True, highlight=False)
+    typer.echo(admitted_images(node, source, tell=lambda line: error.print(line, markup=False)))
+
+
+@deploy.command()
+def ledger(node: Annotated[Path, typer.Argument(help="Folder of a node.")]) -> None:
+    """Say what a node's updates have spent of its images' privacy, in all runs together."""
+    from fedveil.deployment.clientapp import LEDGER
+    from fedveil.deployment.ledger import Ledger
+    from fedveil.deployment.policy import POLICY, Policy
+
+    policy, kept = Policy.read(node / POLICY), Ledger(node / LEDGER)
+    runs = Table("run", "answers", "steps", box=None)
+    releases = kept.releases()
+    for run in dict.fromkeys(release.run for release in releases):
+        of_run = [release for release in releases if release.run == run]
+        runs.add_row(str(run), str(len(of_run)), str(sum(release.steps for release in of_run)))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(runs)
+    most = "no limit" if policy.epsilon is None else f"{policy.epsilon:g}"
+    spent = kept.spent(policy.delta)
+    console.print(f"epsilon {spent:.2f} of {most} is spent (delta {policy.delta:g})")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,33 @@ ADJACENCY = (
     "one image of a client added or removed; how many images a client has is taken as public"
 )
 """What two neighbouring data sets are, for which ε and δ hold."""
+
+
+def spent_together(steps: Iterable[tuple[float, float, int]], *, delta: float) -> float:
+    """Return ε of steps of DP-SGD under any noise, for one image added or removed.
+
+    Source: Mironov et al., "Rényi Differential Privacy of the Sampled Gaussian Mechanism", 2019;
+    the Rényi divergences of independent releases add up.
+
+    Args:
+        steps: Noise multiplier, part of the images a step takes (Poisson), and number of steps.
+        delta: Probability with which the promise may fail, in (0, 1).
+
+    Returns:
+        ε; infinite where a step has no noise, 0 without a step.
+    """
+    from opacus.accountants import RDPAccountant
+
+    merged: Counter[tuple[float, float]] = Counter()
+    for noise, rate, count in steps:
+        merged[noise, rate] += count
+    if not merged:
+        return 0.0
+    if any(not noise for noise, _ in merged):
+        return math.inf
+    accountant = RDPAccountant()
+    accountant.history = [(noise, rate, count) for (noise, rate), count in merged.items()]
+    return float(accountant.get_epsilon(delta=delta, alphas=_ORDERS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +122,8 @@ class DPSGD:
         Returns:
             As ``epsilon``.
         """
-        from opacus.accountants import RDPAccountant
-
-        taken = [(images, steps) for images, steps in releases if steps]
-        if not taken:
-            return 0.0
-        if not self.noise:
-            return math.inf
-        accountant = RDPAccountant()
-        rates: dict[float, int] = {}
-        for images, steps in taken:
-            rate = min(1.0, batch_size / images)
-            rates[rate] = rates.get(rate, 0) + steps
-        accountant.history = [(self.noise, rate, steps) for rate, steps in rates.items()]
-        return float(accountant.get_epsilon(delta=self.delta, alphas=_ORDERS))
+        taken = [(self.noise, min(1.0, batch_size / n), steps) for n, steps in releases if steps]
+        return spent_together(taken, delta=self.delta)
 
     def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
         """Refuse a model for which the promise would not hold, or that opacus cannot train.

@@ -30,10 +30,15 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_signature
 from google.protobuf.message import DecodeError, Message
 
+from fedveil.deployment.policy import PolicyError
+from fedveil.files import write_atomically
+
 # An answer is about as long as the model that it answers; twice that in a secure sum's words, and
 # what got lost is sent again. What is not a model's (statistics, a first answer) has the least.
 _PER_BYTE = 4
 _LEAST = 256 * 1024 * 1024
+
+_LONGEST = 300
 
 Clock = Callable[[], datetime]
 
@@ -183,6 +188,45 @@ def objection(question: str, body: bytes, node: Node) -> str | None:
 def object_asked_for(body: bytes) -> str:
     """Return the name of the object that a node pulls, of a question without objection."""
     return str(PullObjectRequest.FromString(body).object_id)
+
+
+def policy_refusals(body: bytes) -> list[str]:
+    """Return what a node's policy said to the messages whose answers it pushes.
+
+    Flower sends an exception of a ClientApp as its class and its words; the class tells which.
+    """
+    reasons = [told.error.reason for told in PushMessagesRequest.FromString(body).messages_list]
+    return [
+        # Whatever a node writes is read by a person at a terminal.
+        "".join(letter for letter in words.rstrip(">'\"") if letter.isprintable())[:_LONGEST]
+        for kind, _, words in (reason.partition(":<") for reason in reasons)
+        if kind == str(PolicyError)
+    ]
+
+
+class Refusals:
+    """What each node's policy refused last, kept in a file that ``fedveil deploy status`` reads.
+
+    Args:
+        directory: Of the deployment.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "state" / "refused.json"
+
+    def note(self, node: Node, reason: str) -> None:
+        """Keep a refusal in the place of the node's last one."""
+        entry = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
+        content = json.dumps({**self.read(), str(node.number): entry})
+        write_atomically(self._file, content.encode(), mode=0o600)
+
+    def read(self) -> dict[str, dict[str, str]]:
+        """Return date and reason of the last refusal by Flower's node id."""
+        try:
+            kept: dict[str, dict[str, str]] = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return kept
 
 
 def _forged(pushed: PushMessagesRequest, node: Node) -> str | None:

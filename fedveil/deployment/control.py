@@ -2,9 +2,11 @@
 
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedveil.deployment.admission import Refusals
 from fedveil.deployment.layout import CONNECTION, Deployment
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.deployed import SuperLink, environment
@@ -21,11 +23,13 @@ class NodeStatus:
         name: Its folder's name, or that it is no node of this deployment.
         number: Flower's node id; ``None`` before it is registered.
         status: ``online``, ``offline``, ``registered`` (never seen yet), or ``not registered``.
+        refused: When its policy last refused a message, and why.
     """
 
     name: str
     number: int | None
     status: str
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,14 @@ def status(path: Path) -> Status:
     nodes = link.answer(link.flwr("supernode", "list", CONNECTION)).get("nodes", [])
     runs = link.answer(link.flwr("list", CONNECTION)).get("runs", [])
     seen = {int(node["node-id"]): str(node["status"]) for node in nodes}
-    known = _registered(path)
+    known, refusals = _registered(path), Refusals(path).read()
     ours = [
-        NodeStatus(name, known.get(name), seen.pop(known.get(name, 0), "not registered"))
+        NodeStatus(
+            name,
+            known.get(name),
+            seen.pop(known.get(name, 0), "not registered"),
+            _told(refusals.get(str(known.get(name)))),
+        )
         for name in deployment.node_names()
     ]
     others = [NodeStatus("not of this folder", number, text) for number, text in seen.items()]
@@ -117,6 +126,10 @@ def status(path: Path) -> Status:
             for run in runs
         ),
     )
+
+
+def _told(refusal: Mapping[str, str] | None) -> str | None:
+    return None if refusal is None else f"{refusal['date']}: {refusal['reason']}"
 
 
 def _link(path: Path) -> SuperLink:

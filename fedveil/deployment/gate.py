@@ -32,10 +32,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fedveil.deployment.admission import (
     Allowance,
     Node,
+    Refusals,
     Register,
     authenticated,
     object_asked_for,
     objection,
+    policy_refusals,
 )
 
 _Event = MutableMapping[str, Any]
@@ -93,10 +95,13 @@ class Gate:
         superlink: host:port of the SuperLink.
         authority: PEM file of the CA that signed its certificate.
         register: The nodes that may pass.
+        refusals: Where it is kept what their policies refuse.
     """
 
-    def __init__(self, superlink: str, *, authority: Path, register: Register) -> None:
-        self._register = register
+    def __init__(
+        self, superlink: str, *, authority: Path, register: Register, refusals: Refusals
+    ) -> None:
+        self._register, self._refusals = register, refusals
         self._busy: Counter[int] = Counter()
         self._allowances: defaultdict[int, Allowance] = defaultdict(Allowance)
         self._client = httpx.AsyncClient(
@@ -155,6 +160,9 @@ class Gate:
         elif path == _PULL:
             await self._pull(node, question, scope, receive, send)
         else:
+            if path == _PUSH:
+                for reason in policy_refusals(question):
+                    self._refusals.note(node, reason)
             sent = await self._pass(scope, _once(question), send)
             if path == _PULL_OBJECT:
                 self._allowances[node.number].handed(object_asked_for(question), sent)

@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from fedveil.deployment.keys import Authority, node_key, signing_key
+from fedveil.deployment.policy import POLICY, Policy
 from fedveil.deployment.signed_apps import key_id, sign_app
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.deployed import ENVIRONMENT, write_app
@@ -81,24 +82,29 @@ class Deployment:
         return [f"node-{number}" for number in range(self.nodes)]
 
 
-def create(path: Path, deployment: Deployment) -> None:
+def create(path: Path, deployment: Deployment, *, policy: Path | None = None) -> None:
     """Write certificates, keys, start scripts, systemd units and the README of a deployment.
 
     Args:
         path: New or empty folder.
         deployment: What to write.
+        policy: What the sites let be done with their images, a TOML file that each node gets as
+            its own; without one a node runs whatever is signed.
 
     Raises:
-        FedveilError: The folder holds something or cannot be written.
+        FedveilError: The folder holds something or cannot be written, or the policy says what none
+            can.
     """
     check_directory(path, new=True)
+    if policy is not None:
+        Policy.read(policy)
     home = path.resolve()
     try:
         for part in ("flwr", "systemd", "state", "runs"):
             (home / part).mkdir(parents=True, mode=0o700)
         home.chmod(0o700)
         _write_server(home, deployment)
-        _write_nodes(home, deployment)
+        _write_nodes(home, deployment, policy)
         write_app(home / "app")
         app = sign_app(home / "app", key=home / "signing.key", shelf=home / "signed-apps")
         _write(home / "README.md", _readme(home, deployment, app.spec))
@@ -140,7 +146,7 @@ def _write_server(home: Path, deployment: Deployment) -> None:
         _write(home / "systemd" / f"fedveil-{name}.service", unit)
 
 
-def _write_nodes(home: Path, deployment: Deployment) -> None:
+def _write_nodes(home: Path, deployment: Deployment, policy: Path | None) -> None:
     public = (home / "signing.pub").read_bytes()
     trusted = f"{key_id(public)}: '{public.decode().strip()}'\n"
     for number, name in enumerate(deployment.node_names()):
@@ -151,17 +157,38 @@ def _write_nodes(home: Path, deployment: Deployment) -> None:
         _write(folder / "node.pub", key.public)
         _write(folder / "ca.crt", (home / "ca.crt").read_bytes())
         _write(folder / "trusted.yaml", trusted)
+        images = "${FEDVEIL_NODE_IMAGES:-$PWD/images}"
+        asked = ""
+        if policy is not None:
+            _write_policy(folder, policy)
+            asked, images = _ASKED_FIRST.format(images=images), "$images"
         command = (
-            f"exec flower-supernode --superlink {deployment.gate} --root-certificates ca.crt \\\n"
+            f"{asked}exec flower-supernode --superlink {deployment.gate} "
+            "--root-certificates ca.crt \\\n"
             "    --auth-supernode-private-key node.key --trusted-entities trusted.yaml \\\n"
             f"    --host 127.0.0.1 --port {deployment.port + 10 + number} \\\n"
             f'    --node-config "partition-id={number} num-partitions={deployment.nodes} '
-            "data='${FEDVEIL_NODE_IMAGES:-$PWD/images}'\""
+            f"data='{images}'\""
         )
         script = _script(Path(_NODE_PROGRAMS), deployment, command)
         _write(folder / "start", script, mode=_SCRIPT)
         unit = _unit(f"fedveil {name}", Path(_NODE_HOME), "start")
         _write(folder / "fedveil-node.service", unit)
+
+
+# The folder's own flwr-clientapp must be the first that SuperExec finds.
+_ASKED_FIRST = (
+    'export FEDVEIL_NODE="$PWD"\n'
+    'export PATH="$PWD/bin:$PATH"\n'
+    'images="$(fedveil deploy images . "{images}")" || exit 1\n'
+)
+
+
+def _write_policy(folder: Path, policy: Path) -> None:
+    (folder / "bin").mkdir(mode=0o700)
+    _write(folder / POLICY, policy.read_bytes())
+    program = '#!/bin/sh\nexec python -m fedveil.deployment.clientapp "$@"\n'
+    _write(folder / "bin" / "flwr-clientapp", program, mode=_SCRIPT)
 
 
 def _script(programs: Path, deployment: Deployment, command: str) -> str:

@@ -81,7 +81,13 @@ class TrainConfig(BaseModel):
         flags=("--defense", "--transform"),
     )
     clients: int = setting(100, "Training", "K: clients in all.", ge=1, le=1_000_000)
-    fraction: float = setting(0.1, "Training", "C: fraction of them a round.", gt=0, le=1)
+    fraction: float = setting(
+        0.1,
+        "Training",
+        "C: fraction of them a round; where it is left out, ten clients at least, or all.",
+        gt=0,
+        le=1,
+    )
     rounds: int = setting(
         50, "Training", "Rounds to train; with --resume, in all.", ge=1, le=1_000_000
     )
@@ -301,9 +307,16 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sums_are_asked_for_once(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and settings.get("strategy") == "analytic":
+    def _enough_clients_a_round(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        if settings.get("strategy") == "analytic":
+            # Sums are asked for once, of everybody.
             return {"rounds": 1, "fraction": 1.0, **settings}
+        # A tenth of five clients is one: its update would be the round, and nobody's cover.
+        clients = settings.get("clients")
+        if isinstance(clients, int) and 0 < clients < 100 and settings.get("fraction") is None:
+            return {**settings, "fraction": min(1.0, 10 / clients)}
         return settings
 
     @model_validator(mode="before")

@@ -21,7 +21,8 @@ def _folder(root, images):
 @pytest.mark.parametrize(
     ("clients", "partition", "words"),
     [
-        (5, "iid", "320 training images: 64 a client; 1 of 5 clients a round (--fraction 1 asks"),
+        (5, "iid", "320 training images: 64 a client; 5 of 5 clients a round; 40 images to cal"),
+        (40, "iid", "320 training images: 8 a client; 10 of 40 clients a round (--fraction 1 a"),
         (100, "iid", "320 training images: 3 to 4 a client; 10 of 100 clients a round (--frac"),
         (1, "iid", "320 training images: 320 a client; 1 of 1 clients a round; 40 images to cal"),
     ],
