@@ -9,6 +9,7 @@ of that message, and no line of the app has run.
 import math
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ LEDGER = "state/ledger.jsonl"
 _ASKED_BETWEEN = ("pull_task_input", "install_from_fab")
 
 
-def admit(node: Path, app: str, message: Message, context: Context) -> None:
+def admit(node: Path, app: str, message: Message, context: Context, *, bundle: str) -> None:
     """Let a message be answered, and note what it spends; or refuse it.
 
     Args:
@@ -37,13 +38,14 @@ def admit(node: Path, app: str, message: Message, context: Context) -> None:
         app: ``@publisher/name==version`` of the app that is to run.
         message: What it is to answer.
         context: The node's.
+        bundle: SHA-256 of the app's bundle, hex.
 
     Raises:
         PolicyError: The site's policy forbids it.
         FedveilError: The policy or the ledger cannot be read, or the node's images.
     """
     policy = Policy.read(node / POLICY)
-    policy.check(app, message)
+    policy.check(app, message, bundle=bundle)
     if policy.epsilon is not None and policy.releases(message):
         release = _release(message, context)
         Ledger(node / LEDGER).spend(release, most=policy.epsilon, delta=policy.delta)
@@ -96,8 +98,10 @@ def _ask_between(node: Path) -> None:
         return tuple(pulled)
 
     def install_if_admitted(content: Any, **options: Any) -> Any:
-        message, context, run, _ = pulled
-        admit(node, f"@{run.fab_id}=={run.fab_version}", message, context)
+        message, context, run, fab = pulled
+        # Of what is about to be installed, not of what Flower says of it.
+        bundle = sha256(fab.content).hexdigest()
+        admit(node, f"@{run.fab_id}=={run.fab_version}", message, context, bundle=bundle)
         return install(content, **options)
 
     for name, asking in zip(_ASKED_BETWEEN, (pull_and_keep, install_if_admitted), strict=True):

@@ -2,7 +2,7 @@
 
 import hashlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Policy(BaseModel):
     What is left out is not limited.
 
     Attributes:
-        apps: Apps this node runs, of those that are signed: ``@publisher/name==version``.
+        apps: Apps this node runs, of those that are signed: ``@publisher/name==version``, and with
+            `` sha256:HEX`` behind it that bundle alone.
         messages: Kinds of messages it answers, as Flower calls them: ``query``, ``train``,
             ``train.gradient``, ``evaluate``.
         models: Models it trains, as ``--model`` names them; ``name sha256:HEX`` also pins the file
@@ -98,21 +99,24 @@ class Policy(BaseModel):
         except (OSError, ValueError, RecursionError) as error:
             raise FedveilError(f"policy {path} cannot be read: {error}") from None
 
-    def check(self, app: str, message: Message) -> None:
+    def check(self, app: str, message: Message, *, bundle: str) -> None:
         """Refuse what exceeds the policy, but for the budget, which ``releases`` tells.
 
         Args:
             app: ``@publisher/name==version`` of the app that is to run.
             message: What it is to answer.
+            bundle: SHA-256 of the app's bundle, hex.
 
         Raises:
             PolicyError: Names what is asked, and what is allowed.
         """
         kind = message.metadata.message_type
-        _check_listed("apps", app, self.apps)
+        if self.apps is not None:
+            _check_pin("apps", app, self.apps, lambda: bundle)
         _check_listed("messages", kind, self.messages)
         if self.models is not None and kind.partition(".")[0] in ("train", "evaluate"):
-            _check_model(_task(message, "models").model, self.models)
+            model = _task(message, "models").model
+            _check_pin("models", model, self.models, lambda: _digest(model.partition(":")[0]))
         if self.smallest_sum is not None:
             _check_sum(message, self.smallest_sum)
 
@@ -150,16 +154,15 @@ def _check_listed(name: str, asked: str, allowed: Sequence[str] | None) -> None:
         )
 
 
-def _check_model(asked: str, allowed: Sequence[str]) -> None:
-    pins = {name: pin for name, _, pin in (entry.partition(" ") for entry in allowed)}
-    _check_listed("models", asked, list(pins))
+def _check_pin(
+    name: str, asked: str, allowed: Sequence[str], digest: Callable[[], str | None]
+) -> None:
+    pins = {entry: pin for entry, _, pin in (text.partition(" ") for text in allowed)}
+    _check_listed(name, asked, list(pins))
     pin = pins[asked].strip().removeprefix("sha256:")
-    if not pin:
-        return
-    found = _digest(asked.partition(":")[0])
-    if found != pin:
+    if pin and (found := digest()) != pin:
         raise PolicyError(
-            f"the site's policy pins model {asked} to sha256:{pin}; installed here is "
+            f"the site's policy pins {asked} to sha256:{pin}, and what is there is "
             f"{f'sha256:{found}' if found else 'none'}"
         )
 
