@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Protects federated learning in both directions, and proves it by attack.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_help=True)
 audit = typer.Typer(help="Attack what a federation gives away, and measure.", no_args_is_help=True)

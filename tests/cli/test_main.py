@@ -376,3 +376,15 @@ def test_a_study_of_the_transformation_from_the_command_line(folder):
 
 def test_a_demo_where_a_file_is(folder):
     refuses("demo", "--out", "file.txt", words=["file.txt", "Not a directory"])
+
+
+def test_a_shell_completes_commands_and_options():
+    asked = {"_FEDVEIL_COMPLETE": "complete_bash", "COMP_WORDS": "fedveil train --clie"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fedveil")],
+        env={**os.environ, **asked, "COMP_CWORD": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["--clients"]
