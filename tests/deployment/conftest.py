@@ -60,10 +60,10 @@ class Federation:
         self.logs.mkdir()
         self.key = OperatorKey.make(home.parent / "key").path
 
-    def start(self, name, script, **settings):
+    def start(self, name, *command, **settings):
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [script],
+                command,
                 env={**os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", **settings},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -76,9 +76,14 @@ class Federation:
         self.start(part, self.home / f"start-{part}", **secrets)
 
     def start_node(self, number):
+        """Start a node, and after a failure again, as its unit does.
+
+        One that was killed fails so long as Flower has not missed its heartbeats.
+        """
         images = str(self.home.parent / "sites" / f"node-{number}")
         script = self.home / "nodes" / f"node-{number}" / "start"
-        self.start(f"node-{number}", script, FEDVEIL_NODE_IMAGES=images)
+        again = 'until "$0"; do sleep 5; done'
+        self.start(f"node-{number}", "sh", "-c", again, script, FEDVEIL_NODE_IMAGES=images)
 
     def kill(self, name, number=signal.SIGKILL):
         process = self.processes.pop(name)

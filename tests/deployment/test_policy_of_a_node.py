@@ -67,7 +67,7 @@ def test_a_node_refuses_what_exceeds_its_policy_and_remembers_what_it_spent(fede
 
     federation.kill("node-0")
     federation.start_node(0)
-    federation.until(lambda: _online(federation))
+    federation.until(lambda: federation.log("node-0").count("SuperNode ID:") > 1)
     done = _train(federation, tmp_path / "again", "--rounds=1")
     assert done.returncode == 2
     assert told in done.stderr
