@@ -191,7 +191,7 @@ class Deployed:
 
     def train(self, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
         """Start or go on with a run on the deployment."""
-        command = train_command(self.federation, out, "--rounds=2", "--timeout=30", APP)
+        command = train_command(self.federation, out, "--rounds=2", "--timeout=60", APP)
         if resume:
             command = [*command[:4], "--resume", str(out)]
         with (self.federation.logs / f"{out.name}.log").open("ab") as log:

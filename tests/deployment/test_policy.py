@@ -127,7 +127,7 @@ def test_a_model_is_pinned_by_the_file_it_stands_in(tmp_path, monkeypatch):
     policy = read(tmp_path, NAMED + f'models = ["own_net:make sha256:{digest}"]')
     policy.check(APP, message(model="own_net:make"), bundle=BUNDLE)
     (tmp_path / "own_net.py").write_text("changed = True\n")
-    with pytest.raises(PolicyError, match=f"pins model own_net:make to sha256:{digest}"):
+    with pytest.raises(PolicyError, match=f"pins own_net:make to sha256:{digest}"):
         policy.check(APP, message(model="own_net:make"), bundle=BUNDLE)
 
 
