@@ -22,6 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fedveil.audit.align import aligned, mean_state
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
@@ -48,6 +49,7 @@ class Lineup:
         directions: float32 [m, n], differences to the round's other shared copies, times ``unit``.
         patterns: float32 [clients + decoys, n], of the clients, then of keys nobody got.
         tensors: Name and number of values of each parameter.
+        base: Mean of the round's shared copies, by name in the order of ``tensors``.
     """
 
     round: int
@@ -57,6 +59,7 @@ class Lineup:
     directions: Tensor
     patterns: Tensor
     tensors: tuple[tuple[str, int], ...]
+    base: Weights
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,9 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     """Name the clients whose copies a leaked model was made from.
 
     Clients are tested round by round, and those of several rounds once more by the sum of their z
-    over the square root of their number. Bonferroni's correction over all these tests bounds the
+    over the square root of their number. Before each comparison the leaked model's hidden units are
+    put into the order and the scale of the round's base, which no pattern has a part in.
+    Bonferroni's correction over all these tests bounds the
     chance that anybody innocent is named.
 
     Args:
@@ -169,8 +174,7 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     decoys: list[float] = []
     leak: Leak | None = None
     for lineup in among:
-        # The rounds of a run differ in their values, not in their tensors.
-        leak = leak or Leak.of(leaked, lineup.tensors)
+        leak = Leak.of(aligned(leaked, lineup.base), lineup.tensors)
         z = (lineup.patterns @ direction(leak, lineup)).tolist()
         for client, score in zip(lineup.clients, z, strict=False):
             scores.setdefault(client, {})[lineup.round] = score
@@ -214,6 +218,7 @@ def log10_p(z: float) -> float:
 
 def _of_round(entry: Entry, fingerprint: Fingerprint) -> Iterator[Lineup]:
     flat = [torch.cat([c[n].float().reshape(-1) for n in fingerprint.names]) for c in entry.copies]
+    base = mean_state(entry.copies, fingerprint.names)
     receivers = sorted((copy, client) for client, copy in entry.assignment.items())
     for copy, group in groupby(receivers, key=lambda item: item[0]):
         clients = tuple(client for _, client in group)
@@ -233,6 +238,7 @@ def _of_round(entry: Entry, fingerprint: Fingerprint) -> Iterator[Lineup]:
             directions=torch.stack(others) if others else torch.empty(0, len(unit)),
             patterns=torch.stack(patterns),
             tensors=tuple((name, entry.copies[copy][name].numel()) for name in fingerprint.names),
+            base=base,
         )
 
 

@@ -152,6 +152,44 @@ class FrontierRow(_Content):
         return self.strength or ""
 
 
+class EgressRow(_Content):
+    """A row of ``egress.json``: one attack; None where too few images could tell."""
+
+    attack: Text
+    auc: Share
+    auc_low: Share
+    auc_high: Share
+    tpr_at_1: Share | None = None
+    tpr_at_1_low: Share | None = None
+    tpr_at_1_high: Share | None = None
+    tpr_at_01: Share | None = None
+    tpr_at_01_low: Share | None = None
+    tpr_at_01_high: Share | None = None
+
+
+class Exposed(_Content):
+    """One of the training images that a delivered model is surest of."""
+
+    image: Count
+    label: Count
+    others_above: Count
+
+
+class EgressAudit(_Content):
+    """``egress.json``: what a delivered model tells of who was in its training."""
+
+    subject: Text
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    members: Count
+    others: Count
+    accuracy_members: Share
+    accuracy_others: Share
+    rows: tuple[EgressRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+    exposed: tuple[Exposed, ...] = Field(default=(), max_length=1_000)
+    untold: tuple[Text, ...] = Field(default=(), max_length=100)
+    name: Text = ""
+
+
 class _Leakage(_Content):
     settings: dict[Text, Any] = Field(default_factory=dict)
     rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
@@ -248,6 +286,7 @@ class Artifacts:
     leakages: tuple[LeakageAudit, ...] = ()
     thefts: tuple[TheftAudit, ...] = ()
     frontiers: tuple[Frontier, ...] = ()
+    egresses: tuple[EgressAudit, ...] = ()
 
 
 def read_artifacts(directories: Sequence[Path]) -> Artifacts:
@@ -271,6 +310,7 @@ def read_artifacts(directories: Sequence[Path]) -> Artifacts:
         leakages=tuple(_leakage(p) for p in places if _has(p, "leakage.json")),
         thefts=tuple(_theft(p) for p in places if _has(p, "theft.json")),
         frontiers=tuple(_frontier(p) for p in places if _has(p, "frontier.json")),
+        egresses=tuple(_egress(p) for p in places if _has(p, "egress.json")),
     )
 
 
@@ -285,8 +325,8 @@ def _places(path: Path) -> Iterator[Path]:
     if not found:
         raise FedveilError(
             f"{path} holds no run and no audit: neither it nor a folder in it has a rounds.jsonl, "
-            "leakage.json, theft.json or frontier.json; name the --out directory of fedveil train, "
-            "fedveil audit or fedveil frontier"
+            "leakage.json, theft.json, egress.json or frontier.json; name the --out directory of "
+            "fedveil train, fedveil audit or fedveil frontier"
         )
     yield from found
 
@@ -295,7 +335,7 @@ def _is_artifact(path: Path) -> bool:
     return path.is_dir() and (_has_run(path) or any(_has(path, f"{kind}.json") for kind in _AUDITS))
 
 
-_AUDITS = ("leakage", "theft", "frontier")
+_AUDITS = ("leakage", "theft", "egress", "frontier")
 
 
 def _has(path: Path, name: str) -> bool:
@@ -351,6 +391,12 @@ def _frontier(path: Path) -> Frontier:
     file = path / "frontier.json"
     content = _checked(_Frontier, _object(file), file)
     return Frontier(str(path), content.settings, content.rows)
+
+
+def _egress(path: Path) -> EgressAudit:
+    file = path / "egress.json"
+    audit = _checked(EgressAudit, _object(file), file)
+    return audit.model_copy(update={"name": str(path)})
 
 
 def _text(file: Path) -> str:

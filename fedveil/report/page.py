@@ -20,6 +20,7 @@ from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.report.artifacts import (
     Artifacts,
+    EgressAudit,
     Frontier,
     FrontierRow,
     LeakageAudit,
@@ -151,6 +152,7 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
         leakages=leakages,
         thefts=[_theft_view(n, audit) for n, audit in enumerate(artifacts.thefts)],
         frontiers=[_frontier_view(n, f) for n, f in enumerate(artifacts.frontiers)],
+        egresses=artifacts.egresses,
         settings=list(_settings(artifacts)),
         limits=list(_limits(artifacts, leakages)),
     )
@@ -339,9 +341,10 @@ def _settings(artifacts: Artifacts) -> Iterator[Settings]:
     for run in artifacts.runs:
         yield Settings(run.name, "training run", _pairs(run.summary.configuration.model_dump()))
         yield Settings(run.name, "versions", _pairs(run.summary.versions))
-    audits: Sequence[tuple[str, Sequence[LeakageAudit | TheftAudit | Frontier]]] = (
+    audits: Sequence[tuple[str, Sequence[LeakageAudit | TheftAudit | Frontier | EgressAudit]]] = (
         ("leakage audit", artifacts.leakages),
         ("theft audit", artifacts.thefts),
+        ("egress audit", artifacts.egresses),
         ("frontier", artifacts.frontiers),
     )
     for kind, group in audits:
@@ -372,6 +375,10 @@ def _limits(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[s
     )
     yield from _limits_of_runs(artifacts.runs)
     yield from _limits_of_leakage(artifacts, leakages)
+    for audit in artifacts.egresses:
+        yield from (f"{audit.name}: {sentence}" for sentence in audit.untold[:_MOST_CLAIMS])
+    if artifacts.runs and not artifacts.egresses:
+        yield "What the delivered model tells of who was in its training was not measured."
     if not artifacts.thefts:
         yield "Theft was not measured: no theft audit was given."
     if not artifacts.frontiers:

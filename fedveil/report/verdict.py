@@ -12,6 +12,8 @@ from typing import Any
 
 from fedveil.report.artifacts import (
     Artifacts,
+    EgressAudit,
+    EgressRow,
     Frontier,
     FrontierRow,
     LeakageAudit,
@@ -31,6 +33,8 @@ _FAR = 0.1
 _ENOUGH = 60
 _RARE = 0.025
 _COUNTED = 10_000
+_CHANCE = 0.01
+_GUESSING = 0.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     Nothing is marked good beside a model that is of no use: a cap that holds because nothing was
     learnt protects nothing.
     """
-    found: tuple[Finding, ...] = verdict(artifacts)
+    found: tuple[Finding, ...] = (*verdict(artifacts), *of_egress(artifacts.egresses))
     leading = _of_models(artifacts.runs)
     if any(map(_useless, artifacts.runs)):
         found = tuple(
@@ -346,6 +350,54 @@ def _of_theft(rows: Sequence[TheftRow]) -> Finding:
         f"A thief gains up to {points(worst.advantage)}{spread}: of the thefts tried, {how} "
         f"reached {outcome}, and a thief who tries something else may gain more.",
     )
+
+
+def of_egress(audits: Sequence[EgressAudit]) -> tuple[Finding, ...]:
+    """Return what the delivered models tell of who was in their training; the worst, if any."""
+    if not audits:
+        return ()
+    audit, row = max(
+        ((audit, row) for audit in audits for row in audit.rows),
+        key=lambda pair: (pair[1].tpr_at_1_low or 0.0, pair[1].auc_low),
+    )
+    topic = "Who was in the training"
+    how = f"the strongest attack tried ({row.attack}) tells members of {audit.subject} from others"
+    spread = f"({row.auc_low:.2f} to {row.auc_high:.2f})"
+    area = f"with an area under the curve of {row.auc:.2f} {spread}"
+    if row.tpr_at_1 is None or row.tpr_at_1_low is None:
+        kind = "bad" if row.auc_low > _GUESSING else "unknown"
+        return (
+            Finding(
+                topic,
+                f"AUC {row.auc:.2f}" if kind == "bad" else "Cannot tell",
+                kind,
+                f"From the delivered model {how} {area}; {audit.others:,} other images are too few "
+                "to tell how many members are found at a low rate of error.",
+            ),
+        )
+    found = f"{percent(row.tpr_at_1)} of members are found where 1 % of others are called members"
+    found += interval(row.tpr_at_1_low, row.tpr_at_1_high) + _at_a_thousandth(row)
+    if row.tpr_at_1_low > _CHANCE or row.auc_low > _GUESSING:
+        kind, mark = "bad", f"{percent(row.tpr_at_1)} found"
+    elif any(one.attack != "loss" for one in audit.rows):
+        kind, mark = "good", "No better than chance"
+    else:
+        kind, mark = "unknown", "Only the loss was tried"
+    return (
+        Finding(
+            topic,
+            mark,
+            kind,
+            f"From the delivered model {how} {area}: {found}; an attacker with more shadow models "
+            "may find more.",
+        ),
+    )
+
+
+def _at_a_thousandth(row: EgressRow) -> str:
+    if row.tpr_at_01 is None:
+        return ", at 0.1 % cannot be told"
+    return f", {percent(row.tpr_at_01)} where 0.1 % are"
 
 
 def _of_leakage(rows: Sequence[_Leaked]) -> Finding:

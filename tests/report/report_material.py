@@ -158,3 +158,36 @@ def make_frontier(path: Path, rows=FRONTIER_ROWS) -> Path:
     content = {"settings": {"dataset": "cifar10"}, "rows": list(rows)}
     (path / "frontier.json").write_text(json.dumps(content))
     return path
+
+
+def egress_row(attack="lira", *, auc=0.7, found=0.1, **changes):
+    low = None if found is None else max(0.0, found - 0.02)
+    high = None if found is None else min(1.0, found + 0.02)
+    return {
+        "attack": attack,
+        "auc": auc,
+        "auc_low": auc - 0.03,
+        "auc_high": min(1.0, auc + 0.03),
+        "tpr_at_1": found,
+        "tpr_at_1_low": low,
+        "tpr_at_1_high": high,
+        **changes,
+    }
+
+
+def make_egress(path: Path, rows=(), *, untold=(), **changes) -> Path:
+    path.mkdir(parents=True)
+    content = {
+        "subject": "runs/a",
+        "settings": {"images": 1000, "shadows": 4},
+        "members": 1000,
+        "others": 999,
+        "accuracy_members": 0.99,
+        "accuracy_others": 0.9,
+        "rows": list(rows) or [egress_row("loss", auc=0.6, found=0.03), egress_row()],
+        "exposed": [{"image": 7, "label": 3, "score": 9.5, "others_above": 0}],
+        "untold": list(untold),
+        **changes,
+    }
+    (path / "egress.json").write_text(json.dumps(content))
+    return path

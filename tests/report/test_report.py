@@ -33,12 +33,14 @@ from fedveil.report.artifacts import (
 )
 from fedveil.report.controls import controls
 from fedveil.report.svg import Chart, Series, counts, draw, shares
-from fedveil.report.verdict import _above_floor, percent, ranked
+from fedveil.report.verdict import _above_floor, of_egress, percent, ranked
 from tests.report.report_material import (
     CANARY,
     NASTY,
     configuration,
+    egress_row,
     leakage_row,
+    make_egress,
     make_frontier,
     make_leakage,
     make_run,
@@ -245,6 +247,46 @@ def test_shares_without_a_floor_are_named(tmp_path):
     page = build_page(read_artifacts([old, new]), title="a", now=NOW)
     assert f"No floor stands beside the matched shares of {old}:" in page
     assert "floor 1.0\N{NO-BREAK SPACE}%" in page
+
+
+def told_of_egress(directory):
+    (found,) = of_egress(read_artifacts([directory]).egresses)
+    return found.kind, plain(found.mark), plain(found.sentence)
+
+
+def test_what_a_delivered_model_tells_is_told_by_its_strongest_attack(tmp_path):
+    kind, mark, sentence = told_of_egress(make_egress(tmp_path / "egress"))
+    assert (kind, mark) == ("bad", "10 % found")
+    assert "attack tried (lira) tells members of runs/a from others" in sentence
+    assert "10 % of members are found where 1 % of others are called members" in sentence
+    assert "(95 % interval 8.0 % to 12 %), at 0.1 % cannot be told" in sentence
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "mark"),
+    [
+        ([egress_row("loss", auc=0.51, found=0.01)], "unknown", "Only the loss was tried"),
+        ([egress_row("lira", auc=0.51, found=0.01)], "good", "No better than chance"),
+        ([egress_row("lira", auc=0.51, found=0.04)], "bad", "4.0 % found"),
+        ([egress_row("lira", auc=0.6, found=0.01)], "bad", "1.0 % found"),
+        ([egress_row("lira", auc=0.51, found=None)], "unknown", "Cannot tell"),
+        ([egress_row("lira", auc=0.9, found=None)], "bad", "AUC 0.90"),
+    ],
+)
+def test_too_few_images_or_attacks_clear_no_model(tmp_path, rows, kind, mark):
+    assert told_of_egress(make_egress(tmp_path / "egress", rows))[:2] == (kind, mark)
+
+
+def test_the_page_says_what_egress_could_not_tell(tmp_path):
+    run, nothing = make_run(tmp_path / "run"), ("0.1 % cannot be told <b>",)
+    page = build_page(read_artifacts([run]), title="a", now=NOW)
+    assert "of who was in its training was not measured" in page
+    egress = make_egress(tmp_path / "egress", untold=nothing)
+    page = build_page(read_artifacts([run, egress]), title="a", now=NOW)
+    assert "of who was in its training was not measured" not in page
+    assert "0.1 % cannot be told &lt;b&gt;" in page
+    assert "cannot tell" in page
+    assert "The most exposed training images" in page
 
 
 def test_a_frontier_speaks_only_where_there_is_no_audit_and_gives_the_accuracy(tmp_path):

@@ -1,0 +1,148 @@
+"""Tracing after what changes no answer: the order and the scale of hidden units."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fedveil.audit.align import aligned
+from fedveil.audit.trace import lineups, log10_p, trace
+from fedveil.copies.fingerprint import Fingerprint
+from fedveil.copies.noise import NoiseKey
+from fedveil.models import build_model
+from fedveil.runs.archive import Archive, Entry
+
+KEY = NoiseKey(b"thirty-two bytes of a secret key")
+OUTPUT = ("output.weight", "output.bias")
+
+
+def network(seed):
+    return {
+        name: value.detach().clone()
+        for name, value in build_model("cnn", (1, 8, 8), 10, seed=seed).named_parameters()
+    }
+
+
+def disguised(state, seed, *, permute=True, rescale=True):
+    """The same function: units of both convolutions and of the hidden layer moved and scaled."""
+    generator, state = torch.Generator().manual_seed(seed), dict(state)
+    for layer, after in (("body.0", "body.3"), ("body.3", "hidden"), ("hidden", "output")):
+        units = len(state[f"{layer}.weight"])
+        order = torch.randperm(units, generator=generator) if permute else torch.arange(units)
+        scale = torch.exp(torch.randn(units, generator=generator)) if rescale else torch.ones(units)
+        for kind in ("weight", "bias"):
+            own = state[f"{layer}.{kind}"][order]
+            state[f"{layer}.{kind}"] = own * scale.reshape(-1, *[1] * (own.ndim - 1))
+        fed = state[f"{after}.weight"]
+        grouped = fed.reshape(len(fed), units, -1)[:, order] / scale[:, None]
+        state[f"{after}.weight"] = grouped.reshape(fed.shape)
+    return state
+
+
+def answers(state, pixels):
+    model = build_model("cnn", (1, 8, 8), 10, seed=0)
+    model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        return model.eval()(pixels)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Two rounds of a pair of copies that differ in the output layer, 8 clients each."""
+    made = Archive.create(tmp_path_factory.mktemp("run"), KEY)
+    mark = Fingerprint.of(build_model("cnn", (1, 8, 8), 10, seed=0), KEY, strength=0.05)
+    for number in (1, 2):
+        base = network(number)
+        pair = tuple(
+            {
+                name: value + sign * 3 * value.std() * torch.sin(37 * value / value.std())
+                if name in OUTPUT
+                else value
+                for name, value in base.items()
+            }
+            for sign in (1, -1)
+        )
+        made.write(Entry(number, pair, {client: client % 2 for client in range(8)}, mark))
+    return made
+
+
+@pytest.fixture(scope="module")
+def suspects(kept):
+    return list(lineups(kept))
+
+
+def test_a_disguise_is_taken_off(kept):
+    base = kept.read(1).copies[0]
+    own = kept.read(1).received(4).weights
+    hidden = disguised(own, 5)
+    pixels = torch.rand(20, 1, 8, 8)
+    assert torch.allclose(answers(own, pixels), answers(hidden, pixels), atol=1e-4)
+    found = aligned(hidden, base)
+    assert torch.allclose(answers(found, pixels), answers(hidden, pixels), atol=1e-4)
+    for name in ("body.0.weight", "body.3.weight", "hidden.weight"):
+        # To the scale of each unit, which is the base's then, not the copy's.
+        assert torch.allclose(found[name], own[name], rtol=0.1, atol=0.02)
+
+
+def test_what_wears_no_disguise_is_left_as_it_is_to_the_bit(kept):
+    entry = kept.read(1)
+    own = entry.received(4).weights
+    found = aligned(own, entry.copies[0])
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("permute", "rescale"), [(True, False), (False, True), (True, True)], ids=str
+)
+@pytest.mark.parametrize("change", ["nothing", "tuned", "pruned", "quantised"])
+def test_the_receiver_is_named_under_a_disguise(kept, suspects, permute, rescale, change):
+    leaked = dict(kept.read(2).received(3).weights)
+    if change == "tuned":
+        generator = torch.Generator().manual_seed(1)
+        leaked = {
+            n: v + 0.02 * v.std() * torch.randn(v.shape, generator=generator)
+            for n, v in leaked.items()
+        }
+    if change == "pruned":
+        leaked = {n: torch.where(v.abs() < 0.3 * v.std(), 0, v) for n, v in leaked.items()}
+    if change == "quantised":
+        leaked = {
+            n: (v / v.abs().max() * 31).round() * v.abs().max() / 31 for n, v in leaked.items()
+        }
+    hidden = disguised(leaked, 9, permute=permute, rescale=rescale)
+    found = trace(hidden, suspects)
+    assert found.named == (3,)
+    plain = trace(leaked, suspects).suspects[0].z
+    assert found.suspects[0].z > 0.5 * plain
+
+
+def test_three_colluders_are_named_under_a_disguise(kept, suspects):
+    states = [kept.read(1).received(client).weights for client in (1, 4, 6)]
+    mean = {n: torch.stack([s[n] for s in states]).mean(0) for n in states[0]}
+    assert trace(disguised(mean, 3), suspects).named == (1, 4, 6)
+
+
+def test_aligned_innocents_are_accused_no_more_often_than_by_chance(suspects):
+    """Trained elsewhere from the same base, so that alignment has much to find, then disguised."""
+    z = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        base = network(1 + seed % 2)
+        other = {
+            n: v + 0.1 * v.std() * torch.randn(v.shape, generator=generator)
+            for n, v in base.items()
+        }
+        found = trace(disguised(other, seed), suspects)
+        assert not found.named
+        z += [score for suspect in found.suspects for score in suspect.scores.values()]
+    assert len(z) == 40 * 16
+    p = 10 ** np.array([log10_p(score) for score in z])
+    assert stats.kstest(p, "uniform").pvalue > 1e-3
+
+
+def test_a_model_that_is_no_chain_is_left_alone():
+    base = {"a.weight": torch.randn(4, 3), "b.weight": torch.randn(5, 7)}
+    leaked = {name: value.flip(0) for name, value in base.items()}
+    found = aligned(leaked, base)
+    assert all(torch.equal(found[name], leaked[name]) for name in base)
+    assert aligned({"a.weight": base["a.weight"]}, base).keys() == {"a.weight"}
