@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.secagg.client import SUMMED
 from fedveil.federation.task import ClientTask
 
 POLICY = "policy.toml"
@@ -33,7 +34,7 @@ class Policy(BaseModel):
         apps: Apps this node runs, of those that are signed: ``@publisher/name==version``, and with
             `` sha256:HEX`` behind it that bundle alone.
         messages: Kinds of messages it answers, as Flower calls them: ``query``, ``train``,
-            ``train.gradient``, ``evaluate``.
+            ``train.statistics``, ``train.gradient``, ``evaluate``.
         models: Models it trains, as ``--model`` names them; ``name sha256:HEX`` also pins the file
             that a ``package.module:factory`` stands in, as it is installed at the site.
         transform: What its images pass through before any app sees them, as ``--defense`` names it.
@@ -203,7 +204,7 @@ def _check_sum(message: Message, smallest: int) -> None:
 def _stage(message: Message) -> str | None:
     record = message.content.config_records.get(RECORD_KEY_CONFIGS)
     # Messages of any other kind are answered in the clear, whatever record they carry.
-    if record is None or message.metadata.message_type != "train":
+    if record is None or message.metadata.message_type not in SUMMED:
         return None
     stage = record.get(Key.STAGE)
     if stage not in _STAGES:

@@ -107,6 +107,7 @@ def test_what_exceeds_a_policy_is_refused_by_name(tmp_path, text, asked, said):
         ("", message("train.gradient", task=False)),
         (NAMED + 'messages = ["train"]\nmodels = ["lenet", "cnn"]', message()),
         (NAMED + "smallest-sum = 5", message("query")),
+        (NAMED + "smallest-sum = 5", message("train.statistics", secagg={Key.STAGE: Stage.UNMASK})),
         (f'apps = ["{APP} sha256:{BUNDLE}"]', message()),
         (
             NAMED + "smallest-sum = 5",

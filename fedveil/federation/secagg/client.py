@@ -64,7 +64,8 @@ WORDS = "words"
 STATISTICS = "statistics"
 """Action of a train message that is answered by ``WORDS``."""
 
-_SUMMED = ("train", f"train.{STATISTICS}")
+SUMMED = ("train", f"train.{STATISTICS}")
+"""Kinds of messages that may ask for an answer in a sum; others are answered in the clear."""
 
 Floats = NDArray[np.float64]
 Words = NDArray[np.uint32] | NDArray[np.uint64]
@@ -213,7 +214,7 @@ def secure_aggregation_mod(
             cannot be summed; or this node takes no message without secure aggregation.
     """
     record = message.content.config_records.get(RECORD_KEY_CONFIGS)
-    if message.metadata.message_type not in _SUMMED or record is None:
+    if message.metadata.message_type not in SUMMED or record is None:
         _check_permitted(message, context)
         return call_next(message, context)
     stage = str(record.get(Key.STAGE))
