@@ -43,6 +43,7 @@ def run_theft_audit(
         raise FedveilError(f"--workers {workers} is out of range: give at least 1")
     check_directory(out)
     run = AuditedRun(settings.run, settings.seed)
+    run.check_stealable()
     reference = run.accuracy(run.delivered())
     for thief in settings.cells:
         run.clients(thief)  # so that too many colluders are refused before anything is written

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedveil.analytic import AnalyticClassifier, load_classifier
 from fedveil.attacks.theft import Copy, TheftObservation
 from fedveil.data import Images, parse_partition
 from fedveil.data.augmentation import Augmentation, parse_augmentation
@@ -92,6 +93,33 @@ class AuditedRun:
         """What each round sent to whom, in order, without the weights: those may be gigabytes."""
         return tuple(
             SentRound(entry.round, entry.assignment, _differing(entry)) for entry in self.archive
+        )
+
+    def check_stealable(self) -> None:
+        """Refuse a run whose clients received a feature map alone, which the archive shows.
+
+        Raises:
+            FedveilError: There is no model to steal from; or the archive holds something else than
+                the map, which is said as well.
+        """
+        if not isinstance(self.job.model, AnalyticClassifier):
+            return
+        features = load_classifier(self.directory.model()).features.sent()
+        for entry in self.archive:
+            for copy in entry.copies:
+                if copy.keys() != features.keys() or any(
+                    not torch.equal(value, features[name]) for name, value in copy.items()
+                ):
+                    raise FedveilError(
+                        f"{self.directory.path}: round {entry.round} sent clients something else "
+                        "than the feature map of w, which an analytic run never does; do not trust "
+                        "this run"
+                    )
+        raise FedveilError(
+            f"{self.directory.path}: clients of strategy analytic received no model. Its archive "
+            f"was read whole: in {len(self.archive.rounds)} rounds they were sent the feature map "
+            f"({', '.join(sorted(features)) or 'its name'}) and nothing else, so a thief who trains "
+            "alone with the same map has all that any thief has, and the advantage is 0"
         )
 
     @cached_property

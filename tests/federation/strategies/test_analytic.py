@@ -1,6 +1,7 @@
 """``--strategy analytic`` over real worker processes: exact, private to the sum, and refused."""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 
 from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised
+from fedveil.audit.theft import TheftSettings
+from fedveil.audit.theft_run import run_theft_audit
 from fedveil.data import parse_partition
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
@@ -21,6 +24,7 @@ from fedveil.federation import client_app
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.secagg.client import INSISTS, MASKED, WORDS
 from fedveil.federation.server_app import check_sums, prepare_job, run_rounds
+from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.federation import apps
@@ -122,6 +126,21 @@ def test_nothing_that_was_learnt_is_sent(plain):
         assert set(record) == {"filters", "offset"}
     again = prepare_job(directory.config).model.features
     assert torch.equal(record.to_torch_state_dict()["filters"], again.filters)
+
+
+def test_an_audit_of_theft_reads_the_archive_and_says_that_there_is_nothing(plain, tmp_path):
+    run = plain[0].path
+    settings = TheftSettings(run=run, labels=(0,), colluders=(1,))
+    with pytest.raises(FedveilError, match=r"sent the feature map \(filters, offset\) and nothing"):
+        run_theft_audit(settings, out=tmp_path / "audit")
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    archive = Archive.open(copied, RunDirectory.open(copied).noise_key())
+    entry = archive.read(1)
+    bent = {**entry.copies[0], "weight": torch.ones(2)}
+    archive.write(replace(entry, copies=(bent,)))
+    with pytest.raises(FedveilError, match="something else"):
+        run_theft_audit(replace(settings, run=copied), out=tmp_path / "audit")
 
 
 def test_w_needs_nothing_but_its_file(plain):
