@@ -118,8 +118,8 @@ class AuditedRun:
         raise FedveilError(
             f"{self.directory.path}: clients of strategy analytic received no model. Its archive "
             f"was read whole: in {len(self.archive.rounds)} rounds they were sent the feature map "
-            f"({', '.join(sorted(features)) or 'its name'}) and nothing else, so a thief who trains "
-            "alone with the same map has all that any thief has, and the advantage is 0"
+            f"({', '.join(sorted(features)) or 'its name'}) and nothing else, so a thief who "
+            "trains alone with the same map has all that any thief has, and the advantage is 0"
         )
 
     @cached_property
