@@ -18,6 +18,7 @@ therefore read another, lossless dataset.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -346,8 +347,11 @@ def _line(
     size, fill = (9, "none") if kind == "naive" else (5, color)
     values = [row[kind][column] for row in rows]
     axes.plot(keeps, values, style, color=color, label=label, markersize=size, mfc=fill)
-    low = [row[kind][f"{column}_low"] for row in rows]
-    high = [row[kind][f"{column}_high"] for row in rows]
+    # One update tells no interval, and has no band.
+    low, high = (
+        [math.nan if (end := row[kind][f"{column}_{side}"]) is None else end for row in rows]
+        for side in ("low", "high")
+    )
     axes.fill_between(keeps, low, high, color=color, alpha=0.2, linewidth=0)
 
 

@@ -21,6 +21,7 @@ from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.studies.noise import Arm, Study
 from fedveil.studies.theft import THEFT, TheftStudy, reproduce, select
+from tests.commands import forked
 
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 SMALL = {
@@ -254,13 +255,7 @@ def test_settings_that_cannot_be(noised, tmp_path, changes, message):
 
 def test_runs_that_cannot_be_audited(tmp_path):
     for arguments in (["--run", "nowhere"], ["--run", "nowhere", "--labels", "ten"]):
-        done = subprocess.run(
-            [FEDVEIL, "audit", "theft", *arguments, "--out", "out"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = forked("audit", "theft", *arguments, "--out", "out", cwd=tmp_path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert ("no run directory" if len(arguments) == 2 else "no list of whole") in done.stderr

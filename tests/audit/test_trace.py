@@ -23,6 +23,7 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.directory import RunDirectory
+from tests.commands import forked
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
@@ -173,9 +174,7 @@ def test_a_model_of_another_architecture_is_refused(tmp_path):
 
 
 def fedveil(*options, check=True):
-    done = subprocess.run(
-        [FEDVEIL, *map(str, options)], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = forked(*options)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done

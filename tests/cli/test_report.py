@@ -1,14 +1,11 @@
 """``fedveil report`` from the command line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import forked
 from tests.report.report_material import make_leakage, make_run
-
-FEDVEIL = [sys.executable, "-c", "from fedveil.cli.main import main; main()"]
 
 
 @pytest.fixture
@@ -21,16 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(*options):
-    # The repository is on the path of the test, and the test's folder is not the repository.
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
-    return subprocess.run(
-        [*FEDVEIL, "report", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=environment,
-    )
+    return forked("report", *options, env={"PATH": ""})
 
 
 def test_a_page_from_the_command_line(folder):

@@ -4,7 +4,6 @@ import os
 import ssl
 import stat
 import subprocess
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,16 +15,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedveil.deployment.layout import Deployment
 from fedveil.errors import FedveilError
 from fedveil.runs.config import TrainConfig
+from tests.commands import forked
 from tests.deployment.conftest import free_block
-
-
-def fedveil(*arguments):
-    return subprocess.run(
-        [Path(sys.executable).with_name("fedveil"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +24,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("init") / "deployment"
     # Free ports, so that a deployment of this machine's own is not taken for this one.
     address = ("--host", "fl.example.org", "--port", free_block())
-    done = fedveil("deploy", "init", home, "--nodes", 2, *address)
+    done = forked("deploy", "init", home, "--nodes", 2, *address)
     assert done.returncode == 0, done.stderr
     return home
 
@@ -139,25 +130,25 @@ def test_shell_accepts_the_scripts(home):
 
 def test_an_occupied_folder_stays_as_it_is(home):
     before = (home / "ca.key").read_bytes()
-    done = fedveil("deploy", "init", home, "--nodes", 2)
+    done = forked("deploy", "init", home, "--nodes", 2)
     assert done.returncode == 2
     assert "not empty" in done.stderr
     assert (home / "ca.key").read_bytes() == before
 
 
 def test_status_of_a_deployment_that_does_not_run(home):
-    done = fedveil("deploy", "status", home)
+    done = forked("deploy", "status", home)
     assert done.returncode == 1
     assert done.stdout.count("DOWN") == 3
     assert done.stdout.count("not registered") == 2
-    done = fedveil("deploy", "register", home)
+    done = forked("deploy", "register", home)
     assert done.returncode == 2
     assert "start-superlink" in done.stderr
 
 
 def test_a_folder_that_is_no_deployment(tmp_path):
     for command in ("status", "register", "gate", "shelf"):
-        done = fedveil("deploy", command, tmp_path)
+        done = forked("deploy", command, tmp_path)
         assert done.returncode == 2
         assert "no deployment" in done.stderr
 

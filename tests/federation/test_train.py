@@ -16,6 +16,7 @@ from fedveil.data import load_dataset
 from fedveil.federation.server_app import prepare_job, split_test
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
+from tests.commands import forked
 
 FAST = [
     "--dataset",
@@ -32,15 +33,8 @@ FAST = [
 FEDVEIL = [str(Path(sys.executable).with_name("fedveil")), "train"]
 
 
-def fedveil(*options, check=True, preexec_fn=None):
-    done = subprocess.run(
-        [*FEDVEIL, *map(str, options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        preexec_fn=preexec_fn,
-    )
+def fedveil(*options, check=True):
+    done = forked("train", *options)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done

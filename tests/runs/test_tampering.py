@@ -17,8 +17,9 @@ from fedveil.runs.directory import RunDirectory
 from fedveil.runs.lock import lock
 from fedveil.runs.secrets import CHECKPOINT, MODEL
 from fedveil.sealing import KEY_FILE, OperatorKey, Seal
+from tests.commands import forked
 from tests.federation.test_train import FAST, start, wait_for_round
-from tests.runs.test_secrets import FEDVEIL, fedveil, surroundings
+from tests.runs.test_secrets import fedveil, surroundings
 
 WEIGHTS = {"w": torch.arange(6.0)}
 KEY = NoiseKey(bytes(range(32)))
@@ -133,14 +134,8 @@ def test_a_run_of_before_there_were_identities_still_opens(sealed, operator):
 def test_a_runs_own_directory_is_not_searched_for_models(tmp_path, monkeypatch):
     run = _run(tmp_path / "run")
     (run.path / "planted_here.py").write_text("open('was-here', 'w').close()\ndef net(*_): ...")
-    done = subprocess.run(
-        [FEDVEIL, "train", "--out", "x", "--model", "planted_here:net"],
-        cwd=run.path,
-        env=surroundings(None),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("train", "--out", "x", "--model", "planted_here:net")
+    done = forked(*words, cwd=run.path, env=surroundings(None))
     assert done.returncode == 2
     assert "could not be imported" in done.stderr
     assert not (run.path / "was-here").exists()

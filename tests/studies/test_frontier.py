@@ -28,6 +28,7 @@ SMALL = FrontierStudy(
     worst_attacks=("lm",),
     round_attacks=("ig:steps=5", "rgap"),
     inverse=False,
+    model="lenet",
     clients=4,
     batch=4,
 )
