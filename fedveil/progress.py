@@ -28,12 +28,15 @@ class PlainLines:
     """Writes a line a step, or one in 30 seconds where steps are shorter; the last one always.
 
     Args:
-        console: Where to; nothing is written where it is a terminal, which shows a bar.
+        console: Where to, standard error if not given; nothing is written where it is a terminal,
+            which shows a bar.
         now: A clock in seconds.
     """
 
-    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
+    def __init__(
+        self, console: Console | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console or Console(stderr=True)
         self._now = now
         self._last: dict[str, float] = {}
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from fedveil.audit.egress import EgressReport, EgressSettings, audit_egress
@@ -113,5 +112,5 @@ def _as_trained(images: Images, transform: nn.Module | None) -> Images:
 
 @contextmanager
 def _shown() -> Iterator[Callable[[int, int], None]]:
-    plain = PlainLines(Console(stderr=True))
+    plain = PlainLines()
     yield lambda done, total: plain("shadows", done, total, "trained")
