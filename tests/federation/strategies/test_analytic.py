@@ -298,8 +298,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, plain):
 
 
 @pytest.mark.parametrize("engine", ["ray", "deployed"])
-def test_every_engine_gives_the_same_bits(tmp_path, secure, engine):
-    options = ["--dataset", "digits", "--clients", 8, "--strategy", "analytic", "--filters", 10]
-    secured = ["--secure-aggregation", "--timeout", 120, "--engine", engine]
-    fedveil("--out", tmp_path / "run", *options, *secured)
-    assert same_bits(tmp_path / "run", secure[0].path)
+def test_every_engine_gives_the_same_bits(tmp_path, engine):
+    options = ["--dataset", "digits", "--clients", 3, "--strategy", "analytic", "--filters", 4]
+    fedveil("--out", tmp_path / "local", *options)
+    fedveil("--out", tmp_path / "run", *options, "--engine", engine)
+    assert same_bits(tmp_path / "run", tmp_path / "local")
