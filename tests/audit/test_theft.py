@@ -240,7 +240,7 @@ def test_the_two_bests_choose_by_what_they_may_see():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": (1,)}, "--labels '1'"),
+        ({"labels": (1,)}, "--labels 1 is out of range"),
         ({"labels": (10, 10)}, "none twice"),
         ({"colluders": (0,)}, "--colluders '0'"),
         ({"thieves": 0}, "--thieves '0'"),

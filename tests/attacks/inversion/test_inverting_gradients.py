@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from scipy.fft import dctn
 from torch import nn
 from torch.nn import functional as F
 
@@ -209,6 +210,13 @@ def test_the_original_is_the_candidate_of_the_smaller_objective(cnn, photos):
     assert torch.equal(result.originals, result.images)
 
 
+def _empty_frequencies(images):
+    """Return how many of 64 coefficients are nothing in every block of the image that has most."""
+    blocks = images.double().unfold(2, 8, 8).unfold(3, 8, 8).numpy()
+    found = abs(dctn(blocks, axes=(4, 5), norm="ortho")).max(axis=(1, 2, 3))
+    return int((found < 1e-5).sum(axis=(1, 2)).max())
+
+
 def test_no_draw_of_a_random_transformation_is_reported(cnn, photos):
     defence = RandomBlockDCT(drop=0.5)
     trained = torch.stack([defence(image[None])[0] for image in photos[:4]])
@@ -217,8 +225,8 @@ def test_no_draw_of_a_random_transformation_is_reported(cnn, photos):
     result = SHORT(seen)
     assert torch.equal(result.images, result.originals)
     found = result.images[:, 0].float()
-    drawn = psnr(defence.surrogate(found), trained).mean()
-    assert psnr(found, trained).mean() > drawn
+    assert _empty_frequencies(defence.surrogate(found)) > 20, "what a draw would show"
+    assert _empty_frequencies(found) == 0
     assert InvertingGradients(steps=8)(dataclasses.replace(seen, knows=None)).originals is None
 
 
