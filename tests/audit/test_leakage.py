@@ -236,6 +236,17 @@ def test_an_audit_of_federated_averaging(dataset, model):
         audit_leakage(dataset, model, dataclasses.replace(settings, attacks=("dlg",)))
 
 
+@pytest.mark.parametrize("update", ["gradient", "fedavg"])
+def test_batch_normalisation_is_scored_in_the_clients_own_mode(dataset, update):
+    """In evaluation mode such a model's gradients are others', and nobody seemed recognised."""
+    model = build_model("resnet-bn", dataset.shape, len(dataset.classes), seed=0)
+    settings = _settings(
+        images=16, batch=8, batch_size=8, update=update, attacks=("ig:steps=1",), workers=1
+    )
+    (row,) = audit_leakage(dataset, model, settings).rows
+    assert row.scores["recognised"].mean() > 0.9
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.01])
 def test_weights_after_a_step_tell_the_gradient_and_what_rounding_cost(dataset, model, rate):
     given = Watching(clients=4, victim=1, images=1)

@@ -72,14 +72,16 @@ class WatchingFedSGD(SeededFedAvg):
             yield message
 
     def expected(self, sent: Distribution) -> Weights:
-        """Expect a tensor for each parameter."""
+        """Expect a tensor for each parameter; of local training the whole state."""
+        if self.action == "fedavg":
+            return super().expected(sent)
         return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
 
     def combine(self, round_number: int, sent: Distribution, updates: Sequence[Reply]) -> Weights:
         """Note the victims' replies and return the model that was sent."""
         seen = [update for update in updates if update.client.partition in self.victims]
         if len(seen) == len(self.victims):
-            mean = weighted_mean([(update.weights, update.examples) for update in seen])
+            mean = weighted_mean([(self._learnt(update), update.examples) for update in seen])
             self.exchanges.append(
                 Exchange(
                     round_number,
@@ -89,3 +91,6 @@ class WatchingFedSGD(SeededFedAvg):
                 )
             )
         return sent.copies[0]
+
+    def _learnt(self, update: Reply) -> Weights:
+        return {name: value for name, value in update.weights.items() if name in self.parameters}
