@@ -157,7 +157,7 @@ def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, mon
     (out / "accuracy").symlink_to(done / "accuracy")
     attacked = []
 
-    def interrupted(settings, *, out, checkpoint):
+    def interrupted(dataset, model, settings, /, *, out, checkpoint):
         attacked.append(settings.defenses)
         raise KeyboardInterrupt
 
