@@ -158,7 +158,7 @@ def _write_nodes(home: Path, deployment: Deployment, policy: Path | None) -> Non
         _write(folder / "ca.crt", (home / "ca.crt").read_bytes())
         _write(folder / "trusted.yaml", trusted)
         images = "${FEDVEIL_NODE_IMAGES:-$PWD/images}"
-        asked = ""
+        asked = _NOT_ASKED
         if policy is not None:
             _write_policy(folder, policy)
             asked, images = _ASKED_FIRST.format(images=images), "$images"
@@ -176,6 +176,13 @@ def _write_nodes(home: Path, deployment: Deployment, policy: Path | None) -> Non
         _write(folder / "fedveil-node.service", unit)
 
 
+# A policy that nothing reads would protect nobody.
+_NOT_ASKED = (
+    f"if [ -e {POLICY} ]; then\n"
+    f"    echo '{POLICY} is not read here: this folder was made without --policy; make the "
+    "deployment with fedveil deploy init --policy, or remove the file' >&2\n"
+    "    exit 1\nfi\n"
+)
 # The folder's own flwr-clientapp must be the first that SuperExec finds.
 _ASKED_FIRST = (
     'export FEDVEIL_NODE="$PWD"\n'

@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -84,25 +83,28 @@ def test_fedveil_data_with_an_empty_folder(message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "setting", [("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", "1")]
 )
-def test_unreachable_hub_fails_within_seconds(setting, tmp_path):
+def test_an_unreachable_hub_is_not_waited_for(setting, tmp_path):
     # A process of its own: the client reads its settings once, when first imported.
+    # Attempts are repeated after sleeps, of minutes in all if nothing bounds them; the clock would
+    # measure how busy the machine is.
     code = (
-        "import sys\nfrom fedveil.data import load_dataset\nfrom fedveil.errors import *\n"
-        "try: load_dataset('user/some-name')\nexcept FedveilError as e: print(e); sys.exit(2)"
+        "import sys, time\nfrom fedveil.data import load_dataset\nfrom fedveil.errors import *\n"
+        "slept = []\ntime.sleep = slept.append\n"
+        "try: load_dataset('user/some-name')\n"
+        "except FedveilError as e: print(e); print('slept', sum(slept)); sys.exit(2)"
     )
     folders = {"HF_HOME": str(tmp_path), "FEDVEIL_CACHE": str(tmp_path)}
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **folders, setting[0]: setting[1]},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2, done.stderr
     assert "'user/some-name'" in done.stdout
     assert "Hugging Face hub" in done.stdout
-    assert time.monotonic() - start < 25  # nearly all of it imports, on a busy machine
+    assert float(done.stdout.split("slept ")[1]) < 10
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99])

@@ -182,3 +182,15 @@ def test_wrong_superlinks_are_named():
         TrainConfig.check({"engine": "deployed", "superlink": "localhost"})
     with pytest.raises(FedveilError, match="engine deployed"):
         TrainConfig.check({"superlink": "localhost:1"})
+
+
+def test_a_policy_that_nothing_would_read_keeps_a_node_from_starting(home):
+    node = home / "nodes" / "node-0"
+    policy = node / "policy.toml"
+    policy.write_text("epsilon = 1")
+    try:
+        done = subprocess.run([node / "start"], capture_output=True, text=True, check=False)
+    finally:
+        policy.unlink()
+    assert done.returncode == 1
+    assert "policy.toml is not read here" in done.stderr
