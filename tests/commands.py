@@ -1,26 +1,21 @@
-"""``fedveil`` in a process of its own that need not load PyTorch first: a fork of the tests'.
+"""``fedveil`` in a process of its own that need not load PyTorch first.
 
-A new interpreter takes three seconds of a core to import what the tests have imported already, and
-the suite runs some hundred commands. A fork has its own number, signals, files and end, as any
-process; what only a new interpreter shows is tested with one (``test_interrupts``,
-``test_package``, ``test_contributing``).
+A new interpreter takes three seconds of a core to import what every command imports, and the suite
+runs some hundred commands. They are forks of one process that has imported and computed nothing: a
+fork of the tests' own would hang in its first parallel loop, as OpenMP's other threads stay behind.
+A fork has its own number, signals, files and end, as any process; what only a new interpreter shows
+is tested with one (``test_interrupts``, ``test_package``, ``test_contributing``).
 """
 
-import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import flwr.serverapp  # noqa: F401  (so that no fork has to)
-import torch  # noqa: F401
-
-from fedveil.cli.main import main
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,7 @@ def forked(*words, cwd=None, env=None, timeout=300.0):
         timeout: Seconds after which it is killed, and the test fails.
     """
     words = [str(word) for word in words]
+    cwd, env = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
     if sys.platform != "linux":
         program = Path(sys.executable).with_name("fedveil")
         done = subprocess.run(
@@ -54,14 +50,23 @@ def forked(*words, cwd=None, env=None, timeout=300.0):
             timeout=timeout,
         )
         return Done(done.returncode, done.stdout, done.stderr)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        child = os.fork()
-        if not child:
-            _become(words, out.fileno(), err.fileno(), cwd, env)
-        status = _ended(child, timeout)
-        return Done(os.waitstatus_to_exitcode(status), _read(out), _read(err))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        command = _server().Process(target=_become, args=(words, str(out), str(err), cwd, env))
+        command.start()
+        command.join(timeout)
+        if command.is_alive():
+            os.killpg(command.pid, signal.SIGKILL)
+            command.join()
+            said = err.read_text() if err.exists() else ""
+            raise AssertionError(f"the command did not end within {timeout:g} seconds\n{said}")
+        return Done(command.exitcode, out.read_text(), err.read_text())
+
+
+def _server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "flwr.serverapp", "fedveil.cli.main"])
+    return context
 
 
 def _become(words, out, err, cwd, env):
@@ -69,22 +74,17 @@ def _become(words, out, err, cwd, env):
     code = 1
     try:
         os.setsid()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
-        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
-        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
-        _log_to(sys.stderr)
+        for number, place in ((0, os.devnull), (1, out), (2, err)):
+            os.dup2(os.open(place, os.O_RDWR | os.O_CREAT, 0o600), number)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if cwd is not None:
-            os.chdir(cwd)
-        if env is not None:
-            os.environ.clear()
-            os.environ.update(env)
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
         sys.argv = ["fedveil", *words]
+        from fedveil.cli.main import main
+
         main()
         code = 0
     except SystemExit as ended:
@@ -96,27 +96,3 @@ def _become(words, out, err, cwd, env):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-def _log_to(stream):
-    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
-    for handler in {handler for logger in loggers for handler in logger.handlers}:
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(stream)
-
-
-def _ended(child, timeout):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"the command did not end within {timeout:g} seconds")
-
-
-def _read(file):
-    file.seek(0)
-    return file.read().decode()
