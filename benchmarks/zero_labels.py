@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from fedveil.audit.metrics import over_updates
-from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings
-from fedveil.audit.theft_run import run_theft_audit
+from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, run_theft_audit
 from fedveil.files import write_atomically
 from fedveil.runs.directory import RunDirectory, versions
 

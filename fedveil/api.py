@@ -75,8 +75,7 @@ def steal(run: Location, out: Location, **settings: Any) -> "TheftReport":
     Raises:
         FedveilError: Anything the user can mend.
     """
-    from fedveil.audit.theft import TheftSettings
-    from fedveil.audit.theft_run import run_theft_audit
+    from fedveil.audit.theft import TheftSettings, run_theft_audit
 
     workers = settings.pop("workers", None)
     return run_theft_audit(TheftSettings(run=Path(run), **settings), out=Path(out), workers=workers)
@@ -93,7 +92,7 @@ def trace(leaked: Location, run: Location, *, alpha: float = 1e-6) -> str:
     Raises:
         FedveilError: A file is missing, damaged or does not fit, or copies carry no fingerprints.
     """
-    from fedveil.audit.trace_run import run_trace
+    from fedveil.audit.trace import run_trace
 
     return run_trace(Path(leaked), Path(run), alpha=alpha, out=None)
 

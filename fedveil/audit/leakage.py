@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from fedveil.audit.membership import Recognition, best, picked_out
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
 from fedveil.audit.scoring import Scorer
 from fedveil.audit.watch import WatchedFederation, Watching
-from fedveil.data import Dataset
+from fedveil.data import Dataset, load_dataset
+from fedveil.data.load import remarks_on
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.files import write_results
+from fedveil.models import build_model
+from fedveil.progress import ProgressBars, say
+from fedveil.runs.state_files import load_checkpoint
 
 _DRAWN = 16
 _PUBLIC = 2_000  # test images that an inverse learns from
@@ -258,6 +263,51 @@ def audit_leakage(
     if out is not None:
         report.write(out)
     return report
+
+
+def run_leakage_audit(
+    dataset: str,
+    model: str,
+    settings: LeakageSettings,
+    *,
+    out: Path | None,
+    checkpoint: Path | None = None,
+) -> LeakageReport:
+    """Audit a dataset and a model by their names.
+
+    Args:
+        dataset: As ``fedveil.data.load_dataset`` reads it.
+        model: As ``fedveil.models.build_model`` reads it.
+        settings: What is audited.
+        out: Directory for the results; ``None`` writes nothing.
+        checkpoint: Trained weights for the model; freshly initialised by the seed otherwise, which
+            is the worst case for the client.
+
+    Raises:
+        FedveilError: Anything the user can mend.
+    """
+    data, built = prepared(dataset, model, settings.seed)
+    if checkpoint:
+        load_checkpoint(built, checkpoint)
+    with shown() as show:
+        return audit_leakage(data, built, settings, model_name=model, out=out, progress=show)
+
+
+def prepared(dataset: str, model: str, seed: int) -> tuple[Dataset, nn.Module]:
+    """Return a dataset and a model by their names, and say what is remarkable about the images."""
+    data = load_dataset(dataset, seed=seed)
+    built = build_model(model, data.shape, len(data.classes), seed=seed)
+    for sentence in remarks_on(data.left_out, data.remarks):
+        say(f"{dataset}: {sentence}")
+    return data, built.train()  # as the clients will, whatever mode the factory leaves it in
+
+
+@contextmanager
+def shown() -> Iterator[Progress]:
+    """Show how far an audit is, as it says it."""
+    with ProgressBars() as bars:
+        bars.begin("federation", 0, None, "")
+        yield lambda step, done, total, loss: bars(step, done, total, f"loss {loss:.2g}")
 
 
 def joined(parts: Sequence[LeakageReport]) -> LeakageReport:

@@ -12,18 +12,108 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import LocalSteps, Observation, check_model
-from fedveil.audit.leakage import LeakageReport, LeakageSettings, Progress, Row, attacked
+from fedveil.audit.leakage import (
+    LeakageReport,
+    LeakageSettings,
+    Progress,
+    Row,
+    attacked,
+    prepared,
+    shown,
+)
 from fedveil.audit.watch import observation_from_records, public_knowledge
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
-from fedveil.runs.recordings import Exchange
+from fedveil.progress import say
+from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
 
 _PLAIN = Defense("none")
 _OFF_THE_GRID = 0.01  # of a byte
 _ONE_STEP = 0.01
 _ANGLE, _LENGTHS = 0.3, (0.33, 3.0)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where the exchanges of another app's federation lie.
+
+    Attributes:
+        directory: What the recorders wrote; None where there is a pair of files.
+        before, after: The model that was sent and the one that came back.
+        truth: File of the images that were trained on; None where they were recorded, too.
+
+    Raises:
+        FedveilError: Neither or both are given.
+    """
+
+    directory: Path | None = None
+    before: Path | None = None
+    after: Path | None = None
+    truth: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.before is None) != (self.after is None):
+            raise FedveilError("--before and --after belong together: give both")
+        if (self.directory is None) == (self.before is None):
+            raise FedveilError("give either --recorded DIR, or --before FILE and --after FILE")
+
+    def exchanges(self, given: Images | None) -> tuple[Exchange, ...]:
+        """Read the exchanges.
+
+        Raises:
+            FedveilError: They cannot be read.
+        """
+        if self.directory is None:
+            assert self.before is not None
+            assert self.after is not None
+            return pair(self.before, self.after, given)
+        key = recording_key()
+        if key is None:
+            raise FedveilError(
+                f"--recorded {self.directory} is encrypted: put the path of its key into "
+                f"{RECORD_KEY_FILE}"
+            )
+        return read_exchanges(self.directory, key)
+
+
+def run_recorded_audit(
+    dataset: str, model: str, settings: LeakageSettings, recorded: Recorded, *, out: Path | None
+) -> LeakageReport:
+    """Audit an app that fedveil is not part of, from what was recorded of it.
+
+    Args:
+        dataset: Where the images, the candidates and the strangers are from.
+        model: What the app trains, as ``fedveil.models.build_model`` reads it.
+        settings: What is audited; how many images there are follows from the recording.
+        recorded: Where it lies.
+        out: Directory for the results; ``None`` writes nothing.
+
+    Raises:
+        FedveilError: Anything the user can mend.
+    """
+    given = None if recorded.truth is None else read_truth(recorded.truth)
+    exchanges, left = alike(of_one_client(recorded.exchanges(given), settings.victim))
+    batch = exchanges[0].examples
+    place = recorded.directory or f"{recorded.before} to {recorded.after}"
+    told = unchecked(parse_defense(settings.defenses[0]))
+    settings = replace(
+        settings,
+        images=batch * len(exchanges),
+        batch=batch,
+        recorded=str(place),
+        unchecked=told,
+    )
+    for sentence in filter(None, (left, told)):
+        say(sentence)
+    data, built = prepared(dataset, model, settings.seed)
+    truth = truth_of(exchanges, data, given)
+    with shown() as show:
+        report = audit_recorded(exchanges, truth, built, settings, model_name=model, progress=show)
+    if out is not None:
+        report.write(out)
+    return report
 
 
 @dataclass(frozen=True)

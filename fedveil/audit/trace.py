@@ -13,11 +13,16 @@ Wang, Liu, "Collusion-resistant fingerprinting for multimedia", IEEE Signal Proc
 (2004) (one mark a user, correlated after subtracting the host, against averaging).
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +31,32 @@ from fedveil.audit.align import aligned, mean_state
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
+from fedveil.files import write_atomically
+from fedveil.progress import ProgressBars
 from fedveil.runs.archive import Archive, Entry
+from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.secrets import MODEL
+from fedveil.runs.state_files import read_state
 from fedveil.types import Weights
 
 ALPHA = 1e-6
 """Chance to accuse anybody innocent, over all tests of one leaked model."""
 
-_DECOYS = 2
+_DECOYS = 2  # keys that nobody got, a lineup
 _CLIP = 2.0
 _MEDIAN_OF = 4_096
+_UNNAMED_SHOWN = 3
+_LEAST = -99  # a smaller power of ten is printed as this
+# Training, pruning or quantising w moves it by more than this part of a layer's root mean square.
+_SAME = 1e-3
+_IS_W = (
+    "The file is w itself, which no client was ever sent: look for the leak at the server, or at "
+    "the party w was delivered to."
+)
+_NOTHING = (
+    "No copy of this run is found in it: it is another model, or one in which training, "
+    "distillation or a rearrangement of its neurons has left nothing of the copies' values."
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,39 @@ class Trace:
         """Partitions of the clients that the leak came from, ascending."""
         limit = math.log10(self.alpha)
         return tuple(sorted(s.client for s in self.suspects if s.log10_p <= limit))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the trace as plain values."""
+        return {
+            "named": list(self.named),
+            "alpha": self.alpha,
+            "tests": self.tests,
+            "values_compared": self.values,
+            "decoys": _spread(self.decoys),
+            "clients": [_described(suspect) for suspect in self.suspects],
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": versions(),
+        }
+
+    def table(self, *, is_w: bool) -> str:
+        """Return the trace as lines of text: who is named, and on what grounds."""
+        named = [s for s in self.suspects if s.client in self.named]
+        others = [s for s in self.suspects if s.client not in self.named]
+        decoys = _spread(self.decoys)
+        lines = [
+            f"{'client':>8}{'z':>9}{'p':>11}  {'verdict':9}rounds of the copies in the leak",
+            *(_line(suspect, "named") for suspect in named),
+            *(_line(suspect, "not named") for suspect in others[:_UNNAMED_SHOWN]),
+            f"{len(named)} of {len(self.suspects)} clients named. The chance to name anybody "
+            f"innocent is at most {self.alpha:g} ({self.tests} tests). Keys that nobody got: "
+            f"{decoys['keys']}, z {decoys['mean']:+.2f} ± {decoys['sd']:.2f}, at most "
+            f"{decoys['max']:.1f}.",
+        ]
+        if is_w:
+            lines.append(_IS_W)
+        elif not named:
+            lines.append(_NOTHING)
+        return "\n".join(lines)
 
 
 def lineups(archive: Archive) -> Iterator[Lineup]:
@@ -284,3 +339,83 @@ def _suspect(client: int, scores: Mapping[int, float], tests: int, alpha: float)
 
 def _corrected(z: float, tests: int) -> float:
     return min(0.0, log10_p(z) + math.log10(tests))
+
+
+def run_trace(leaked: Path, run: Path, *, alpha: float, out: Path | None) -> str:
+    """Trace a leaked file and return what to tell the user.
+
+    Args:
+        leaked: File of the leaked model's tensors.
+        run: Directory of the run it may have come from.
+        alpha: Chance to name anybody innocent.
+        out: JSON file to write; ``None``: none.
+
+    Raises:
+        FedveilError: A file is missing, damaged or does not fit, or copies carry no fingerprints.
+    """
+    state = read_state(leaked, option="LEAKED")
+    directory = RunDirectory.open(run)
+    archive = Archive.open(directory.path, directory.noise_key())
+    found = trace(state, _watched(archive), alpha=alpha)
+    is_w = _is_delivered(state, directory)
+    if out:
+        described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}
+        try:
+            write_atomically(out, (json.dumps(described, indent=2) + "\n").encode(), mode=0o600)
+        except OSError as error:
+            raise FedveilError(f"--out {out}: {error.strerror}") from None
+    return found.table(is_w=is_w)
+
+
+def _line(suspect: Suspect, verdict: str) -> str:
+    rounds = ", ".join(map(str, suspect.rounds))
+    if verdict == "named" and not rounds:
+        rounds = "all together"
+    return (
+        f"{suspect.client:>8}{suspect.z:>9.1f}{_power(suspect):>11}  {verdict:9} {rounds}".rstrip()
+    )
+
+
+def _power(suspect: Suspect) -> str:
+    exponent = suspect.log10_p
+    if exponent < _LEAST:
+        return f"<1e{_LEAST}"
+    return f"{10**exponent:.2g}" if exponent > -4 else f"1e{math.floor(exponent)}"
+
+
+def _described(suspect: Suspect) -> dict[str, Any]:
+    return {
+        "client": suspect.client,
+        "rounds": list(suspect.rounds),
+        "z": suspect.z,
+        "p": 10**suspect.log10_p,
+        "log10_p": suspect.log10_p,
+        "scores": {str(number): score for number, score in sorted(suspect.scores.items())},
+    }
+
+
+def _spread(z: Sequence[float]) -> dict[str, float]:
+    return {"keys": len(z), "mean": fmean(z), "sd": stdev(z), "max": max(z)}
+
+
+def _watched(archive: Archive) -> Iterator[Lineup]:
+    with ProgressBars(transient=True) as bars:
+        for lineup in lineups(archive):
+            bars.begin("rounds", archive.rounds.index(lineup.round), len(archive.rounds), "")
+            yield lineup
+
+
+def _is_delivered(state: Weights, run: RunDirectory) -> bool:
+    if not run.secrets.path(MODEL).is_file():
+        return False
+    delivered = run.model()
+    common = [
+        (state[name].float(), value)
+        for name, value in delivered.items()
+        if name in state and state[name].shape == value.shape and value.is_floating_point()
+    ]
+    return len(common) > 0 and all(_close(a, b) for a, b in common)
+
+
+def _close(value: Tensor, wanted: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(value - wanted) <= _SAME * wanted.norm())

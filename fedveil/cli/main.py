@@ -476,8 +476,8 @@ def audit_leakage(
     """
     check_directory(out, new=True)
     try:
-        from fedveil.audit.leakage import LeakageSettings
-        from fedveil.audit.leakage_run import Recorded, run_leakage_audit, run_recorded_audit
+        from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
+        from fedveil.audit.recorded import Recorded, run_recorded_audit
         from fedveil.memory import keep_freed_memory
 
         other = any((recorded, before, after))
@@ -529,7 +529,7 @@ def audit_trace(
     if not 0 < alpha < 1:
         raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
     try:
-        from fedveil.audit.trace_run import run_trace
+        from fedveil.audit.trace import run_trace
 
         told = run_trace(leaked, run, alpha=alpha, out=out)
     except KeyboardInterrupt:
@@ -568,8 +568,7 @@ def audit_egress(
             f"{target} is a file of weights: give the --dataset it was trained on and its --model"
         )
     try:
-        from fedveil.audit.egress import EgressSettings
-        from fedveil.audit.egress_run import audit_model, audit_run
+        from fedveil.audit.egress import EgressSettings, audit_model, audit_run
 
         settings = EgressSettings(
             images=images, shadows=shadows, companions=companions, epochs=epochs, seed=seed
@@ -607,8 +606,7 @@ def audit_theft(
     Writes theft.json and theft.png. Interrupted, it goes on where it stopped.
     """
     try:
-        from fedveil.audit.theft import TheftSettings
-        from fedveil.audit.theft_run import run_theft_audit
+        from fedveil.audit.theft import TheftSettings, run_theft_audit
 
         settings = TheftSettings(
             run=run,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
 from fedveil.runs.directory import RunDirectory
@@ -43,6 +43,32 @@ def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), FILE) or safetensors"
         )
     return state
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load weights into a model; safetensors, or a PyTorch file of nothing but tensors.
+
+    Raises:
+        FedveilError: The file cannot be read, or does not fit the model.
+    """
+    state = read_state(path, option="--checkpoint")
+    wanted = model.state_dict()
+    faults = [
+        *(f"it lacks {name}" for name in wanted if name not in state),
+        *(f"it has {name}, which the model has not" for name in state if name not in wanted),
+        *(
+            f"its {name} has shape {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ),
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise FedveilError(
+            f"--checkpoint {path} does not fit the model: {faults[0]}{more}; give the weights of "
+            "this --model, trained on images of this size and as many classes"
+        )
+    model.load_state_dict(state)
 
 
 def _load(path: Path) -> Any:

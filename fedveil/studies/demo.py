@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedveil.audit.leakage import LeakageReport, LeakageSettings
-from fedveil.audit.leakage_run import run_leakage_audit
+from fedveil.audit.leakage import LeakageReport, LeakageSettings, run_leakage_audit
 from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from fedveil import interrupts
-from fedveil.audit.leakage import LeakageSettings
-from fedveil.audit.leakage_run import run_leakage_audit
+from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points
-from fedveil.audit.theft_run import run_theft_audit
+from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points, run_theft_audit
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
 from fedveil.files import check_directory, write_atomically

@@ -12,7 +12,6 @@ from torch import nn
 from fedveil.attacks.inversion import RGAP, LevenbergMarquardt, LocalSteps
 from fedveil.audit import leakage as leakage_module
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
-from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.audit.metrics import exact
 from fedveil.audit.watch import (
     WatchedFederation,
@@ -24,6 +23,7 @@ from fedveil.data import Dataset, Images, load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.runs.state_files import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fedveil.audit.theft import OWNER, THIEF, Attempt, Theft, TheftReport, TheftSettings
-from fedveil.audit.theft_run import run_theft_audit
+from fedveil.audit.theft import (
+    OWNER,
+    THIEF,
+    Attempt,
+    Theft,
+    TheftReport,
+    TheftSettings,
+    run_theft_audit,
+)
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion

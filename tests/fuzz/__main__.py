@@ -76,7 +76,7 @@ def _import_parsers() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    import fedveil.audit.leakage_run
+    import fedveil.audit.leakage
     import fedveil.data
     import fedveil.report
     import fedveil.runs.directory  # noqa: F401

@@ -437,7 +437,7 @@ def _message(content: bytes) -> Any:
 
 def _weights(suffix: str) -> Parse:
     def parse(content: bytes, folder: Path) -> object:
-        from fedveil.audit.leakage_run import load_checkpoint
+        from fedveil.runs.state_files import load_checkpoint
 
         return load_checkpoint(_net(), _put(folder / f"weights{suffix}", content))
 

@@ -15,11 +15,11 @@ from PIL import Image
 from pyarrow import parquet
 from torch import nn
 
-from fedveil.audit.leakage_run import load_checkpoint
 from fedveil.data import load_dataset, parse_partition
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.runs.config import TrainConfig
+from fedveil.runs.state_files import load_checkpoint
 from tests.fuzz import running
 from tests.fuzz.mutations import flip
 from tests.fuzz.running import run_target

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fedveil.audit.leakage import LeakageSettings
-from fedveil.audit.leakage_run import run_leakage_audit
+from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
 from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.training_run import run_to_completion

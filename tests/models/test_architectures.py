@@ -2,8 +2,7 @@
 
 import pytest
 
-from fedveil.audit.leakage import LeakageSettings
-from fedveil.audit.leakage_run import run_leakage_audit
+from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
 from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.server_app import prepare_job
