@@ -18,7 +18,7 @@ import torch
 from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease
 from fedveil.attacks.membership.leverage import Leverage
-from fedveil.audit.metrics import roc
+from fedveil.audit.metrics import roc_of_one
 from fedveil.data import load_dataset
 from fedveil.features import default_options, features_of, learn_dictionary
 from fedveil.files import write_atomically
@@ -42,8 +42,7 @@ def told(
     attack, members = Leverage(), slice(_SCORED, _SCORED + min(count, _SCORED))
     inside = attack(sums, rows[members], labels[members])
     outside = attack(sums, rows[:_SCORED], labels[:_SCORED])
-    found = roc(inside[None], outside[None])
-    return {"auc": found.auc, "tpr_at_1": found.tpr_at_1, "tpr_at_01": found.tpr_at_01}
+    return roc_of_one(inside, outside).as_json()
 
 
 def main() -> None:

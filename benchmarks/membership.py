@@ -13,7 +13,6 @@ images each, and its interval is Student's over these.
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +21,7 @@ from typing import Any
 import torch
 
 from fedveil.attacks.membership import ATTACKS
-from fedveil.audit.membership import Recognition, picked_out
-from fedveil.audit.metrics import over_updates
+from fedveil.audit.membership import Recognition, joined, picked_out
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
@@ -97,20 +95,18 @@ def picked(
 
 
 def summary(found: list[Recognition]) -> dict[str, Any]:
-    """Return means over updates; Student's 95 % interval of the share picked out."""
-    shares = [float(one.picked.mean()) for one in found]
-    interval = over_updates(torch.tensor(shares, dtype=torch.float64)[:, None].repeat(1, 2))
+    """Return means over updates, with intervals over these."""
+    (one,) = joined([(update,) for update in found])
+    told = one.as_json()
     return {
-        "recognised": interval.value,
-        "recognised_low": interval.low,
-        "recognised_high": interval.high,
-        "auc": statistics.fmean(one.strangers.auc for one in found),
-        "tpr_at_1": statistics.fmean(one.strangers.tpr_at_1 for one in found),
-        "tpr_at_01": statistics.fmean(one.strangers.tpr_at_01 for one in found),
-        "auc_unseen": statistics.fmean(one.unseen.auc for one in found if one.unseen),
-        "certain": statistics.fmean(one.certain or 0.0 for one in found),
-        "mistaken": sum(one.mistaken for one in found),
-        "updates": shares,
+        "recognised": told["picked_out"],
+        "recognised_low": told["picked_out_low"],
+        "recognised_high": told["picked_out_high"],
+        **one.strangers.roc().as_json(),
+        "auc_unseen": None if one.unseen is None else one.unseen.roc().auc.value,
+        "certain": told["certain"],
+        "mistaken": told["mistaken"],
+        "updates": [float(update.picked.mean()) for update in found],
     }
 
 

@@ -18,7 +18,7 @@ from fedveil.attacks.membership.released import (
     loss,
     relative,
 )
-from fedveil.audit.metrics import Interval, wilson
+from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.data import Images, load_dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses import parse_defense
@@ -32,9 +32,6 @@ from fedveil.models import build_model
 from fedveil.progress import PlainLines
 from fedveil.runs.directory import RunDirectory, versions
 from fedveil.runs.state_files import load_checkpoint
-
-RATES = (0.01, 0.001)
-"""False-positive rates at which members are counted."""
 
 _FEWEST = 20
 _EXPOSED = 10
@@ -83,23 +80,17 @@ class Exposure:
 
     Attributes:
         attack: Its name.
-        auc: Probability that a member scores above another image, with its 95 % interval.
-        found: For each rate of ``RATES`` the share of members found, with its 95 % interval; None
-            where there are too few other images to tell that rate.
+        roc: Its operating points, with intervals over images.
         scores: Float64 [N], members first.
     """
 
     attack: str
-    auc: Interval
-    found: tuple[Interval | None, ...]
+    roc: Roc
     scores: Tensor
 
     def as_json(self) -> dict[str, Any]:
         """Return a row of ``egress.json``."""
-        row: dict[str, Any] = {"attack": self.attack, **_columns("auc", self.auc)}
-        for name, told in zip(("tpr_at_1", "tpr_at_01"), self.found, strict=True):
-            row |= _columns(name, told)
-        return row
+        return {"attack": self.attack, **self.roc.as_json()}
 
 
 @dataclass(frozen=True)
@@ -131,8 +122,8 @@ class EgressReport:
         """The attack by which most members are found at the lowest rate that can be told."""
 
         def reach(row: Exposure) -> tuple[float, float]:
-            told = [found.value for found in row.found if found is not None]
-            return (told[-1] if told else 0.0, row.auc.value)
+            told = [found.value for found in row.roc.found if found is not None]
+            return (told[-1] if told else 0.0, row.roc.auc.value)
 
         return max(self.rows, key=reach)
 
@@ -173,12 +164,9 @@ class EgressReport:
         lines = [
             f"{self.subject}: {len(self.members):,} training images against {self.others:,} others",
             f"accuracy {self.accuracy[0]:.1%} on them, {self.accuracy[1]:.1%} on the others",
-            f"{'attack':12}{'AUC':20}{'found at FPR 1 %':26}{'at FPR 0.1 %':26}",
+            f"{'attack':12}{ROC_HEAD}",
+            *(f"{row.attack:12}{row.roc.as_text()}" for row in self.rows),
         ]
-        for row in self.rows:
-            found = "".join(f"{_text(told):26}" for told in row.found)
-            auc = f"{row.auc.value:.3f} [{row.auc.low:.3f}, {row.auc.high:.3f}]"
-            lines.append(f"{row.attack:12}{auc:20}{found}".rstrip())
         return "\n".join([*lines, *self.untold])
 
     def write(self, out: Path) -> None:
@@ -189,17 +177,6 @@ class EgressReport:
         """
         content = (json.dumps(self.as_json(), indent=1) + "\n").encode()
         write_results(out, {"egress.json": content})
-
-
-def _columns(name: str, told: Interval | None) -> dict[str, float | None]:
-    ends = (None, None, None) if told is None else (told.value, told.low, told.high)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-
-
-def _text(told: Interval | None) -> str:
-    if told is None:
-        return "cannot tell"
-    return f"{told.value:.1%} [{told.low:.1%}, {told.high:.1%}]"
 
 
 Progress = Callable[[int, int], None]
@@ -262,7 +239,10 @@ def audit_egress(
         scores["calibrated"] = calibrated(target, shadows)
         scores["lira"] = likelihood_ratio(target, shadows, held)
         scores["rmia"] = relative(target, shadows, population, held)
-    rows = tuple(_exposure(name, values, count) for name, values in scores.items())
+    rows = tuple(
+        Exposure(name, roc_of_one(values[:count], values[count:]), values)
+        for name, values in scores.items()
+    )
     return EgressReport(
         subject,
         settings,
@@ -401,41 +381,6 @@ def _shadows(
         known.append(confidence(shadow, pool))
         progress(number + 1, settings.shadows)
     return torch.stack(known), held
-
-
-def _exposure(name: str, scores: Tensor, count: int) -> Exposure:
-    own, strangers = scores[:count], scores[count:]
-    found: list[Interval | None] = []
-    for rate in RATES:
-        if len(strangers) * rate < 1:
-            found.append(None)
-            continue
-        limit = strangers.sort(descending=True).values[int(rate * len(strangers))]
-        found.append(wilson((own > limit).double()))
-    return Exposure(name, area(own, strangers), tuple(found), scores)
-
-
-def area(members: Tensor, strangers: Tensor) -> Interval:
-    """Return the area under the receiver's operating characteristic with its 95 % interval.
-
-    Source: DeLong, DeLong & Clarke-Pearson, "Comparing the Areas under Two or More Correlated
-    Receiver Operating Characteristic Curves", Biometrics 1988.
-
-    Args:
-        members: [M], M at least 2.
-        strangers: [S], S at least 2.
-    """
-
-    def above(one: Tensor, other: Tensor) -> Tensor:
-        """Return for each of ``one`` the share of ``other`` it lies above, ties counted half."""
-        order = other.sort().values
-        below, through = (torch.searchsorted(order, one, right=side) for side in (False, True))
-        return (below + through).double() / (2 * len(other))
-
-    over, under = above(members, strangers), 1 - above(strangers, members)
-    value = float(over.mean())
-    wide = 1.96 * float(over.var() / len(over) + under.var() / len(under)) ** 0.5
-    return Interval(value, max(0.0, value - wide), min(1.0, value + wide))
 
 
 def _untold(strangers: int, settings: EgressSettings) -> Iterator[str]:

@@ -21,6 +21,7 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.audit.adaptive import attackers
 from fedveil.audit.membership import Recognition, best, picked_out
+from fedveil.audit.membership import table as membership_table
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
 from fedveil.audit.scoring import Scorer
 from fedveil.audit.watch import WatchedFederation, Watching
@@ -155,7 +156,7 @@ class LeakageReport:
         }
 
     def table(self) -> str:
-        """Return the rows as lines of text."""
+        """Return the rows, and what membership attacks tell, as lines of text."""
         wide = [max(8, *(len(row.attack) + 2 for row in self.rows))]
         wide += [max(16, *(len(row.defense) + 2 for row in self.rows))]
         lines = [
@@ -165,7 +166,7 @@ class LeakageReport:
         for row in self.rows:
             found = row.summary()
             lines += [_line(found, wide), _floor_line(found, wide)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *membership_table(self.membership)])
 
     def write(self, out: Path) -> None:
         """Write leakage.json, reconstructions.npz and reconstructions.png into ``out``.
@@ -367,8 +368,8 @@ def attacked(
             floor = dict(floors[knows])
             closest = best(told, adaptive=attacker.adaptive)
             if closest is not None:
-                scores["recognised"] = closest.picked
-                floor["recognised"] = torch.full_like(closest.picked, closest.chance)
+                scores["recognised"] = closest.picked.flatten()
+                floor["recognised"] = torch.full_like(scores["recognised"], closest.chance)
             kind = (label, defense.label, attacker.adaptive)
             rows.append(Row(*kind, images, result.loss, scores, floor))
     return LeakageReport(

@@ -1,7 +1,9 @@
 """How many images behind an update a server picks out among candidates, rebuilding none."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor, nn
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, Span
 from fedveil.audit.adaptive import Attacker, attackers
-from fedveil.audit.metrics import CANDIDATES, Roc, recognised, roc
+from fedveil.audit.metrics import CANDIDATES, ROC_HEAD, Ranks, over_updates, recognised
 from fedveil.audit.scoring import strangers_to
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 from fedveil.errors import InapplicableAttackError
 
+_STRANGERS = 1_000  # a rate of one in a thousand needs as many
 _UNSEEN = 250
 _PUBLIC = 512
 
@@ -27,7 +30,8 @@ class Recognition:
     Attributes:
         attack: Its name.
         adaptive: Whether the attacker knows the defence.
-        picked: Float64 [M], the probability that each image scores above 99 strangers.
+        picked: Float64 [V, N], the probability that each image of each update scores above 99
+            strangers.
         strangers: Against training images of other clients or rounds, which no model knows worse
             than those that were used.
         unseen: Against test images that no model was ever trained on; None where there are none
@@ -39,8 +43,8 @@ class Recognition:
     attack: str
     adaptive: bool
     picked: Tensor
-    strangers: Roc
-    unseen: Roc | None
+    strangers: Ranks
+    unseen: Ranks | None
     certain: float | None = None
     mistaken: int = 0
 
@@ -51,16 +55,63 @@ class Recognition:
 
     def as_json(self) -> dict[str, Any]:
         """Return a row of ``membership`` in ``leakage.json``."""
+        picked = over_updates(self.picked)
         return {
             "attack": self.attack,
             "adaptive": self.adaptive,
-            "picked_out": float(self.picked.mean()),
+            "updates": len(self.picked),
+            "images": self.picked.numel(),
+            "picked_out": picked.value,
+            "picked_out_low": picked.low,
+            "picked_out_high": picked.high,
             "picked_out_floor": self.chance,
-            "strangers": asdict(self.strangers),
-            "unseen": None if self.unseen is None else asdict(self.unseen),
+            "strangers": _points(self.strangers),
+            "unseen": None if self.unseen is None else _points(self.unseen),
             "certain": self.certain,
             "mistaken": self.mistaken,
         }
+
+
+def table(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
+    """Return lines of text: what each attack tells under each defence, against strangers."""
+    if not any(found.values()):
+        return []
+    wide = max(16, *(len(defense) + 2 for defense in found))
+    lines = [f"{'membership':12}{'defence':{wide}}{'attacker':10}{'certain':>9}  {ROC_HEAD}"]
+    for defense, rows in found.items():
+        for row in rows:
+            sure = "-" if row.certain is None else f"{row.certain:.0%}"
+            lines.append(
+                f"{row.attack:12}{defense:{wide}}{'adaptive' if row.adaptive else 'naive':10}"
+                f"{sure:>9}  {row.strangers.roc().as_text()}"
+            )
+    return lines
+
+
+def _points(ranks: Ranks) -> dict[str, Any]:
+    return {"strangers": ranks.strangers, **ranks.roc().as_json()}
+
+
+def joined(parts: Sequence[tuple[Recognition, ...]]) -> tuple[Recognition, ...]:
+    """Return what attacks tell of several observations, of as many images an update, as of one."""
+    groups: dict[tuple[str, bool], list[Recognition]] = {}
+    for one in itertools.chain(*parts):
+        groups.setdefault((one.attack, one.adaptive), []).append(one)
+    return tuple(_joined_up(group) for group in groups.values())
+
+
+def _joined_up(parts: Sequence[Recognition]) -> Recognition:
+    unseen = [part.unseen for part in parts if part.unseen is not None]
+    certain = [part.certain for part in parts if part.certain is not None]
+    weights = [len(part.picked) for part in parts if part.certain is not None]
+    return replace(
+        parts[0],
+        picked=torch.cat([part.picked for part in parts]),
+        strangers=Ranks.joined([part.strangers for part in parts]),
+        unseen=Ranks.joined(unseen) if len(unseen) == len(parts) else None,
+        certain=statistics.fmean(certain, weights) if certain else None,
+        mistaken=sum(part.mistaken for part in parts),
+    )
 
 
 def best(found: Sequence[Recognition], *, adaptive: bool) -> Recognition | None:
@@ -101,7 +152,7 @@ def picked_out(
         attack that the model gives nothing to work on is left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    others = strangers_to(data.train, used, generator)
+    others = strangers_to(data.train, used, generator, most=_STRANGERS)
     if not len(others):
         return ()
     members = used.reshape(informed.victims, -1)
@@ -162,14 +213,15 @@ def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
         return None
     own, others = lineup.members(scores), scores[:, lineup.scored : count]
     picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
-    unseen = roc(own, scores[:, count:]) if len(lineup.unseen) else None
+    unseen = Ranks.of(own, scores[:, count:]) if len(lineup.unseen) else None
     certain, mistaken = None, 0
     if isinstance(attack, Span):
         sure = attack.certain(seen, lineup.suspects, lineup.public)
         certain = float(lineup.members(sure).double().mean())
         mistaken = int(sure[:, lineup.scored :].sum())
+    ranks = Ranks.of(own, others)
     return Recognition(
-        name, attacker.adaptive, torch.cat(picked), roc(own, others), unseen, certain, mistaken
+        name, attacker.adaptive, torch.stack(picked), ranks, unseen, certain, mistaken
     )
 
 

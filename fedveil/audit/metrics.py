@@ -1,8 +1,8 @@
 """How much of an image a reconstruction gives away."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ EXACT = 40.0
 CANDIDATES = 100
 """Among how many images an original has to be told to count as identified."""
 
+RATES = (0.01, 0.001)
+"""False-positive rates at which members are counted."""
+
+_FEWEST = 20  # images that were used, behind a share that is said to be small
 _FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
 _SSIM_WINDOW = 11
 
@@ -130,45 +134,6 @@ def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -
     return ((below[:, None] - steps).clamp_min(0).double() / (count - steps)).prod(dim=1)
 
 
-@dataclass(frozen=True)
-class Roc:
-    """How well scores part images that were used from images that were not.
-
-    Attributes:
-        auc: Probability that a member scores above a stranger, ties counted half.
-        tpr_at_1: Share of members found where at most 1 % of strangers are called members.
-        tpr_at_01: The same at 0.1 %; with fewer than 1,000 strangers, above all of them.
-        strangers: How many there were.
-    """
-
-    auc: float
-    tpr_at_1: float
-    tpr_at_01: float
-    strangers: int
-
-
-def roc(members: Tensor, strangers: Tensor) -> Roc:
-    """Return the operating points that tell whether anybody is recognised with confidence.
-
-    Source: Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022,
-    section III: attacks are compared at low false-positive rates.
-
-    Args:
-        members: [V, N], scores of images used in each of V updates.
-        strangers: [V, S], of images that were not. Updates are scored one by one and averaged.
-    """
-
-    def found(rate: float) -> float:
-        allowed = int(rate * strangers.shape[1])
-        threshold = strangers.sort(dim=1, descending=True).values[:, allowed]
-        return float((members > threshold[:, None]).double().mean())
-
-    above = (members[:, :, None] > strangers[:, None]).double()
-    equal = (members[:, :, None] == strangers[:, None]).double()
-    auc = float((above + equal / 2).mean())
-    return Roc(auc, found(0.01), found(0.001), strangers.shape[1])
-
-
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:
     """Return the share of each batch's labels that was inferred, in any order.
 
@@ -238,6 +203,140 @@ def over_updates(values: Tensor) -> Interval:
     mean = float(means.mean())
     wide = float(stats.t.ppf(0.975, len(means) - 1)) * float(means.std()) / len(means) ** 0.5
     return Interval(mean, max(0.0, mean - wide), min(1.0, mean + wide))
+
+
+@dataclass(frozen=True)
+class Roc:
+    """How well scores part images that were used from images that were not.
+
+    Attributes:
+        auc: Probability that a member scores above a stranger, ties counted half.
+        found: For each of ``RATES`` the share of members found where at most so many strangers are
+            called members; None where there are too few images to tell.
+        strangers: How many there were.
+    """
+
+    auc: Interval
+    found: tuple[Interval | None, ...]
+    strangers: int
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return ``auc``, ``tpr_at_1`` and ``tpr_at_01``, each with its ``_low`` and ``_high``."""
+        row: dict[str, float | None] = {}
+        for name, told in zip(
+            ("auc", "tpr_at_1", "tpr_at_01"), (self.auc, *self.found), strict=True
+        ):
+            ends = (None, None, None) if told is None else astuple(told)
+            row |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
+        return row
+
+    def as_text(self) -> str:
+        """Return the columns that ``ROC_HEAD`` names."""
+        auc = f"{self.auc.value:.3f} [{self.auc.low:.3f}, {self.auc.high:.3f}]"
+        found = (
+            "cannot tell" if one is None else f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]"
+            for one in self.found
+        )
+        return f"{auc:22}" + "".join(f"{text:24}" for text in found).rstrip()
+
+
+ROC_HEAD = f"{'AUC':22}{'found at FPR 1 %':24}at FPR 0.1 %"
+"""What stands over the columns of ``Roc.as_text``."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where images that were used stand among strangers, update by update.
+
+    Source: Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022,
+    section III: attacks are compared at low false-positive rates.
+
+    Attributes:
+        above: Float64 [V, N], the share of strangers that each of N images of V updates scores
+            above, ties counted half.
+        found: For each of ``RATES`` float64 [V, N], 1 where it scores above all but so many of the
+            strangers; None where they are too few for one of them to be so many.
+        strangers: How many there were.
+    """
+
+    above: Tensor
+    found: tuple[Tensor | None, ...]
+    strangers: int
+
+    @classmethod
+    def of(cls, members: Tensor, strangers: Tensor) -> "Ranks":
+        """Return where scores [V, N] stand among scores [V, S], each update's among its own."""
+        found: list[Tensor | None] = []
+        for rate in RATES:
+            if strangers.shape[1] * rate < 1:
+                found.append(None)
+                continue
+            allowed = int(rate * strangers.shape[1])
+            limit = strangers.sort(dim=1, descending=True).values[:, allowed]
+            found.append((members > limit[:, None]).double())
+        above = [_above(own, others) for own, others in zip(members, strangers, strict=True)]
+        return cls(torch.stack(above), tuple(found), strangers.shape[1])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Ranks"]) -> "Ranks":
+        """Return ranks among several sets of strangers, of as many images an update, as one."""
+        found: list[Tensor | None] = []
+        for rate in zip(*(part.found for part in parts), strict=True):
+            told = [one for one in rate if one is not None]
+            found.append(torch.cat(told) if len(told) == len(parts) else None)
+        above = torch.cat([part.above for part in parts])
+        return cls(above, tuple(found), min(part.strangers for part in parts))
+
+    def roc(self) -> Roc:
+        """Return the operating points with intervals over updates, whose images share their luck.
+
+        A share of fewer than 20 images is told only where its interval lies above the rate: so few
+        can show that members are found, and not that they are not.
+        """
+        found: list[Interval | None] = []
+        for rate, values in zip(RATES, self.found, strict=True):
+            share = None if values is None else over_updates(values)
+            few = self.above.numel() < _FEWEST
+            found.append(None if share is None or (few and share.low <= rate) else share)
+        return Roc(over_updates(self.above), tuple(found), self.strangers)
+
+
+def roc_of_one(members: Tensor, strangers: Tensor) -> Roc:
+    """Return the operating points of one model that is asked of many images.
+
+    Args:
+        members: [M], M at least 2.
+        strangers: [S], S at least 2.
+
+    Returns:
+        Intervals over the images: of the area DeLong's, of shares Wilson's.
+    """
+    ranks = Ranks.of(members[None], strangers[None])
+    found = (None if values is None else wilson(values[0]) for values in ranks.found)
+    return Roc(area(members, strangers), tuple(found), len(strangers))
+
+
+def area(members: Tensor, strangers: Tensor) -> Interval:
+    """Return the area under the receiver's operating characteristic with its 95 % interval.
+
+    Source: DeLong, DeLong & Clarke-Pearson, "Comparing the Areas under Two or More Correlated
+    Receiver Operating Characteristic Curves", Biometrics 1988.
+
+    Args:
+        members: [M], M at least 2.
+        strangers: [S], S at least 2.
+    """
+    over, under = _above(members, strangers), 1 - _above(strangers, members)
+    value = float(over.mean())
+    wide = 1.96 * float(over.var() / len(over) + under.var() / len(under)) ** 0.5
+    return Interval(value, max(0.0, value - wide), min(1.0, value + wide))
+
+
+def _above(one: Tensor, other: Tensor) -> Tensor:
+    """Return for each of ``one`` the share of ``other`` it lies above, ties counted half."""
+    order = other.sort().values
+    below, through = (torch.searchsorted(order, one, right=side) for side in (False, True))
+    return (below + through).double() / (2 * len(other))
 
 
 def bootstrap(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import LocalSteps, Observation, check_model
+from fedveil.audit import membership
 from fedveil.audit.leakage import (
     LeakageReport,
     LeakageSettings,
@@ -495,7 +496,7 @@ def _one_after_the_other(reports: Sequence[LeakageReport]) -> LeakageReport:
         },
         rows=tuple(rows),
         membership={
-            label: tuple(one for report in reports for one in report.membership[label])
+            label: membership.joined([report.membership[label] for report in reports])
             for label in first.membership
         },
     )

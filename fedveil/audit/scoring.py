@@ -152,13 +152,15 @@ class Scorer:
         yield photographs.mean(dim=0).expand(victims, batch, *photographs.shape[1:]), labels
 
 
-def strangers_to(train: Images, used: Tensor, generator: torch.Generator) -> Tensor:
-    """Return up to 495 images drawn from those not ``used``, int64, none a double of one used."""
+def strangers_to(
+    train: Images, used: Tensor, generator: torch.Generator, *, most: int = _STRANGERS
+) -> Tensor:
+    """Return up to ``most`` of the images not ``used``, int64, drawn, none a double of one used."""
     order = torch.randperm(len(train), generator=generator)
     own = {image.numpy().tobytes() for image in train.raw[used]}
     others = order[~torch.isin(order, used)].tolist()
     apart = (place for place in others if train.raw[place].numpy().tobytes() not in own)
-    return torch.tensor(list(itertools.islice(apart, _STRANGERS)), dtype=torch.int64)
+    return torch.tensor(list(itertools.islice(apart, most)), dtype=torch.int64)
 
 
 def _blurred_noise(like: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:

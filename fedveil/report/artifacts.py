@@ -101,6 +101,38 @@ class LeakageRow(_Content):
     seconds_per_image: float | None = None
 
 
+class Points(_Content):
+    """How well scores part images that were used from others; None where too few could tell."""
+
+    strangers: Count
+    auc: Share
+    auc_low: Share | None = None
+    auc_high: Share | None = None
+    tpr_at_1: Share | None = None
+    tpr_at_1_low: Share | None = None
+    tpr_at_1_high: Share | None = None
+    tpr_at_01: Share | None = None
+    tpr_at_01_low: Share | None = None
+    tpr_at_01_high: Share | None = None
+
+
+class MembershipRow(_Content):
+    """A row of ``membership`` in ``leakage.json``: one attack that rebuilds nothing."""
+
+    attack: Text
+    defense: Text
+    adaptive: bool
+    images: Count | None = None
+    updates: Count | None = None
+    picked_out: Share
+    picked_out_low: Share | None = None
+    picked_out_high: Share | None = None
+    picked_out_floor: Share | None = None
+    strangers: Points
+    unseen: Points | None = None
+    certain: Share | None = None
+
+
 class TheftRow(_Content):
     """A row of ``theft.json``: one attack with so many labels and colluders, against none."""
 
@@ -193,6 +225,7 @@ class EgressAudit(_Content):
 class _Leakage(_Content):
     settings: dict[Text, Any] = Field(default_factory=dict)
     rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+    membership: tuple[MembershipRow, ...] = Field(default=(), max_length=_MOST_ROWS)
 
 
 class _Theft(_Content):
@@ -258,6 +291,7 @@ class LeakageAudit:
     settings: Mapping[str, Any]
     rows: tuple[LeakageRow, ...]
     arrays: Path | None
+    membership: tuple[MembershipRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -377,7 +411,11 @@ def _leakage(path: Path) -> LeakageAudit:
     content = _checked(_Leakage, _object(file), file)
     arrays = path / "reconstructions.npz"
     return LeakageAudit(
-        str(path), content.settings, content.rows, arrays if arrays.is_file() else None
+        str(path),
+        content.settings,
+        content.rows,
+        arrays if arrays.is_file() else None,
+        content.membership,
     )
 
 

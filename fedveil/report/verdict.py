@@ -18,6 +18,8 @@ from fedveil.report.artifacts import (
     FrontierRow,
     LeakageAudit,
     LeakageRow,
+    MembershipRow,
+    Points,
     Run,
     TheftRow,
 )
@@ -100,7 +102,11 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     Nothing is marked good beside a model that is of no use: a cap that holds because nothing was
     learnt protects nothing.
     """
-    found: tuple[Finding, ...] = (*verdict(artifacts), *of_egress(artifacts.egresses))
+    found: tuple[Finding, ...] = (
+        *verdict(artifacts),
+        *of_members(artifacts.leakages),
+        *of_egress(artifacts.egresses),
+    )
     leading = _of_models(artifacts.runs)
     if any(map(_useless, artifacts.runs)):
         found = tuple(
@@ -394,7 +400,69 @@ def of_egress(audits: Sequence[EgressAudit]) -> tuple[Finding, ...]:
     )
 
 
-def _at_a_thousandth(row: EgressRow) -> str:
+def of_members(audits: Sequence[LeakageAudit]) -> tuple[Finding, ...]:
+    """Return what clients' updates tell of which images were used; none where nobody asked.
+
+    As of reconstructions, the defence that tells least counts, each by the strongest attack of
+    those who know it, and its silence counts only where the attacks work without it.
+    """
+    rows = [row for audit in audits for row in audit.membership if row.adaptive]
+    if not rows:
+        return ()
+    worst: dict[str, MembershipRow] = {}
+    for row in rows:
+        worst[row.defense] = max(worst.get(row.defense, row), row, key=_recognises)
+    plain = worst.pop("none", None)
+    row = min(worst.values(), key=_recognises, default=plain or rows[0])
+    points, topic = row.strangers, "Who was in an update"
+    under = "without a defence" if row is plain else f"under {row.defense}"
+    told = (
+        f"From a client's update, {under}, the strongest attack tried ({row.attack}) tells images "
+        f"that were used from others with an area under the curve of {points.auc:.2f}"
+        f"{_between(points.auc_low, points.auc_high)}"
+    )
+    if points.tpr_at_1 is not None:
+        told += (
+            f": {percent(points.tpr_at_1)} of them are found where 1 % of others are called used"
+            + interval(points.tpr_at_1_low, points.tpr_at_1_high)
+            + _at_a_thousandth(points)
+        )
+    if row.certain:
+        told += f"; {percent(row.certain)} beyond doubt"
+    if _tells(row):
+        share = points.auc if points.tpr_at_1 is None else points.tpr_at_1
+        mark = f"AUC {share:.2f}" if points.tpr_at_1 is None else f"{percent(share)} found"
+        return (Finding(topic, mark, "bad", f"{told}; stronger attacks may exist."),)
+    if points.tpr_at_1 is None or points.auc_low is None:
+        few = "the images are too few to tell how many are found at a low rate of error"
+        return (Finding(topic, "Cannot tell", "unknown", f"{told}; {few}."),)
+    if row is plain or plain is None or not _tells(plain):
+        weak = "attacks that find nothing without a defence show nothing"
+        return (Finding(topic, "Attacks too weak", "unknown", f"{told}; {weak}."),)
+    spread = (points.tpr_at_1_high or 0.0) <= _FEW
+    mark, kind = ("No better than chance", "good") if spread else ("Cannot tell", "unknown")
+    return (Finding(topic, mark, kind, f"{told}; stronger attacks may exist."),)
+
+
+def _recognises(row: MembershipRow) -> tuple[float, float, float]:
+    points = row.strangers
+    return points.tpr_at_1 or 0.0, points.auc, row.picked_out
+
+
+def _tells(row: MembershipRow) -> bool:
+    points = row.strangers
+    return (
+        (points.tpr_at_1_low or 0.0) > _CHANCE
+        or (points.auc_low or 0.0) > _GUESSING
+        or bool(row.certain)
+    )
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+
+
+def _at_a_thousandth(row: EgressRow | Points) -> str:
     if row.tpr_at_01 is None:
         return ", at 0.1 % cannot be told"
     return f", {percent(row.tpr_at_01)} where 0.1 % are"
@@ -483,7 +551,7 @@ def _rebuilt(row: _Leaked) -> str:
     if row.identified_floor is not None:
         known += f" where images without content reach {percent(row.identified_floor)}"
     if row.recognised is not None:
-        known += f", {percent(row.recognised)} to be picked out among candidates by their gradients"
+        known += f", {percent(row.recognised)} to be picked out among candidates"
     if isinstance(row, LeakageRow) and row.defense == "none":
         return (
             f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "

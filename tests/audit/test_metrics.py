@@ -1,12 +1,17 @@
 import itertools
 import math
+from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from fedveil.audit.metrics import (
     Interval,
+    Ranks,
+    area,
     bootstrap,
     exact,
     identified,
@@ -16,6 +21,7 @@ from fedveil.audit.metrics import (
     over_updates,
     psnr,
     recognised,
+    roc_of_one,
     ssim,
     wilson,
 )
@@ -126,6 +132,70 @@ def test_standing_out_is_the_mean_over_all_draws_of_strangers():
 def test_chance_is_one_in_a_hundred():
     torch.manual_seed(0)
     assert recognised(torch.rand(4000), torch.rand(2000)).mean() == pytest.approx(0.01, abs=0.004)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_operating_points_are_scikit_learns(seed):
+    generator = torch.Generator().manual_seed(seed)
+    members = torch.randn(300, generator=generator).add(0.7).mul(4).round()  # with ties
+    strangers = torch.randn(1000, generator=generator).mul(4).round()
+    scores, truth = torch.cat([members, strangers]), np.arange(1300) < 300
+    row = roc_of_one(members, strangers)
+    assert row.auc.value == pytest.approx(roc_auc_score(truth, scores))
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    for rate, told in zip((0.01, 0.001), row.found, strict=True):
+        assert told.value == pytest.approx(true[false <= rate + 1e-12].max())
+        assert told.low - 1e-12 <= told.value <= told.high
+
+
+def test_the_interval_of_the_area_covers_it():
+    generator = torch.Generator().manual_seed(0)
+    truth, inside = 0.76025, 0  # Φ(1 / √2)
+    for _ in range(200):
+        told = area(torch.randn(80, generator=generator) + 1, torch.randn(120, generator=generator))
+        inside += told.low <= truth <= told.high
+    assert 180 <= inside <= 200
+
+
+def test_operating_points_of_many_updates_are_scikit_learns_of_each():
+    generator = torch.Generator().manual_seed(0)
+    members = torch.randn(5, 40, generator=generator).add(1).mul(4).round()
+    strangers = torch.randn(5, 1000, generator=generator).mul(4).round()
+    told = Ranks.of(members, strangers).roc()
+    areas, found = [], {0.01: [], 0.001: []}
+    for own, others in zip(members, strangers, strict=True):
+        truth = np.arange(1040) < 40
+        areas.append(roc_auc_score(truth, torch.cat([own, others])))
+        false, true, _ = roc_curve(truth, torch.cat([own, others]), drop_intermediate=False)
+        for rate, shares in found.items():
+            shares.append(true[false <= rate + 1e-12].max())
+    for interval, shares in zip((told.auc, *told.found), (areas, *found.values()), strict=True):
+        assert interval.value == pytest.approx(np.mean(shares))
+        by_hand = over_updates(torch.tensor(shares, dtype=torch.float64)[:, None].expand(5, 40))
+        assert astuple(interval) == pytest.approx(astuple(by_hand))
+
+
+def test_what_too_few_images_cannot_tell_is_not_told():
+    strangers = torch.rand(4, 1000, generator=torch.Generator().manual_seed(0))
+    few, many = torch.full((4, 4), 0.5), torch.full((4, 5), 0.5)
+    assert Ranks.of(few, strangers).roc().found == (None, None)
+    assert [told.value for told in Ranks.of(many, strangers).roc().found] == [0, 0]
+    # A few members above all strangers do show something.
+    assert [told.value for told in Ranks.of(few + 1, strangers).roc().found] == [1, 1]
+    assert Ranks.of(few[:1] + 1, strangers[:1]).roc().found == (None, None)  # one update
+    assert Ranks.of(many + 1, strangers[:, :999]).roc().found[1] is None
+    assert Ranks.of(many + 1, strangers[:, :99]).roc().found == (None, None)
+    assert "cannot tell" in Ranks.of(few, strangers).roc().as_text()
+    row = Ranks.of(few, strangers).roc().as_json()
+    assert {row[f"tpr_at_1{end}"] for end in ("", "_low", "_high")} == {None}
+
+
+def test_ranks_of_two_recordings_are_those_of_both():
+    generator = torch.Generator().manual_seed(0)
+    members, strangers = torch.rand(5, 8, generator=generator), torch.rand(5, 200)
+    whole = Ranks.of(members, strangers)
+    parts = [Ranks.of(members[:2], strangers[:2]), Ranks.of(members[2:], strangers[2:])]
+    assert Ranks.joined(parts).roc() == whole.roc()
 
 
 def test_label_accuracy_ignores_order_and_counts_repeats():

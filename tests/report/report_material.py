@@ -83,9 +83,39 @@ LEAKAGE_ROWS = (
 )
 
 
-def make_leakage(path: Path, rows=LEAKAGE_ROWS, *, arrays=True, side=8, **settings) -> Path:
+def membership_row(defense="none", *, auc=0.9, found=0.4, spread=0.02, **changes):
+    """A row of membership; ``found`` None where too few images can tell."""
+    ends = {"_low": -spread, "": 0.0, "_high": spread}
+    return {
+        "attack": "span",
+        "defense": defense,
+        "adaptive": True,
+        "images": 64,
+        "updates": 8,
+        "picked_out": 0.5,
+        "picked_out_floor": 0.01,
+        "strangers": {
+            "strangers": 1000,
+            **{f"auc{end}": min(1.0, auc + by) for end, by in ends.items()},
+            **{
+                f"tpr_at_1{end}": None if found is None else min(1.0, max(0.0, found + by))
+                for end, by in ends.items()
+            },
+        },
+        "certain": None,
+        **changes,
+    }
+
+
+def make_leakage(
+    path: Path, rows=LEAKAGE_ROWS, *, arrays=True, side=8, membership=(), **settings
+) -> Path:
     path.mkdir(parents=True)
-    content = {"settings": {"dataset": "photos", "model": "lenet", **settings}, "rows": list(rows)}
+    content = {
+        "settings": {"dataset": "photos", "model": "lenet", **settings},
+        "rows": list(rows),
+        "membership": list(membership),
+    }
     (path / "leakage.json").write_text(json.dumps(content))
     if arrays:
         random = np.random.default_rng(0)

@@ -33,7 +33,7 @@ from fedveil.report.artifacts import (
 )
 from fedveil.report.controls import controls
 from fedveil.report.svg import Chart, Series, counts, draw, shares
-from fedveil.report.verdict import _above_floor, of_egress, percent, ranked
+from fedveil.report.verdict import _above_floor, of_egress, of_members, percent, ranked
 from tests.report.report_material import (
     CANARY,
     NASTY,
@@ -45,6 +45,7 @@ from tests.report.report_material import (
     make_leakage,
     make_run,
     make_theft,
+    membership_row,
     theft_row,
 )
 
@@ -154,7 +155,7 @@ def test_what_hides_a_reconstruction_is_no_defence_where_candidates_are_picked_o
     ]
     directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
     assert marks(directory)[2] == ("bad", "40 % picked out")
-    assert "40 % to be picked out among candidates by their gradients" in sentences(directory)[2]
+    assert "40 % to be picked out among candidates" in sentences(directory)[2]
 
 
 def test_the_best_of_several_defences_is_the_one_whose_strongest_attack_gets_least(tmp_path):
@@ -247,6 +248,59 @@ def test_shares_without_a_floor_are_named(tmp_path):
     page = build_page(read_artifacts([old, new]), title="a", now=NOW)
     assert f"No floor stands beside the matched shares of {old}:" in page
     assert "floor 1.0\N{NO-BREAK SPACE}%" in page
+
+
+def told_of_members(path, *rows):
+    directory = make_leakage(path / "leakage", membership=rows, arrays=False)
+    (found,) = of_members(read_artifacts([directory]).leakages)
+    return found.kind, plain(found.mark), plain(found.sentence)
+
+
+def test_what_updates_tell_of_members_is_told_of_the_defence_that_tells_least(tmp_path):
+    kind, mark, sentence = told_of_members(
+        tmp_path,
+        membership_row(found=0.9, auc=0.95),
+        membership_row("a", found=0.4),
+        membership_row("a", found=0.9, adaptive=False),
+        membership_row("b", found=0.2),
+        membership_row("b", found=0.3, attack="loss", certain=0.25),
+    )
+    assert (kind, mark) == ("bad", "30 % found")
+    assert "under b, the strongest attack tried (loss) tells images that were used" in sentence
+    assert "an area under the curve of 0.90 (0.88 to 0.92)" in sentence
+    assert "30 % of them are found where 1 % of others are called used" in sentence
+    assert "(95 % interval 28 % to 32 %), at 0.1 % cannot be told; 25 % beyond doubt" in sentence
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "mark"),
+    [
+        ([{"found": 0.4}], "bad", "40 % found"),
+        ([{"found": None, "auc": 0.9}], "bad", "AUC 0.90"),
+        ([{"found": None, "auc": 0.5}], "unknown", "Cannot tell"),
+        ([{"found": 0.01, "auc": 0.5}], "unknown", "Attacks too weak"),
+        ([{"found": 0.4}, {"found": 0.01, "auc": 0.5}], "good", "No better than chance"),
+        ([{"found": 0.4}, {"found": 0.01, "auc": 0.5, "spread": 0.1}], "unknown", "Cannot tell"),
+        ([{"found": 0.4}, {"found": None, "auc": 0.5}], "unknown", "Cannot tell"),
+        ([{"found": 0.4}, {"found": 0.01, "auc": 0.5, "certain": 0.1}], "bad", "1.0 % found"),
+    ],
+)
+def test_a_defence_hides_members_only_from_attacks_that_work_without_it(tmp_path, rows, kind, mark):
+    named = [membership_row(name, **row) for name, row in zip(("none", "a"), rows, strict=False)]
+    assert told_of_members(tmp_path, *named)[:2] == (kind, mark)
+
+
+def test_the_page_has_the_membership_table_and_reads_what_earlier_versions_wrote(tmp_path):
+    few = membership_row("<b>", found=None)
+    old = membership_row(strangers={"auc": 0.7, "tpr_at_1": 0.1, "tpr_at_01": 0.0, "strangers": 9})
+    leakage = make_leakage(tmp_path / "leakage", membership=[few, old], arrays=False)
+    page = build_page(read_artifacts([leakage]), title="a", now=NOW)
+    assert "Which images were used, told from the update alone" in page
+    assert "cannot tell" in page
+    assert "&lt;b&gt;" in page
+    assert "Which images were used" not in build_page(
+        read_artifacts([make_leakage(tmp_path / "none")]), title="a", now=NOW
+    )
 
 
 def told_of_egress(directory):

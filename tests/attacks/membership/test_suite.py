@@ -57,8 +57,8 @@ def test_every_attack_runs_in_the_audit_and_the_best_is_named():
     known = {one.attack: one for one in found if one.adaptive}
     assert set(known) == set(ATTACKS)
     for one in known.values():
-        assert len(one.picked) == 16
-        assert 0 <= one.strangers.tpr_at_01 <= one.strangers.tpr_at_1 <= 1
+        assert one.picked.shape == (2, 8)
+        assert 0.5 < one.strangers.roc().auc.value <= 1
         assert one.unseen is None  # digits has no test images beside the attacker's own
         assert float(best(found, adaptive=True).picked.mean()) >= float(one.picked.mean())
     assert known["span"].certain == known["span"].mistaken == 0  # noise leaves nothing certain
