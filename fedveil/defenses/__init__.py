@@ -1,17 +1,13 @@
 """What protects: image transformations, update sanitisers, degraded model copies."""
 
 from fedveil.defenses.block_dct import BlockDCT, dct_matrix, zigzag_mask
-from fedveil.defenses.blur import GaussianBlur
-from fedveil.defenses.clipping import Clipping
 from fedveil.defenses.defense import Defense
-from fedveil.defenses.down_sampling import DownSampling
 from fedveil.defenses.dp_sgd import DPSGD
+from fedveil.defenses.filters import JPEG, DownSampling, GaussianBlur
 from fedveil.defenses.folder import transform_folder
-from fedveil.defenses.gaussian_noise import GaussianNoise
-from fedveil.defenses.jpeg import JPEG
 from fedveil.defenses.protocol import Metadata, Sanitizer, Transformation
-from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
+from fedveil.defenses.sanitizers import Clipping, GaussianNoise, Pruning
 from fedveil.defenses.soteria import Soteria
 from fedveil.defenses.specs import DEFENSES, check_defense, parse_defense
 

@@ -11,16 +11,12 @@ import torch
 from torch import nn
 
 from fedveil.defenses.block_dct import BlockDCT
-from fedveil.defenses.blur import GaussianBlur
-from fedveil.defenses.clipping import Clipping
 from fedveil.defenses.defense import Defense
-from fedveil.defenses.down_sampling import DownSampling
 from fedveil.defenses.dp_sgd import DPSGD
-from fedveil.defenses.gaussian_noise import GaussianNoise
-from fedveil.defenses.jpeg import JPEG
+from fedveil.defenses.filters import JPEG, DownSampling, GaussianBlur
 from fedveil.defenses.protocol import Metadata, Transformation, metadata_of
-from fedveil.defenses.pruning import Pruning
 from fedveil.defenses.random_block_dct import RandomBlockDCT
+from fedveil.defenses.sanitizers import Clipping, GaussianNoise, Pruning
 from fedveil.defenses.soteria import Soteria
 from fedveil.errors import FedveilError
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
-from fedveil.defenses.pruning import Pruning
+from fedveil.defenses.sanitizers import Pruning
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
 from fedveil.secure_random import SecureGenerator

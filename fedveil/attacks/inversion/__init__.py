@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from fedveil.attacks.inversion.dlg import DLG
+from fedveil.attacks.inversion.dlg import DLG, IDLG
 from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
     GradientMap,
@@ -13,7 +13,6 @@ from fedveil.attacks.inversion.gradients import (
     check_model,
     infer_labels,
 )
-from fedveil.attacks.inversion.idlg import IDLG
 from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
 from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt

@@ -1,4 +1,4 @@
-"""DLG: the published attack, a joint search for image and label."""
+"""DLG, the published joint search for image and label; iDLG, which reads the label off first."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, surviving
+from fedveil.attacks.inversion.gradients import (
+    GradientMap,
+    check_attackable,
+    infer_labels,
+    surviving,
+)
 from fedveil.attacks.inversion.lbfgs import Problems
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
@@ -57,63 +62,68 @@ class DLG:
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
         """Reconstruct every victim's images and labels."""
         check_attackable(observation, attack="dlg", most=None)
-        return search(
-            observation,
-            None,
-            steps=self.steps,
-            restarts=self.restarts,
-            together=self.together,
-            seed=self.seed,
-            progress=progress,
+        return self.search(observation, None, progress)
+
+    def search(
+        self, observation: Observation, labels: Tensor | None, progress: Progress | None
+    ) -> Inversion:
+        """Run the published search for every victim and start.
+
+        Args:
+            observation: What the attacker has.
+            labels: Int64 [V, N] where they are known; None to search for them too.
+            progress: Called after each step of the searches that go on together.
+        """
+        device = next(observation.model.parameters()).device
+        starts = _Starts.drawn(observation, labels, self.restarts, self.seed, device)
+        runs: list[tuple[Tensor, Tensor, Tensor]] = []
+        seconds: list[Tensor] = []
+        for part in torch.split(torch.arange(len(starts.victims)), self.together):
+            begin = time.perf_counter()
+            done = int(part[0]) // self.restarts
+
+            def show(finished: int, loss: float, done: int = done) -> None:
+                if progress:
+                    progress(done + finished // self.restarts, observation.victims, loss)
+
+            runs.append(_descend(observation, starts.select(part.to(device)), self.steps, show))
+            seconds.append(torch.full((len(part),), (time.perf_counter() - begin) / len(part)))
+        flat, losses, spent = (torch.cat(column) for column in zip(*runs, strict=True))
+        best = losses.reshape(-1, self.restarts).argmin(dim=1)
+        chosen = torch.arange(observation.victims, device=device) * self.restarts + best
+        images, logits = starts.read(flat[chosen])
+        return Inversion(
+            images=images.double().cpu(),
+            labels=(logits.argmax(dim=-1) if labels is None else labels).cpu(),
+            loss=losses[chosen].double().cpu(),
+            seconds=torch.cat(seconds).reshape(-1, self.restarts).sum(dim=1),
+            iterations=spent.reshape(-1, self.restarts).sum(dim=1).cpu(),
         )
 
 
-def search(
-    observation: Observation,
-    labels: Tensor | None,
-    *,
-    steps: int,
-    restarts: int,
-    together: int,
-    seed: int,
-    progress: Progress | None,
-) -> Inversion:
-    """Run the published search for every victim and start.
+@dataclass(frozen=True, kw_only=True)
+class IDLG(DLG):
+    """Infer the label, then minimise the squared distance of the gradients over the image.
+
+    The search is that of ``DLG``, which also leaves out what a known sanitiser destroyed; the label
+    is exact for a single image, whatever the search finds.
+
+    Source: Zhao, Mopuri & Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.
 
     Args:
-        observation: What the attacker has.
-        labels: Int64 [V, N] where they are known; None to search for them too.
-        steps: Steps of L-BFGS.
-        restarts: Starts for each victim.
-        together: Searches that are computed at once.
-        seed: Seeds the starts.
-        progress: Called after each step of the searches that go on together.
+        steps, restarts, together, seed: As of ``DLG``.
+
+    Raises:
+        FedveilError: On a call, a batch of more than one image.
+
+    Example:
+        >>> IDLG(steps=100)(observation).labels  # doctest: +SKIP
     """
-    device = next(observation.model.parameters()).device
-    starts = _Starts.drawn(observation, labels, restarts, seed, device)
-    runs: list[tuple[Tensor, Tensor, Tensor]] = []
-    seconds: list[Tensor] = []
-    for part in torch.split(torch.arange(len(starts.victims)), together):
-        begin = time.perf_counter()
-        done = int(part[0]) // restarts
 
-        def show(finished: int, loss: float, done: int = done) -> None:
-            if progress:
-                progress(done + finished // restarts, observation.victims, loss)
-
-        runs.append(_descend(observation, starts.select(part.to(device)), steps, show))
-        seconds.append(torch.full((len(part),), (time.perf_counter() - begin) / len(part)))
-    flat, losses, spent = (torch.cat(column) for column in zip(*runs, strict=True))
-    best = losses.reshape(-1, restarts).argmin(dim=1)
-    chosen = torch.arange(observation.victims, device=device) * restarts + best
-    images, logits = starts.read(flat[chosen])
-    return Inversion(
-        images=images.double().cpu(),
-        labels=(logits.argmax(dim=-1) if labels is None else labels).cpu(),
-        loss=losses[chosen].double().cpu(),
-        seconds=torch.cat(seconds).reshape(-1, restarts).sum(dim=1),
-        iterations=spent.reshape(-1, restarts).sum(dim=1).cpu(),
-    )
+    def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
+        """Reconstruct every victim's image."""
+        check_attackable(observation, attack="idlg", most=1)
+        return self.search(observation, infer_labels(observation), progress)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 
+from fedveil.attacks.theft.as_received import Direct, LocalEpochs, ReestimateBatchNorm
 from fedveil.attacks.theft.averaging import AverageRounds, Every, Last
-from fedveil.attacks.theft.batch_norm import ReestimateBatchNorm
 from fedveil.attacks.theft.cluster import Cluster
 from fedveil.attacks.theft.collusion import Collude
-from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.distillation import Distil
-from fedveil.attacks.theft.fine_tune import FineTune
-from fedveil.attacks.theft.local_epochs import LocalEpochs
+from fedveil.attacks.theft.fine_tuning import FineTune, RetrainNoised, Surgical
 from fedveil.attacks.theft.observation import (
     Combination,
     Copy,
@@ -18,8 +16,6 @@ from fedveil.attacks.theft.observation import (
     TheftObservation,
 )
 from fedveil.attacks.theft.probe import Probe
-from fedveil.attacks.theft.retrain import RetrainNoised
-from fedveil.attacks.theft.surgical import Surgical
 
 ATTACKS: Mapping[str, TheftAttack] = {
     "direct": Direct(),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedveil.attacks.theft.direct import Direct
+from fedveil.attacks.theft.as_received import Direct
 from fedveil.attacks.theft.observation import TheftObservation, distinct, mean_of, with_copy
 from fedveil.attacks.theft.probe import Probe
 from fedveil.types import Weights

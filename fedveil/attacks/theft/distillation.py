@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedveil.attacks.theft.as_received import Direct
 from fedveil.attacks.theft.descent import Task, labelled, parameter_names, recipes, search
-from fedveil.attacks.theft.direct import Direct
 from fedveil.attacks.theft.holdout import predict
 from fedveil.attacks.theft.observation import Stolen, TheftAttack, TheftObservation
 from fedveil.attacks.theft.probe import Probe

@@ -18,7 +18,7 @@ from fedveil.attacks.theft import (
     Surgical,
     TheftObservation,
 )
-from fedveil.attacks.theft.layers import layers
+from fedveil.attacks.theft.fine_tuning import layers
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
 from tests.attacks.theft.conftest import Small, accuracy, train
