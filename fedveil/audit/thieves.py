@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
-from fedveil.attacks.theft import Copy, TheftObservation
+from fedveil.attacks.theft import TheftObservation
 from fedveil.data import Images, parse_partition
 from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
@@ -210,7 +210,7 @@ class AuditedRun:
         own_seed = random.Random(f"fedveil thief {self.seed} {thief.number}").randrange(2**31)
         met = [sent.round for sent in self.rounds if set(clients) & set(sent.assignment)]
         copies = [
-            Copy(entry.round, client, entry.received(client).weights)
+            entry.received(client)
             for entry in map(self.archive.read, met)
             for client in clients
             if client in entry.assignment

@@ -85,7 +85,7 @@ class Lineup:
 
 
 @dataclass(frozen=True)
-class Leak:
+class LeakedValues:
     """The comparable values of a leaked model, in the order of a lineup.
 
     Attributes:
@@ -97,7 +97,7 @@ class Leak:
     kept: Tensor | None
 
     @classmethod
-    def of(cls, leaked: Weights, tensors: Sequence[tuple[str, int]]) -> "Leak":
+    def of(cls, leaked: Weights, tensors: Sequence[tuple[str, int]]) -> "LeakedValues":
         """Take what can be compared: finite values other than 0 in tensors of the right size."""
         parts = []
         for name, size in tensors:
@@ -227,9 +227,9 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     """
     scores: dict[int, dict[int, float]] = {}
     decoys: list[float] = []
-    leak: Leak | None = None
+    leak: LeakedValues | None = None
     for lineup in among:
-        leak = Leak.of(aligned(leaked, lineup.base), lineup.tensors)
+        leak = LeakedValues.of(aligned(leaked, lineup.base), lineup.tensors)
         z = (lineup.patterns @ direction(leak, lineup)).tolist()
         for client, score in zip(lineup.clients, z, strict=False):
             scores.setdefault(client, {})[lineup.round] = score
@@ -246,7 +246,7 @@ def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> 
     return Trace(tuple(ordered), alpha, tests, tuple(decoys), values)
 
 
-def direction(leak: Leak, lineup: Lineup) -> Tensor:
+def direction(leak: LeakedValues, lineup: Lineup) -> Tensor:
     """Return the unit vector along which patterns are looked for.
 
     Returns:

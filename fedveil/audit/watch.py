@@ -18,7 +18,7 @@ from fedveil.federation.client_app import OnObjects, fedsgd_batch
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import SeededFedAvg
-from fedveil.federation.strategies.fedsgd import Update, WatchingFedSGD
+from fedveil.federation.strategies.fedsgd import UpdateKind, WatchingFedSGD
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
 
@@ -53,7 +53,7 @@ class Watching:
     images: int = 16
     batch: int = 1
     aggregate: int = 1
-    update: Update = "gradient"
+    update: UpdateKind = "gradient"
     epochs: int = 1
     batch_size: int = 10
     learning_rate: float = 1.0

@@ -392,7 +392,7 @@ def _show_piece(name: str, done: int, total: int) -> None:
     typer.echo(f"[{done + 1}/{total}] {name}", err=True)
 
 
-class Update(StrEnum):
+class ClientReturns(StrEnum):
     """What a client returns in ``fedveil audit leakage``."""
 
     GRADIENT = "gradient"
@@ -400,9 +400,9 @@ class Update(StrEnum):
     FEDAVG = "fedavg"
 
 
-def _local_rate(update: Update) -> float:
+def _local_rate(update: ClientReturns) -> float:
     # The longer the one step, the less the rounding of the weights hides; several must converge.
-    return 0.05 if update is Update.FEDAVG else 1.0
+    return 0.05 if update is ClientReturns.FEDAVG else 1.0
 
 
 @audit.command("leakage")
@@ -440,7 +440,9 @@ def audit_leakage(
         bool,
         typer.Option("--inverse", help="Also learn, on test images, to undo transformations."),
     ] = False,
-    update: Annotated[Update, typer.Option(help="What clients return.")] = Update.GRADIENT,
+    update: Annotated[
+        ClientReturns, typer.Option(help="What clients return.")
+    ] = ClientReturns.GRADIENT,
     epochs: Annotated[int, typer.Option(help="Local epochs of --update fedavg.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
     learning_rate: Annotated[
@@ -485,8 +487,8 @@ def audit_leakage(
             raise FedveilError("--truth is for --recorded, or --before and --after: leave it out")
         if other and checkpoint:
             raise FedveilError("--checkpoint is in the recording already: leave it out")
-        if other and update is Update.GRADIENT:
-            update = Update.STEP  # a Flower app returns weights
+        if other and update is ClientReturns.GRADIENT:
+            update = ClientReturns.STEP  # a Flower app returns weights
         settings = LeakageSettings(
             clients=clients,
             victim=victim,

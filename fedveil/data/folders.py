@@ -12,13 +12,13 @@ from fedveil.data.parquet import is_complete, parquet
 from fedveil.data.source import TEST_NAMES, Decoded, LeftOut, Source, fingerprint, split_named
 from fedveil.errors import FedveilError
 
-Layout = Literal["splits", "classes"]
+FolderLayout = Literal["splits", "classes"]
 """What the sub-folders of a folder are."""
 
 _Files = Mapping[str, Sequence[Path]]
 
 
-def folder(path: Path, layout: Layout | None = None) -> Source:
+def folder(path: Path, layout: FolderLayout | None = None) -> Source:
     """Return the dataset in ``path``: parquet files, or image files in a sub-folder a class.
 
     Args:
@@ -77,7 +77,7 @@ def _grouped(images: Iterable[Path], root: Path) -> _Group:
 
 
 def _splits(
-    images: _Group, root: Path, layout: Layout | None
+    images: _Group, root: Path, layout: FolderLayout | None
 ) -> tuple[list[_Files], list[LeftOut]]:
     """Return the image files of each class of each split, and what is left out."""
     inside = {name: _grouped(found, root / name) for name, found in images.below.items()}
@@ -109,7 +109,7 @@ def _splits(
 
 def _layout(
     inside: Mapping[str, _Group], trains: Sequence[str], tests: Sequence[str], root: Path
-) -> Layout:
+) -> FolderLayout:
     """Return what sub-folders are by their names.
 
     Raises:

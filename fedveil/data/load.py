@@ -16,7 +16,7 @@ from torch import Tensor
 from fedveil.data import cache
 from fedveil.data.embedded import digits, photos
 from fedveil.data.files import in_words, told
-from fedveil.data.folders import Layout, folder
+from fedveil.data.folders import FolderLayout, folder
 from fedveil.data.hub import hub
 from fedveil.data.images import Dataset, Images
 from fedveil.data.source import Decoded, LeftOut, Source, fingerprint
@@ -189,11 +189,11 @@ def _parse_folds(name: str) -> tuple[str, _Folds | None]:
     return match["name"], folds
 
 
-def _parse_layout(name: str) -> tuple[str, Layout | None]:
+def _parse_layout(name: str) -> tuple[str, FolderLayout | None]:
     match = _LAYOUT.fullmatch(name)
     if not match or _path(name).exists():
         return name, None
-    return match["name"], cast("Layout", match["layout"])
+    return match["name"], cast("FolderLayout", match["layout"])
 
 
 def _published(name: str, hub_name: str) -> Source:

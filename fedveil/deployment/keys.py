@@ -17,7 +17,7 @@ _CLOCKS_APART = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Pair:
+class KeyPair:
     """A private key and what may be shown of it, both PEM or OpenSSH text.
 
     Attributes:
@@ -67,11 +67,11 @@ class Authority:
         return cls(key, certificate)
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> KeyPair:
         """The authority in PEM."""
-        return Pair(_pem(self.key), self.certificate.public_bytes(Encoding.PEM))
+        return KeyPair(_pem(self.key), self.certificate.public_bytes(Encoding.PEM))
 
-    def server(self, host: str) -> Pair:
+    def server(self, host: str) -> KeyPair:
         """Return key and certificate of a server that is reached as ``host`` and on loopback.
 
         Args:
@@ -91,15 +91,15 @@ class Authority:
             )
             .sign(self.key, hashes.SHA384())
         )
-        return Pair(_pem(key), certificate.public_bytes(Encoding.PEM))
+        return KeyPair(_pem(key), certificate.public_bytes(Encoding.PEM))
 
 
-def node_key() -> Pair:
+def node_key() -> KeyPair:
     """Return the key a SuperNode signs its requests with: EC P-384, OpenSSH."""
     return _openssh(ec.generate_private_key(_CURVE))
 
 
-def signing_key() -> Pair:
+def signing_key() -> KeyPair:
     """Return the key apps are signed with: Ed25519, OpenSSH."""
     return _openssh(ed25519.Ed25519PrivateKey.generate())
 
@@ -130,8 +130,8 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _openssh(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> Pair:
+def _openssh(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> KeyPair:
     public = key.public_key().public_bytes(Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return Pair(
+    return KeyPair(
         key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), public + b"\n"
     )

@@ -20,9 +20,9 @@ from fedveil.features.protocol import (
     FeatureMap,
     MapDescription,
     Options,
-    Shape,
     features_of,
 )
+from fedveil.types import Shape
 
 Rebuild = Callable[[Shape, Options, Mapping[str, Tensor]], FeatureMap]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
-from fedveil.features.protocol import FeatureMap, Options, Shape
+from fedveil.features.protocol import FeatureMap, Options
+from fedveil.types import Shape
 
 _CONTRAST = 10 / 255**2  # Coates & Ng's 10 for pixels up to 255
 _WHITENING = 0.1

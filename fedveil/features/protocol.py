@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
+from fedveil.types import Shape
 
-Shape = tuple[int, int, int]
 Options = Mapping[str, Any]
 
 _BLOCK = 20  # images mapped at once: what they become stays in a cache

@@ -20,8 +20,8 @@ from fedveil.models.resnet import (
     wide_group_norm_resnet,
 )
 from fedveil.models.vit import ViT
+from fedveil.types import Shape
 
-Shape = tuple[int, int, int]
 Factory = Callable[[Shape, int], nn.Module]
 
 

@@ -46,7 +46,7 @@ _Pixels = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """An original beside what an attack made of it.
 
     Attributes:
@@ -74,7 +74,7 @@ class Strip:
     """
 
     row: LeakageRow
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ImagePair, ...]
 
 
 def gallery(audit: LeakageAudit) -> tuple[Strip, ...]:
@@ -139,11 +139,11 @@ def _strip(row: LeakageRow, originals: _Pixels, made: _Pixels, uris: Mapping[int
     return Strip(row, tuple(pairs))
 
 
-def _pair(index: int, original: _Pixels, made: _Pixels, uri: str) -> Pair:
+def _pair(index: int, original: _Pixels, made: _Pixels, uri: str) -> ImagePair:
     error = float(np.mean((original.astype(np.float64) - made) ** 2))
     decibels = f"{-10 * math.log10(error):.0f} dB" if error > 0 else "equal"
     _, height, width = original.shape
-    return Pair(index + 1, uri, _uri(made), decibels, width, height)
+    return ImagePair(index + 1, uri, _uri(made), decibels, width, height)
 
 
 def _uri(image: _Pixels) -> str:

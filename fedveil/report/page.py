@@ -44,7 +44,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uff
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnChart:
     """A chart ready for the template.
 
     Attributes:
@@ -71,7 +71,7 @@ class RunView:
     """A run with its chart; ``listed`` are evenly spaced rounds, the last among them."""
 
     run: Run
-    picture: Picture
+    picture: DrawnChart
     listed: tuple[Any, ...]
 
 
@@ -80,7 +80,7 @@ class LeakageView:
     """A leakage audit with its chart and pictures."""
 
     audit: LeakageAudit
-    picture: Picture
+    picture: DrawnChart
     strips: tuple[Strip, ...]
 
 
@@ -89,7 +89,7 @@ class TheftView:
     """A theft audit with its chart and the best theft for each number of labels and colluders."""
 
     audit: TheftAudit
-    picture: Picture
+    picture: DrawnChart
     best: tuple[TheftRow, ...]
     rows: tuple[TheftRow, ...]
 
@@ -99,7 +99,7 @@ class FrontierView:
     """A frontier with its chart and the worst attack at each of its points."""
 
     frontier: Frontier
-    picture: Picture
+    picture: DrawnChart
     worst: tuple[FrontierRow, ...]
 
 
@@ -179,8 +179,8 @@ def _number(value: float | None, digits: int = 1) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e12 else "∞" if value > 0 else "−∞"
 
 
-def _picture(chart: Chart, name: str) -> Picture:
-    return Picture(draw(chart, name), legend(chart), chart.title)
+def _picture(chart: Chart, name: str) -> DrawnChart:
+    return DrawnChart(draw(chart, name), legend(chart), chart.title)
 
 
 def _run_view(number: int, run: Run) -> RunView:

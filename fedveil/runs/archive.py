@@ -25,25 +25,10 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.sealing import DamagedError, OtherKeyError, Seal, UnknownFormatError
-from fedveil.types import Weights
+from fedveil.types import Copy, Weights
 
 _FORMAT = b"FVARCH1\n"
 _NAME = re.compile(r"(\d{6,})\.enc")
-
-
-@dataclass(frozen=True)
-class Received:
-    """A model one client was sent.
-
-    Attributes:
-        round: The round, from 1.
-        client: The client's partition.
-        weights: State by name, bit for bit what was sent.
-    """
-
-    round: int
-    client: int
-    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -62,12 +47,12 @@ class Entry:
     assignment: Mapping[int, int]
     fingerprint: Fingerprint | None = None
 
-    def received(self, client: int) -> Received:
+    def received(self, client: int) -> Copy:
         """Return what a client of this round was sent."""
         weights = self.copies[self.assignment[client]]
         if self.fingerprint:
             weights = self.fingerprint.apply(weights, round_number=self.round, client=client)
-        return Received(self.round, client, weights)
+        return Copy(self.round, client, weights)
 
 
 class Archive:
@@ -121,7 +106,7 @@ class Archive:
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return tuple(sorted(int(name[1]) for name in names if name))
 
-    def received(self, client: int) -> Iterator[Received]:
+    def received(self, client: int) -> Iterator[Copy]:
         """Yield the models a client was sent, round by round.
 
         Args:

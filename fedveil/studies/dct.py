@@ -19,7 +19,7 @@ therefore read another, lossless dataset.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,13 +42,11 @@ from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import versions
-from fedveil.studies.study import audited, plain, png, spread, trained, with_interval
+from fedveil.studies.study import OnPiece, audited, plain, png, spread, trained, with_interval
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
 _NONE = "none"
-
-OnPiece = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

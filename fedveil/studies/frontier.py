@@ -11,7 +11,7 @@ suite, naive or adaptive, in three scenarios:
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +25,13 @@ from fedveil.defenses import DEFENSES, check_defense, parse_defense
 from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
-from fedveil.federation.strategies.fedsgd import Update
+from fedveil.federation.strategies.fedsgd import UpdateKind
 from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import versions
 from fedveil.runs.secrets import MODEL, RunSecrets
 from fedveil.studies.study import (
+    OnPiece,
     Piece,
     audited,
     plain,
@@ -51,12 +52,10 @@ SETTINGS = (
 )
 """Every defence at every strength that it names."""
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
-_UPDATES: Mapping[str, Update] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
+_UPDATES: Mapping[str, UpdateKind] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
 SCENARIOS = tuple(_UPDATES)
 _REFUSED = "refused.json"
 _MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
-
-OnPiece = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ from fedveil.runs.directory import RunDirectory
 _EVALUATION_BLOCK = 1_000
 _PATIENCE_SECONDS = 10.0
 
+OnPiece = Callable[[str, int, int], None]
+"""Called as ``on_piece(name, pieces done, pieces in all)``."""
+
 
 def audited(
     dataset: str,
@@ -195,7 +198,7 @@ def run_pieces(
     pieces: Sequence[Piece],
     *,
     workers: int,
-    on_piece: Callable[[str, int, int], None] = lambda name, done, total: None,
+    on_piece: OnPiece = lambda name, done, total: None,
 ) -> None:
     """Do pieces of work in processes side by side.
 

@@ -3,7 +3,7 @@
 import io
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +25,9 @@ from fedveil.studies.noise import (
     train_arm,
 )
 from fedveil.studies.noise import select as select_arms
+from fedveil.studies.study import OnPiece
 
 _NEAR = 0.05  # of a figure's height, which a name takes
-OnPiece = Callable[[str, int, int], None]
 _Key = tuple[str, str, int]
 
 

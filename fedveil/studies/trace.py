@@ -29,10 +29,10 @@ from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import RunDirectory, versions
+from fedveil.studies.study import OnPiece
 from fedveil.types import Weights
 
 Treatment = Callable[[Weights, torch.Generator], Weights]
-OnPiece = Callable[[str, int, int], None]
 
 _IMAGES = 600  # as many as a client of the run has
 _REPORT_IMAGES = 1_000
@@ -86,7 +86,7 @@ class TraceStudy:
 
 
 @dataclass(frozen=True)
-class Thief:
+class Disguiser:
     """What thieves do to a model, with the run's data and architecture at hand.
 
     Attributes:
@@ -209,7 +209,7 @@ def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, A
     check_directory(out)
     runs = {name: _run(study, name, out) for name in ("leaked", "other", "fedavg")}
     archive = _archive(runs["leaked"])
-    thief = Thief(load_job(runs["leaked"].config))
+    thief = Disguiser(load_job(runs["leaked"].config))
     among = tuple(lineups(archive))
     delivered = runs["leaked"].model()
     bench = Bench(study, thief, tuple(archive), among, _innocents(study, thief, runs, delivered))
@@ -321,7 +321,7 @@ class Bench:
     """
 
     study: TraceStudy
-    thief: Thief
+    thief: Disguiser
     entries: Sequence[Entry]
     among: Sequence[Lineup]
     innocents: Mapping[str, Callable[[int], Weights]]
@@ -397,7 +397,7 @@ def _pieces(path: Path) -> dict[str, dict[str, Any]]:
     return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
-def _leaks(study: TraceStudy, thief: Thief) -> Iterator[Leak]:
+def _leaks(study: TraceStudy, thief: Disguiser) -> Iterator[Leak]:
     """Yield every treatment of last copies, and two of the average of all copies."""
     kinds = [("last copies", treatment) for treatment in thief.treatments]
     kinds += [("all copies", treatment) for treatment in _OF_ALL_COPIES]
@@ -416,7 +416,7 @@ def _models(study: TraceStudy) -> Iterator[Innocent]:
 
 
 def _innocents(
-    study: TraceStudy, thief: Thief, runs: Mapping[str, RunDirectory], delivered: Weights
+    study: TraceStudy, thief: Disguiser, runs: Mapping[str, RunDirectory], delivered: Weights
 ) -> dict[str, Callable[[int], Weights]]:
     others = [
         entry.received(client).weights

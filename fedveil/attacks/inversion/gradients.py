@@ -12,9 +12,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedveil.attacks.inversion.observation import LocalSteps, Observation, Shape, UpdateKnowledge
+from fedveil.attacks.inversion.observation import LocalSteps, Observation, UpdateKnowledge
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.models import output_layer
+from fedveil.types import Shape
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

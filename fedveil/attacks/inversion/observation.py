@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
+from fedveil.types import Shape
 
-Shape = tuple[int, int, int]
 Progress = Callable[[int, int, float], None]
 """Called as ``progress(done, total, loss)``; raising from it, Ctrl-C included, ends the attack."""
 

@@ -12,9 +12,10 @@ from torch.nn.grad import conv2d_input
 
 from fedveil.attacks.inversion.chain import Layer, trace_chain
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, survived
-from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Shape, Uses
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import InapplicableAttackError
+from fedveil.types import Shape
 
 _GREY = 0.5  # the middle of the pixels' range and of a sigmoid's
 _PRIOR = 1e-8  # weight of the prior at grey; forward equations weigh 1 and hold to about 1e-5

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedveil.attacks.inversion.observation import Shape
 from fedveil.errors import FedveilError
+from fedveil.types import Shape
 
 _PROBES = 512
 _RANK_TOLERANCE = 1e-5

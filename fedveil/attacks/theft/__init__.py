@@ -10,12 +10,12 @@ from fedveil.attacks.theft.distillation import Distil
 from fedveil.attacks.theft.fine_tuning import FineTune, RetrainNoised, Surgical
 from fedveil.attacks.theft.observation import (
     Combination,
-    Copy,
     Stolen,
     TheftAttack,
     TheftObservation,
 )
 from fedveil.attacks.theft.probe import Probe
+from fedveil.types import Copy
 
 ATTACKS: Mapping[str, TheftAttack] = {
     "direct": Direct(),

@@ -12,25 +12,10 @@ from fedveil.attacks.theft.holdout import Fold, Score, folds
 from fedveil.data import Images
 from fedveil.data.augmentation import Augmentation
 from fedveil.errors import FedveilError
-from fedveil.types import Weights
+from fedveil.types import Copy, Weights
 
 Honest = Callable[[nn.Module, Images], None]
 """The client's own local training: trains a model in place on images."""
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A model that a client received.
-
-    Attributes:
-        round: Round, from 1.
-        client: Partition of the client.
-        weights: Exactly what it was sent, parameters and buffers by name.
-    """
-
-    round: int
-    client: int
-    weights: Weights
 
 
 @dataclass(frozen=True)

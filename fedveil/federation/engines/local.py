@@ -31,10 +31,10 @@ from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import (
     FIRST_NODE_ID,
     ClientCallable,
-    Job,
     Packed,
     Result,
     Setting,
+    WorkOrder,
     error_reply,
     load_client_app,
     pack,
@@ -380,7 +380,7 @@ class LocalGrid(Grid):
         drop = tuple(token for token in worker.held if token not in self._buffers)
         worker.held.difference_update(drop)
         worker.held.update(keep)
-        job = Job(
+        job = WorkOrder(
             node_id=task.node_id,
             head=task.head,
             tokens=task.tokens,

@@ -61,7 +61,7 @@ class Packed(NamedTuple):
     buffers: tuple[bytes, ...] = ()
 
 
-class Job(NamedTuple):
+class WorkOrder(NamedTuple):
     """What the grid sends a worker, followed by the ``fresh`` buffers and those of the state.
 
     Attributes:
@@ -260,7 +260,11 @@ def _exit_with(parent: int) -> None:
 
 
 def _answer(
-    client: ClientCallable, setting: Setting, job: Job, buffers: list[bytes], held: dict[int, bytes]
+    client: ClientCallable,
+    setting: Setting,
+    job: WorkOrder,
+    buffers: list[bytes],
+    held: dict[int, bytes],
 ) -> tuple[Result, tuple[bytes, ...]]:
     for token in job.drop:
         del held[token]

@@ -260,7 +260,7 @@ class Agreement:
         Raises:
             FedveilError: Too few clients are left to undo the masks, or their shares are wrong.
         """
-        layout = Layout.of(next(iter(received.values())))
+        layout = VectorLayout.of(next(iter(received.values())))
         vectors, refused = read_replies(
             replies,
             asked={client.node: client for client in self.clients},
@@ -392,7 +392,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Layout:
+class VectorLayout:
     """Where a model's tensors lie in a vector: those of floating point, by name; then the loss.
 
     Attributes:
@@ -402,7 +402,7 @@ class Layout:
     shapes: Mapping[str, torch.Size]
 
     @classmethod
-    def of(cls, model: Weights) -> "Layout":
+    def of(cls, model: Weights) -> "VectorLayout":
         """Return the layout of a model's state."""
         names = floating({name: value.numpy() for name, value in model.items()})
         return cls({name: model[name].shape for name in names})

@@ -7,16 +7,16 @@ from typing import Literal
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedveil.federation.replies import Update as Reply
+from fedveil.federation.replies import Update
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import Distribution, SeededFedAvg, weighted_mean
 from fedveil.types import Weights
 
-Update = Literal["gradient", "step", "fedavg"]
+UpdateKind = Literal["gradient", "step", "fedavg"]
 
 
 @dataclass(frozen=True)
-class Exchange:
+class WatchedRound:
     """One round between the server and the clients it watches, as it went over the wire.
 
     Attributes:
@@ -54,14 +54,14 @@ class WatchingFedSGD(SeededFedAvg):
         *,
         victims: Collection[int],
         parameters: Collection[str],
-        action: Update = "gradient",
+        action: UpdateKind = "gradient",
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(sampling=sampling)
         self.parameters = frozenset(parameters)
         self.victims = frozenset(victims)
         self.action = action
-        self.exchanges: list[Exchange] = []
+        self.exchanges: list[WatchedRound] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -77,13 +77,13 @@ class WatchingFedSGD(SeededFedAvg):
             return super().expected(sent)
         return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
 
-    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Reply]) -> Weights:
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
         """Note the victims' replies and return the model that was sent."""
         seen = [update for update in updates if update.client.partition in self.victims]
         if len(seen) == len(self.victims):
             mean = weighted_mean([(self._learnt(update), update.examples) for update in seen])
             self.exchanges.append(
-                Exchange(
+                WatchedRound(
                     round_number,
                     ArrayRecord(dict(sent.copies[0])),
                     ArrayRecord(mean),
@@ -92,5 +92,5 @@ class WatchingFedSGD(SeededFedAvg):
             )
         return sent.copies[0]
 
-    def _learnt(self, update: Reply) -> Weights:
+    def _learnt(self, update: Update) -> Weights:
         return {name: value for name, value in update.weights.items() if name in self.parameters}
