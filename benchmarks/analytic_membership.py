@@ -9,11 +9,11 @@ anew for every seed.
 
 import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from written import write_result
 
 from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease
@@ -21,8 +21,6 @@ from fedveil.attacks.membership.leverage import Leverage
 from fedveil.audit.metrics import roc_of_one
 from fedveil.data import load_dataset
 from fedveil.features import default_options, features_of, learn_dictionary
-from fedveil.files import write_atomically
-from fedveil.runs.directory import versions
 from fedveil.secure_random import SecureGenerator
 
 RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -69,20 +67,14 @@ def main() -> None:
                 row = {"seed": seed, "ratio": ratio, "images": count, "epsilon": epsilon, **one}
                 found.append(row)
                 print(json.dumps(row), flush=True)
-    result = {
-        "command": (
-            f"python benchmarks/analytic_membership.py --dataset {arguments.dataset} "
-            f"--filters {arguments.filters} --seeds {arguments.seeds} --out docs/results"
-        ),
-        "dimension": options.dimension,
-        "scored": _SCORED,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "rows": found,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "analytic-membership.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(
+        arguments.out / "analytic-membership.json",
+        f"python benchmarks/analytic_membership.py --dataset {arguments.dataset} "
+        f"--filters {arguments.filters} --seeds {arguments.seeds} --out docs/results",
+        dimension=options.dimension,
+        scored=_SCORED,
+        rows=found,
+    )
 
 
 if __name__ == "__main__":

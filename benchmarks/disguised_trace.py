@@ -10,19 +10,17 @@ as innocents the last copies of the other runs, disguised in the same way.
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from written import write_result
 
 from fedveil.audit.trace import lineups, trace
-from fedveil.files import write_atomically
 from fedveil.runs.archive import Archive
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory
 
 LAYERS = ("body.0", "body.3", "hidden", "output")
 TREATMENTS = ("as it is", "permuted", "rescaled", "both", "both, pruned 50 %", "both, 8 bits")
@@ -70,17 +68,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = list(measured(arguments.run, arguments.clients))
-    result = {
-        "command": "python benchmarks/disguised_trace.py "
-        + " ".join(f"--run runs/{run.name}" for run in arguments.run)
-        + f" --clients {arguments.clients} --out docs/results",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(arguments.out / "trace-disguised.json", text.encode())
+    named = " ".join(f"--run runs/{run.name}" for run in arguments.run)
+    write_result(
+        arguments.out / "trace-disguised.json",
+        f"python benchmarks/disguised_trace.py {named} --clients {arguments.clients} "
+        "--out docs/results",
+        rows=rows,
+    )
 
 
 def measured(runs: list[Path], clients: int) -> Iterator[dict[str, Any]]:

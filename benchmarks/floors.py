@@ -10,19 +10,16 @@ attack take part.
 """
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from written import write_result
 
 from fedveil.audit.metrics import CANDIDATES, identified, match, over_updates
 from fedveil.audit.scoring import Scorer
 from fedveil.data import load_dataset
-from fedveil.files import write_atomically
-from fedveil.runs.directory import versions
 
 BATCHES = (1, 16, 64, 160, 256)
 KINDS = ("photographs", "blurred noise", "mean image")
@@ -64,16 +61,8 @@ def main() -> None:
                 row |= {name: told.value, f"{name}_low": told.low, f"{name}_high": told.high}
             rows.append(row)
             print(f"{batch:4} {kind:15} {row['matched']:6.1%} {row['now']:6.1%}", flush=True)
-    result = {
-        "command": " ".join(["python", "benchmarks/floors.py", *sys.argv[1:-1], "DIR"]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "seed": arguments.seed,
-        "versions": versions(),
-        "rows": rows,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(arguments.out / "floors.json", text.encode())
+    command = " ".join(["python", "benchmarks/floors.py", *sys.argv[1:-1], "DIR"])
+    write_result(arguments.out / "floors.json", command, seed=arguments.seed, rows=rows)
 
 
 if __name__ == "__main__":

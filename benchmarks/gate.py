@@ -18,14 +18,13 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from written import write_result
+
 from fedveil.deployment.control import register, status
 from fedveil.deployment.layout import Deployment, create
-from fedveil.files import write_atomically
-from fedveil.runs.directory import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.deployment import signed
@@ -50,15 +49,8 @@ def main() -> None:
             arguments.bodies,
             arguments.megabytes,
         )
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        **found,
-    }
     print(json.dumps(found, indent=1))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.out / "gate.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_result(arguments.out / "gate.json", " ".join(["python", *sys.argv]), **found)
 
 
 def attack(home: Path, connections: int, bodies: int, megabytes: int) -> dict[str, Any]:

@@ -19,17 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from written import write_result
 
 from fedveil.deployment.control import register, status
 from fedveil.deployment.layout import Deployment, create
-from fedveil.files import write_atomically
-from fedveil.runs.directory import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.deployment.conftest import NODES, Federation, free_block, train_command, write_sites
@@ -70,18 +68,16 @@ def main() -> None:
 def write(path: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write what is known so far."""
     options = f"--part {' '.join(arguments.part)} --kills {arguments.kills} --out DIR"
-    result = {
-        "command": f"python benchmarks/kills.py {options}",
-        "seed": arguments.seed,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "summary": {
+    write_result(
+        path,
+        f"python benchmarks/kills.py {options}",
+        seed=arguments.seed,
+        summary={
             part: {"kills": len(rows), "as it should be": sum(row["right"] for row in rows)}
             for part, rows in found.items()
         },
-        "parts": found,
-    }
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+        parts=found,
+    )
 
 
 class Local:

@@ -12,22 +12,20 @@ images each, and its interval is Student's over these.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from written import write_result
 
 from fedveil.attacks.membership import ATTACKS
 from fedveil.audit.membership import Recognition, joined, picked_out
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
-from fedveil.files import write_atomically
 from fedveil.models import build_model
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory
 
 SIZES = (16, 64, 256, 1024, 4096)
 _SCORED = 1024  # of the images behind an update
@@ -140,16 +138,12 @@ def main() -> None:
             f"[{row['recognised_low']:.1%}, {row['recognised_high']:.1%}]",
             flush=True,
         )
-    result = {
-        "command": " ".join(["python benchmarks/membership.py --run RUN", *_options(arguments)]),
-        "training": run.config.model_dump(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "rows": found,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.name}.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(
+        arguments.out / f"{arguments.name}.json",
+        " ".join(["python benchmarks/membership.py --run RUN", *_options(arguments)]),
+        training=run.config.model_dump(),
+        rows=found,
+    )
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:

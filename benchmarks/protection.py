@@ -9,12 +9,10 @@ calibration, distillation, the archive. Quote the ratios.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +104,15 @@ def main() -> None:
     for row in rows:
         print(f"{row['arm']}: {row['seconds']:.3f} s, {row['ratio']:.2f} x {row['baseline']}")
     if arguments.out:
-        from fedveil.files import write_atomically
-        from fedveil.runs.directory import versions
+        from written import write_result
 
-        result = {
-            "command": f"python benchmarks/protection.py --turns {arguments.turns} "
+        write_result(
+            arguments.out / "protection.json",
+            f"python benchmarks/protection.py --turns {arguments.turns} "
             f"--rounds {arguments.rounds} --skipped {arguments.skipped} --out DIR",
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": versions(),
-            "rows": rows,
-        }
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(arguments.out / "protection.json", text.encode())
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

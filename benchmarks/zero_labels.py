@@ -13,17 +13,15 @@ Thieves of one run share its model, so the interval of each row is Student's ove
 """
 
 import argparse
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from written import write_result
 
 from fedveil.audit.metrics import over_updates
 from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, run_theft_audit
-from fedveil.files import write_atomically
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory
 
 ROWS = ("direct", "cluster", "every + cluster", "colluding + cluster", THIEF, OWNER)
 
@@ -64,22 +62,16 @@ def main() -> None:
             f"[{one['accuracy_low']:.1%}, {one['accuracy_high']:.1%}] alone {one['alone']:.1%}, "
             f"over the cap {one['over_cap']} of {len(one['accuracies'])}"
         )
-    result = {
-        "command": (
-            "python benchmarks/zero_labels.py "
-            + " ".join(f"--run runs/{run.name}" for run in arguments.run)
-            + f" --labels {arguments.labels} --colluders {arguments.colluders} "
-            f"--thieves {arguments.thieves} --work DIR --name {arguments.name} --out docs/results"
-        ),
-        "training": [RunDirectory.open(run).config.model_dump() for run in arguments.run],
-        "delivered": [report.reference for report in reports],
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "rows": rows,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.name}.json"
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(
+        arguments.out / f"{arguments.name}.json",
+        "python benchmarks/zero_labels.py "
+        + " ".join(f"--run runs/{run.name}" for run in arguments.run)
+        + f" --labels {arguments.labels} --colluders {arguments.colluders} "
+        f"--thieves {arguments.thieves} --work DIR --name {arguments.name} --out docs/results",
+        training=[RunDirectory.open(run).config.model_dump() for run in arguments.run],
+        delivered=[report.reference for report in reports],
+        rows=rows,
+    )
 
 
 def has(report: TheftReport, name: str, labels: int, colluders: int) -> bool:
