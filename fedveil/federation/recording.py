@@ -11,15 +11,14 @@ from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.logger import log
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from torch import Tensor, nn
 
 from fedveil.defenses.mods import each_call_on_images
+from fedveil.federation.passing_grid import PassingGrid
 from fedveil.federation.replies import WEIGHT_KEY
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, recording_key, write_exchange
 
@@ -65,7 +64,7 @@ def record_messages(
     return mod
 
 
-class RecordingGrid(Grid):
+class RecordingGrid(PassingGrid):
     """A grid that records what one client is sent and returns, whatever the strategy.
 
     Args:
@@ -86,40 +85,12 @@ class RecordingGrid(Grid):
         node: int | None = None,
         weighted_by_key: str = WEIGHT_KEY,
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.directory = Path(directory)
         self.node = node
         self.weight = weighted_by_key
         self._said = _Said(f"messages of one client, to {directory}")
         self._asked: dict[str, tuple[Message, list[dict[str, Tensor]]]] = {}
-
-    def set_run(self, run: Run) -> None:
-        """Hand through."""
-        self.inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run this grid belongs to."""
-        return self.inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Hand through."""
-        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Hand through."""
-        return self.inner.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Hand through."""
-        return self.inner.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push, and remember what the watched client was asked."""
