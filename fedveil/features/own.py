@@ -1,15 +1,12 @@
 """The user's own frozen model as a feature map."""
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from fedveil.errors import FedveilError
 from fedveil.features.protocol import FeatureMap, Options
-from fedveil.models.registry import look_here
+from fedveil.models.factories import answer, described, import_factory
 from fedveil.types import Shape
 
 
@@ -62,41 +59,24 @@ class OwnFeatures(FeatureMap):
 
 
 def _made(path: str, shape: Shape) -> nn.Module:
-    module_name, _, attribute = path.partition(":")
-    look_here()
+    factory = import_factory(path, kind="backbone", call="factory(shape)")
     try:
-        factory: Callable[[Shape], Any] = getattr(importlib.import_module(module_name), attribute)
-        module = factory(shape)
+        module: nn.Module = factory(shape)
     except FedveilError:
         raise
-    except (Exception, SystemExit) as error:  # the user's own module may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise FedveilError(
-            f"backbone {path!r} could not be made ({reason}). Give package.module:factory, "
-            "importable from here; factory(shape) must return a torch.nn.Module"
+            f"backbone {path!r} could not be made for images of shape {shape} (C, H, W): {reason}; "
+            "mend factory(shape), or give images of another size"
         ) from error
-    if not isinstance(module, nn.Module):
-        raise FedveilError(
-            f"backbone {path!r}: the factory returned a {type(module).__name__}, not a "
-            "torch.nn.Module"
-        )
     return module
 
 
 def _dimension(path: str, module: nn.Module, shape: Shape) -> int:
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            found = module(torch.zeros(2, *shape))
-    except Exception as error:  # the user's own code may raise anything
-        raise FedveilError(
-            f"backbone {path!r} fails on images of shape {shape} (C, H, W): {error}; give images "
-            "of the size it takes, or another backbone"
-        ) from error
-    finally:
-        module.train(training)
+    found = answer(module, shape, kind="backbone", name=path)
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise FedveilError(f"backbone {path!r} returns {got} for two images; (2, D) is needed")
+        raise FedveilError(
+            f"backbone {path!r} returns {described(found)} for two images; (2, D) is needed"
+        )
     return int(found.shape[1])

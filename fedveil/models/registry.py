@@ -1,17 +1,14 @@
 """Models by name, and the user's own by import path."""
 
 import difflib
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from fedveil.errors import FedveilError
 from fedveil.models.cnn import CNN, MnistCNN
+from fedveil.models.factories import answer, described, import_factory
 from fedveil.models.imprint import Imprint
 from fedveil.models.lenet import LeNet
 from fedveil.models.resnet import (
@@ -56,7 +53,7 @@ def build_model(name: str, shape: Shape, classes: int, *, seed: int) -> nn.Modul
         FedveilError: Unknown name, an import that fails, or a model that does not turn
             [2, C, H, W] into finite logits [2, classes].
     """
-    factory = _import_factory(name) if ":" in name else _known_factory(name)
+    factory = _own_factory(name) if ":" in name else _known_factory(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _made(name, factory, shape, classes)
@@ -76,32 +73,8 @@ def _known_factory(name: str) -> Factory:
     )
 
 
-def _import_factory(path: str) -> Factory:
-    module_name, _, attribute = path.partition(":")
-    look_here()
-    try:
-        factory: Any = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # the user's own module may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise FedveilError(
-            f"model {path!r} could not be imported ({reason}). Give package.module:factory, "
-            "importable from here; factory(shape, classes) must return a torch.nn.Module"
-        ) from error
-    if not callable(factory):
-        raise FedveilError(f"model {path!r} is a {type(factory).__name__}, not a factory function")
-    return factory  # type: ignore[no-any-return]
-
-
-def look_here() -> None:
-    """Let modules of the current folder be imported, unless it is a run's own directory.
-
-    Whoever may write into a run's directory must not choose what code its operator runs.
-    """
-    here = Path.cwd()
-    if (here / "config.json").is_file() and any(here.glob("noise.key*")):
-        sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
-    elif str(here) not in sys.path:
-        sys.path.insert(0, str(here))
+def _own_factory(path: str) -> Factory:
+    return import_factory(path, kind="model", call="factory(shape, classes)")
 
 
 def _made(name: str, factory: Factory, shape: Shape, classes: int) -> nn.Module:
@@ -117,25 +90,9 @@ def _made(name: str, factory: Factory, shape: Shape, classes: int) -> nn.Module:
 
 
 def _check_forward(name: str, model: object, shape: Shape, classes: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise FedveilError(
-            f"model {name!r}: the factory returned a {type(model).__name__}, not a torch.nn.Module"
-        )
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, *shape))
-    except Exception as error:  # the user's own code may raise anything
-        raise FedveilError(
-            f"model {name!r} fails on images of shape {shape} (C, H, W): {error}; give images of "
-            "the size it takes, or another model"
-        ) from error
-    finally:
-        model.train(training)
+    logits = answer(model, shape, kind="model", name=name)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise FedveilError(
-            f"model {name!r} returns {got} for two images; logits of shape "
+            f"model {name!r} returns {described(logits)} for two images; logits of shape "
             f"(2, {classes}) are needed, one column a class"
         )

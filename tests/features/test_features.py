@@ -144,7 +144,7 @@ def test_the_users_own_frozen_model():
     assert torch.equal(features_of(rebuild(told, {}), images), features_of(own, images))
     with pytest.raises(FedveilError, match="another one here"):
         rebuild(MapDescription.of(OwnFeatures((3, 9, 9), f"{__name__}:unlike")), {})
-    with pytest.raises(FedveilError, match="could not be made"):
+    with pytest.raises(FedveilError, match="could not be imported"):
         OwnFeatures((3, 9, 9), f"{__name__}:missing")
 
 
