@@ -147,6 +147,7 @@ def accuracy(dataset: str, strategy: str, seed: int, rounds: int, secure: bool) 
         "clients": 10,
         "fraction": 1.0,
         "rounds": rounds,
+        "deliver": "last",
         "learning_rate": 0.1,
         "clip": 5.0,
         "sigma_factor": 1.5,

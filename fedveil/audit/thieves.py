@@ -234,7 +234,7 @@ class AuditedRun:
         return replace(program, crop=max(program.crop, shift))
 
     def delivered(self) -> Weights:
-        """Return w as of the last whole round, which no thief ever sees.
+        """Return w as it is, or would be, delivered, which no thief ever sees.
 
         Raises:
             FedveilError: The run has no whole round.
@@ -245,7 +245,7 @@ class AuditedRun:
                 f"{self.directory.path} has no finished round; go on with fedveil train --resume "
                 f"{self.directory.path}"
             )
-        return checkpoint.weights
+        return checkpoint.delivered
 
     def accuracy(self, weights: Weights) -> float:
         """Return the accuracy on the run's report images, as many as each round reports on."""

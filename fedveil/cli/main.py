@@ -172,9 +172,12 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"  fedveil train --resume {directory.path}"
         )
         raise typer.Exit(130) from None
-    if warning := _of_no_use(summary):
+    for warning in filter(None, (_of_no_use(summary), _collapsed(directory, summary))):
         typer.echo(warning, err=True)
-    typer.echo(f"w: {summary['accuracy']:.2%} on {summary['report_images']} images it never met")
+    typer.echo(
+        f"w{_of_round(summary)}: {summary['accuracy']:.2%} on {summary['report_images']} images it "
+        "never met"
+    )
     cap, passed = kept_cap(directory.config), ""
     if cap is not None:
         rounds = directory.config.rounds
@@ -206,6 +209,35 @@ def _of_no_use(summary: dict[str, Any]) -> str | None:
         f"w is of no use: naming the commonest class is right on {chance:.1%}. Training diverged "
         f"or learnt nothing: lower --learning-rate ({settings['learning_rate']:g}), give "
         "--clip 1, or train more --rounds or --epochs"
+    )
+
+
+def _of_round(summary: dict[str, Any]) -> str:
+    number, rounds = summary.get("round"), summary["configuration"]["rounds"]
+    if number in (None, rounds):
+        return ""
+    return (
+        f" of round {number} of {rounds}, the best on {summary['calibration_images']} calibration "
+        "images"
+    )
+
+
+def _collapsed(directory: "RunDirectory", summary: dict[str, Any]) -> str | None:
+    from fedveil.runs.directory import fallen_from
+
+    rounds = directory.rounds()
+    if (best := fallen_from(rounds)) is None:
+        return None
+    settings, last = summary["configuration"], rounds[-1]
+    kept = summary.get("round", last.round)
+    whose = f"w is kept from round {kept}"
+    if kept == last.round:
+        whose = "w is of that last round, and --deliver best would have kept a better one"
+    return (
+        f"Training collapsed: round {last.round} ends at {last.accuracy:.1%}, after "
+        f"{best.accuracy:.1%} in round {best.round}; {whose}. For a run that holds, lower "
+        f"--learning-rate ({settings['learning_rate']:g}), give --clip 1, fewer --epochs or a "
+        "higher --fraction"
     )
 
 

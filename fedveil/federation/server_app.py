@@ -45,7 +45,14 @@ from fedveil.federation.trial import Trial, try_out, try_sums
 from fedveil.models import build_model, check_sendable, has_batch_norm
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import Checkpoint, RoundRecord, RunDirectory, StrategyState, versions
+from fedveil.runs.directory import (
+    BestRound,
+    Checkpoint,
+    RoundRecord,
+    RunDirectory,
+    StrategyState,
+    versions,
+)
 from fedveil.types import Weights
 
 SEEN_ALONE = "each client's own sums"
@@ -92,14 +99,23 @@ class Job:
 
     def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
         """Return the accuracy of a model on the first ``images`` report images (or on all)."""
-        report = self.evaluation.report[:images]
+        return self._right(weights, self.evaluation.report[:images])
+
+    def calibration_accuracy(self, weights: Weights) -> float:
+        """Return the accuracy of a model on the calibration images, on which nothing is reported.
+
+        A round is chosen by it, and the report images stay what no choice has seen.
+        """
+        return self._right(weights, self.evaluation.calibration)
+
+    def _right(self, weights: Weights, images: Images) -> float:
         self.model.load_state_dict(dict(weights))
         correct = sum(
             count_correct(self.model, block.pixels, block.labels)
-            for start in range(0, len(report), _EVALUATION_BLOCK)
-            for block in [report[start : start + _EVALUATION_BLOCK]]
+            for start in range(0, len(images), _EVALUATION_BLOCK)
+            for block in [images[start : start + _EVALUATION_BLOCK]]
         )
-        return correct / len(report)
+        return correct / len(images)
 
 
 def prepare_job(config: TrainConfig) -> Job:
@@ -421,15 +437,22 @@ class Recorder:
         directory: Where it is recorded.
         strategy: The run's strategy.
         on_round: Told of every round; a progress bar, for instance.
+        best: The best of the rounds that an earlier process completed.
     """
 
     def __init__(
-        self, job: Job, directory: RunDirectory, strategy: SeededFedAvg, on_round: OnRound
+        self,
+        job: Job,
+        directory: RunDirectory,
+        strategy: SeededFedAvg,
+        on_round: OnRound,
+        best: BestRound | None = None,
     ) -> None:
         self.job = job
         self.directory = directory
         self.strategy = strategy
         self.on_round = on_round
+        self.best = best
         self.rounds = directory.rounds()[: strategy.completed_rounds]
         self._started = time.perf_counter()
 
@@ -443,13 +466,17 @@ class Recorder:
         record = self._record(self.strategy.completed_rounds + server_round, weights, seconds)
         self.rounds.append(record)
         self.directory.write_rounds(self.rounds)
-        self.directory.write_checkpoint(Checkpoint(record.round, weights, self.strategy.state))
+        self.best = _better(self.best, record, weights)
+        self.directory.write_checkpoint(
+            Checkpoint(record.round, weights, self.strategy.state, self.best)
+        )
         self.on_round(record)
         self._started = time.perf_counter()
         return MetricRecord({"accuracy": record.accuracy})
 
     def _record(self, round_number: int, weights: Weights, seconds: float) -> RoundRecord:
         sent, images = self.strategy.sent, self.job.config.report_images
+        chooses = self.job.config.deliver == "best"
         assert sent is not None
         return RoundRecord(
             round=round_number,
@@ -464,11 +491,19 @@ class Recorder:
             clients=self.strategy.averaged,
             refused=self.strategy.refused,
             bounded=self.strategy.bounded,
+            calibration=self.job.calibration_accuracy(weights) if chooses else None,
         )
 
     def _copies(self, sent: Distribution, images: int) -> tuple[float, ...]:
         received = self.strategy.received(sent)
         return tuple(self.job.accuracy(copy, images=images) for copy in received)
+
+
+def _better(best: BestRound | None, record: RoundRecord, weights: Weights) -> BestRound | None:
+    found = record.calibration
+    if found is None or (best is not None and found < best.calibration):
+        return best
+    return BestRound(record.round, found, weights)
 
 
 def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRound) -> None:
@@ -500,7 +535,7 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     strategy.archive = Archive.create(directory.path, key) if job.config.archive else None
     if parse_defense(job.config.defense).privacy is not None or job.config.epsilon is not None:
         strategy.started = partial(_note_release, directory)
-    recorder = Recorder(job, directory, strategy, on_round)
+    recorder = Recorder(job, directory, strategy, on_round, last.best)
     if last.round < job.config.rounds:
         strategy.start(
             grid,
@@ -511,8 +546,8 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
             evaluate_fn=recorder,
         )
         last = directory.checkpoint() or last
-    directory.write_model(last.weights)
-    summary = summarise(job, last.weights, recorder.rounds, directory.releases())
+    directory.write_model(last.delivered)
+    summary = summarise(job, last, recorder.rounds, directory.releases())
     summary["sends"] = strategy.sends
     if isinstance(strategy, Analytic):
         summary["analytic"] = sums_in_words(strategy, job.config)
@@ -544,16 +579,18 @@ def _note_release(directory: RunDirectory, _: int, clients: Sequence[Client]) ->
 
 def summarise(
     job: Job,
-    weights: Weights,
+    last: Checkpoint,
     rounds: list[RoundRecord],
     releases: Sequence[Mapping[int, int | None]] = (),
 ) -> dict[str, Any]:
-    """Return the content of ``summary.json``; accuracy is on all report images."""
+    """Return the content of ``summary.json``; accuracies are on all report images."""
     cap = kept_cap(job.config)
     noisy = [record for record in rounds if record.calibration_evaluations]
     evaluations = sum(record.calibration_evaluations for record in noisy)
     return {
-        "accuracy": job.accuracy(weights),
+        "accuracy": job.accuracy(last.delivered),
+        "round": last.delivered_round,
+        "last_accuracy": job.accuracy(last.weights),
         "chance": guessing(job.evaluation.report),
         "cap": cap,
         "copies_max": max(max(record.copies) for record in rounds),

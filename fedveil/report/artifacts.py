@@ -69,6 +69,8 @@ class RunSummary(_Content):
     report_images: Count
     calibration_images: Count = 0
     chance: Share | None = None
+    round: int | None = Field(default=None, ge=1, le=10**9)
+    last_accuracy: Share | None = None
     configuration: Configuration
     sends: Literal["model", "capped", "untrained"] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)

@@ -199,8 +199,9 @@ def _run_view(number: int, run: Run) -> RunView:
     chart = Chart(
         title=f"Accuracy over the rounds: {run.name}",
         description=(
-            f"After {len(run.rounds)} rounds the owner's model has {percent(run.summary.accuracy)} "
-            f"accuracy; the best copy of any round had {percent(run.best_copy)}."
+            f"After {run.summary.round or len(run.rounds)} rounds the owner's model has "
+            f"{percent(run.summary.accuracy)} accuracy; the best copy of any round had "
+            f"{percent(run.best_copy)}."
         ),
         x=counts("round", len(run.rounds)),
         y=shares("accuracy"),

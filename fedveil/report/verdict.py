@@ -119,8 +119,9 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
             else finding
             for finding in found
         )
-    by_kind = sorted(found, key=lambda finding: _ORDER.index(finding.kind))
-    return tuple(by_kind) if leading is None else (leading, *by_kind)
+    if leading is not None:
+        found = (leading, *found)
+    return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.kind)))
 
 
 def _of_models(runs: Sequence[Run]) -> Finding | None:
@@ -190,7 +191,7 @@ def _collapsed(topic: str, runs: Sequence[Run]) -> Finding | None:
     run = max(runs, key=_fall)
     fall = _fall(run)
     if fall < _FAR:
-        return None
+        return _caught(topic, runs)
     return Finding(
         topic,
         "Collapsed",
@@ -198,6 +199,28 @@ def _collapsed(topic: str, runs: Sequence[Run]) -> Finding | None:
         f"Training collapsed: {run.name} ends with a model right on "
         f"{percent(run.summary.accuracy)} of images, {points(fall)} less than in its best round.",
     )
+
+
+def _caught(topic: str, runs: Sequence[Run]) -> Finding | None:
+    """Return the run whose model is of an earlier round, because training collapsed after it."""
+    run = max(runs, key=_caught_fall)
+    last, number = run.summary.last_accuracy, run.summary.round
+    if last is None or number is None or _caught_fall(run) < _FAR:
+        return None
+    return Finding(
+        topic,
+        f"Of round {number} of {len(run.rounds)}",
+        "unknown",
+        f"Training collapsed after round {number}: the model of {run.name} that is delivered is of "
+        f"that round, the best on images set apart for the choice, and right on "
+        f"{percent(run.summary.accuracy)} of others; the last round's was right on "
+        f"{percent(last)}. Another run may find no such round.",
+    )
+
+
+def _caught_fall(run: Run) -> float:
+    last = run.summary.last_accuracy
+    return 0.0 if last is None else run.summary.accuracy - last
 
 
 def _fall(run: Run) -> float:

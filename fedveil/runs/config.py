@@ -91,6 +91,12 @@ class TrainConfig(BaseModel):
     rounds: int = setting(
         50, "Training", "Rounds to train; with --resume, in all.", ge=1, le=1_000_000
     )
+    deliver: Literal["best", "last"] = setting(
+        "best",
+        "Training",
+        "Whose w is delivered: of the round that is best on the calibration images, or of the "
+        "last.",
+    )
     epochs: int = setting(1, "Training", "E: local epochs.", ge=1, le=10_000)
     batch_size: int = setting(10, "Training", "B: local minibatch.", ge=1, le=1_000_000)
     learning_rate: float = setting(0.05, "Training", "eta: local learning rate.", gt=0, le=100)
@@ -321,6 +327,15 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _choose_without_labels(cls, settings: Any) -> Any:
+        # Whoever has no labels cannot tell which round is best, and sums grow with every round.
+        last = {"bound": "agreement", "strategy": "analytic"}
+        if isinstance(settings, dict) and any(settings.get(k) == v for k, v in last.items()):
+            return {"deliver": "last", **settings}
+        return settings
+
+    @model_validator(mode="before")
+    @classmethod
     def _no_norm_of_a_sum(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and settings.get("secure_aggregation") is True:
             return {"norm_limit": 0.0, **settings}
@@ -349,6 +364,15 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"key-shares {self.key_shares} is even; a neighbourhood has as many clients on "
                 "either side, so give an odd number, or leave it out for all clients of a round"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_grow(self) -> "TrainConfig":
+        if self.strategy == "analytic" and self.deliver == "best":
+            raise ValueError(
+                "deliver best is for strategies that train over rounds, and analytic's last round "
+                "is of all clients that were asked: leave it out"
             )
         return self
 

@@ -14,7 +14,7 @@ With ``FEDVEIL_KEY_FILE`` the three of mode 0600 are encrypted, and end in ``.en
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -39,6 +39,7 @@ from fedveil.types import Weights
 
 _SECRET = 0o600
 _RELEASES = "releases.jsonl"
+_COLLAPSE = 0.1  # of accuracy, as in the report
 _VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
 
 
@@ -61,6 +62,8 @@ class RoundRecord:
         refused: Answers that were left out, and why.
         bounded: Clients that said they have far more images than the others, and as how many they
             counted.
+        calibration: Accuracy of w on all calibration images, by which the best round is chosen;
+            None where no round is.
     """
 
     round: int
@@ -75,6 +78,19 @@ class RoundRecord:
     clients: tuple[int, ...]
     refused: tuple[str, ...] = ()
     bounded: tuple[str, ...] = ()
+    calibration: float | None = None
+
+
+def fallen_from(rounds: Sequence[RoundRecord]) -> RoundRecord | None:
+    """Return the round that the last one is far behind of: training collapsed since; else None.
+
+    Args:
+        rounds: All so far, from the first.
+    """
+    if not rounds:
+        return None
+    best = max(rounds, key=lambda record: record.accuracy)
+    return best if best.accuracy - rounds[-1].accuracy >= _COLLAPSE else None
 
 
 _ROUND = TypeAdapter(RoundRecord)
@@ -99,6 +115,21 @@ class StrategyState:
 
 
 @dataclass(frozen=True)
+class BestRound:
+    """The round whose w is best on the calibration images.
+
+    Attributes:
+        round: Which; the later of two that are alike.
+        calibration: Its accuracy on the calibration images.
+        weights: Its w.
+    """
+
+    round: int
+    calibration: float
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The state after a whole round.
 
@@ -106,11 +137,23 @@ class Checkpoint:
         round: The last round completed; 0 before the first.
         weights: w.
         state: What the strategy carries over.
+        best: The best round so far; None where none is chosen.
     """
 
     round: int
     weights: Mapping[str, Tensor]
     state: StrategyState
+    best: BestRound | None = None
+
+    @property
+    def delivered(self) -> Mapping[str, Tensor]:
+        """The w that would be delivered: of the best round, or of the last."""
+        return self.weights if self.best is None else self.best.weights
+
+    @property
+    def delivered_round(self) -> int:
+        """The round that ``delivered`` is of."""
+        return self.round if self.best is None else self.best.round
 
 
 class RunDirectory:
@@ -356,13 +399,14 @@ class RunDirectory:
         try:
             tensors, metadata = load(content), _metadata(content)
             state = json.loads(metadata["state"])
-            base, memory = (_with_prefix(tensors, f"{kind}/") for kind in ("base", "memory"))
+            w, base, memory = (_with_prefix(tensors, f"{x}/") for x in ("w", "base", "memory"))
             return Checkpoint(
                 round=int(state["round"]),
-                weights=_with_prefix(tensors, "w/"),
+                weights=w,
                 state=StrategyState(
                     base or None, float(state["sigma"]), bool(state["noisy"]), memory or None
                 ),
+                best=_best(state.get("best"), _with_prefix(tensors, "best/") or w),
             )
         except (
             *(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError),
@@ -380,11 +424,15 @@ class RunDirectory:
         tensors |= {f"base/{name}": value.clone() for name, value in base.items()}
         memory = checkpoint.state.memory or {}
         tensors |= {f"memory/{name}": value.clone() for name, value in memory.items()}
-        state = {
+        state: dict[str, Any] = {
             "round": checkpoint.round,
             "sigma": checkpoint.state.sigma,
             "noisy": checkpoint.state.noisy,
         }
+        if best := checkpoint.best:
+            state["best"] = {"round": best.round, "calibration": best.calibration}
+            if best.round != checkpoint.round:
+                tensors |= {f"best/{name}": value for name, value in best.weights.items()}
         content = save(_contiguous(tensors), metadata={"state": json.dumps(state)})
         self._write_secret(CHECKPOINT, content)
 
@@ -453,6 +501,12 @@ def _round(content: Any) -> RoundRecord:
     if unknown := sorted(set(content) - {field.name for field in fields(RoundRecord)}):
         raise ValueError(f"a round has no {unknown[0]!r}")
     return record
+
+
+def _best(chosen: Any, weights: Weights) -> BestRound | None:
+    if chosen is None:
+        return None
+    return BestRound(int(chosen["round"]), float(chosen["calibration"]), weights)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ class DctStudy:
                 "clients": self.clients,
                 "fraction": 1.0,
                 "rounds": self.rounds,
+                "deliver": "last",
                 "epochs": self.epochs,
                 "learning_rate": self.learning_rate,
                 "strategy": "fedavg",

@@ -198,6 +198,7 @@ class FrontierStudy:
                 "clients": self.clients,
                 "fraction": 1.0,
                 "rounds": self.rounds,
+                "deliver": "last",
                 "batch_size": self.private_batch_size if private else self.batch_size,
                 "learning_rate": self.private_learning_rate if private else self.learning_rate,
                 "clip": self.clip,

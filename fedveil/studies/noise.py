@@ -96,6 +96,7 @@ NOISE = Study(
         "clients": 100,
         "fraction": 0.1,
         "rounds": 50,
+        "deliver": "last",  # as the paper has it
         "cap": 0.6,
         # Which are studied by themselves, with what they cost.
         "fingerprint": 0.0,

@@ -67,7 +67,14 @@ class TheftStudy:
         )
 
 
-_COMMON = {"model": "cnn", "clients": 100, "fraction": 0.1, "cap": 0.6, "rounds": 20}
+_COMMON = {
+    "model": "cnn",
+    "clients": 100,
+    "fraction": 0.1,
+    "cap": 0.6,
+    "rounds": 20,
+    "deliver": "last",
+}
 _PAIR = {
     "strategy": "noise-pair",
     "noise": "first-conv",

@@ -75,6 +75,7 @@ class TraceStudy:
             "clients": self.clients,
             "fraction": 0.1,
             "rounds": self.rounds if name == "leaked" else self.other_rounds,
+            "deliver": "last",
             "learning_rate": 0.2,
             "clip": 20.0,
             "strategy": "fedavg" if name == "fedavg" else "noise-delta",

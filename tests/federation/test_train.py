@@ -73,6 +73,10 @@ def outcomes(path):
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
+def read_summary(path):
+    return json.loads((path / "summary.json").read_text())
+
+
 def test_a_run_leaves_what_the_readme_says(tmp_path):
     fedveil("--out", tmp_path / "run", *FAST, "--rounds", 4, "--strategy", "noise-delta")
     rounds = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
@@ -88,6 +92,38 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     model.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
     job = prepare_job(TrainConfig(dataset="digits"))
     assert job.accuracy(model.state_dict()) == summary["accuracy"]
+
+
+def test_the_best_round_is_kept_by_images_that_are_not_reported_and_a_kill_changes_no_bit(tmp_path):
+    # Two clients of two classes each a round: what one round learns the next forgets.
+    options = ["--dataset", "digits", "--clients", 6, "--fraction", 0.34, "--partition", "shards:2"]
+    options += ["--epochs", 2, "--clip", 5, "--learning-rate", 0.1, "--strategy", "fedavg"]
+    killed = start("--out", tmp_path / "killed", *options, "--rounds", 8)
+    wait_for_round(tmp_path / "killed/rounds.jsonl", 6)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    fedveil("--resume", tmp_path / "killed")
+    done = fedveil("--out", tmp_path / "whole", *options, "--rounds", 8)
+    assert same_bits(tmp_path / "killed", tmp_path / "whole")
+    lines, summary = outcomes(tmp_path / "whole"), read_summary(tmp_path / "whole")
+    best = max(lines, key=lambda line: (line["calibration"], line["round"]))
+    assert summary["round"] == best["round"] < 8, "the last was best, so it proves nothing"
+    assert (summary["accuracy"], summary["last_accuracy"]) == (
+        best["accuracy"],
+        lines[-1]["accuracy"],
+    )
+    assert f"w of round {best['round']} of 8, the best on 179 calibration images" in done.stdout
+    highest = max(lines, key=lambda line: line["accuracy"])
+    told = f"Training collapsed: round 8 ends at {lines[-1]['accuracy']:.1%}, after "
+    assert told + f"{highest['accuracy']:.1%} in round {highest['round']}; w is kept" in done.stderr
+    weights = load_file(tmp_path / "whole/model.safetensors")
+    job = prepare_job(RunDirectory.open(tmp_path / "whole").config)
+    assert job.calibration_accuracy(weights) == best["calibration"]
+    fedveil("--out", tmp_path / "last", *options, "--rounds", 3, "--deliver", "last")
+    last = read_summary(tmp_path / "last")
+    assert lines[2]["calibration"] < lines[1]["calibration"], "the last is best, too"
+    assert (last["round"], last["accuracy"]) == (3, lines[2]["accuracy"])
+    assert {line["calibration"] for line in outcomes(tmp_path / "last")} == {None}
 
 
 @pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair", "protected"])

@@ -508,6 +508,19 @@ def test_a_collapse_leads(tmp_path):
     assert leads(run)[0].mark == "Collapsed"
 
 
+def test_a_collapse_that_an_earlier_round_was_kept_from_is_said_and_does_not_lead(tmp_path):
+    run = make_run(tmp_path / "run", accuracy=0.9, copies=(0.5, 0.5), chance=0.1)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"round": 1, "last_accuracy": 0.85}))
+    assert all(finding.topic != "The owner's model" for finding in leads(run))
+    (run / "summary.json").write_text(json.dumps(summary | {"round": 1, "last_accuracy": 0.4}))
+    [told] = [finding for finding in leads(run) if finding.topic == "The owner's model"]
+    assert (told.mark, told.kind) == ("Of round 1 of 2", "unknown")
+    assert "right on 90.0 % of others" in plain(told.sentence)
+    bare = make_run(tmp_path / "bare", strategy="fedavg", copies=(0.9,), chance=0.1)
+    assert leads(bare, run, make_theft(tmp_path / "theft"))[0].kind == "bad"
+
+
 def test_the_worst_comes_first(tmp_path):
     run = make_run(tmp_path / "run", chance=0.1)
     kinds = [finding.kind for finding in leads(run, make_theft(tmp_path / "theft"))]
