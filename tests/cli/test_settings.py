@@ -62,7 +62,7 @@ def test_every_setting_is_reached_from_the_command_line_as_it_was_written():
         else:
             value = {"strategy": "fedavg", "engine": "deployed", "log": "mlflow"}.get(name, "1")
             value = {"average": "median", "bound": "agreement"}.get(name, value)
-            value = {"privacy_unit": "client"}.get(name, value)
+            value = {"privacy_unit": "client", "deliver": "last"}.get(name, value)
             words += [f"--{name.replace('_', '-')}", value]
     done = CliRunner().invoke(command, words)
     assert done.exit_code == 0, done.output
