@@ -1,4 +1,4 @@
-"""What CONTRIBUTING prints is all it takes to add an attack or a defence."""
+"""What CONTRIBUTING prints is all it takes to add an attack, a defence, a strategy or a dataset."""
 
 import json
 import os
@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fedveil
+from fedveil.runs.archive import Archive
+from fedveil.runs.directory import RunDirectory
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
@@ -38,7 +41,14 @@ def write_down(package):
     (defenses / "my_defense.py").write_text(block('"""My defence'))
     imported = "from fedveil.defenses.my_defense import MyDefense\n"
     add(defenses / "specs.py", "from fedveil.defenses.protocol", imported)
-    add(defenses / "specs.py", '    "dct": BlockDCT,', block('    "mine"'))
+    add(defenses / "specs.py", '    "dct": BlockDCT,', block('    "mine": MyDefense'))
+    strategy = package / "federation/strategies/my_strategy.py"
+    strategy.write_text(block('"""My strategy'))
+    add(package / "runs/config.py", '    "fedavg": "fedveil', block('    "mine": "fedveil'))
+    (package / "data/my_images.py").write_text(block('"""My images'))
+    imported = "from fedveil.data.my_images import halves\n"
+    add(package / "data/load.py", "from fedveil.data.source", imported)
+    add(package / "data/load.py", '    "digits": digits,', block('    "halves"'))
 
 
 def fedveil_of(place, *options):
@@ -115,8 +125,28 @@ def test_the_frontier_trains_and_attacks_what_was_added(place, tmp_path):
     assert "'mine:shades=8'" in done.stdout  # among those that are tried where none is named
 
 
+def test_a_strategy_and_a_dataset_are_trained_archived_and_reported(place, tmp_path):
+    assert "mine" in fedveil_of(place, "train", "--help")
+    run, settings = tmp_path / "run", tmp_path / "run.toml"
+    settings.write_text('strategy = "mine"\ndataset = "halves"\nmodel = "cnn"\n')
+    fedveil_of(
+        place,
+        *("train", "--config", settings, "--clients", "4", "--fraction", "1", "--rounds", "2"),
+        *("--learning-rate", "0.1", "--workers", "1", "--out", run),
+    )
+    told = json.loads((run / "summary.json").read_text())
+    assert (told["sends"], told["configuration"]["strategy"]) == ("model", "mine")
+    archive = Archive.open(run, RunDirectory.open(run).noise_key())
+    (copy,) = archive.read(2).copies
+    assert all(torch.equal(value, value.half().float()) for value in copy.values())
+    fedveil_of(place, "report", run, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "mine" in page
+    assert "halves" in page
+
+
 def test_what_is_printed_is_in_the_house_style(tmp_path):
-    for beginning in ('"""My attack', '"""My defence'):
+    for beginning in ('"""My attack', '"""My defence', '"""My strategy', '"""My images'):
         (tmp_path / "printed.py").write_text(block(beginning))
         settings = Path(__file__).parents[1] / "pyproject.toml"
         for check in (["check"], ["format", "--check"]):

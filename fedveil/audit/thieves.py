@@ -18,7 +18,8 @@ from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
-from fedveil.federation.server_app import Job, load_job
+from fedveil.federation.job import Job
+from fedveil.federation.server_app import load_job
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally
 from fedveil.models import build_model

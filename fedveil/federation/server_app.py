@@ -5,20 +5,19 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from torch import nn
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
 from fedveil.analytic.privacy import ADJACENCY as ADJACENT
 from fedveil.analytic.privacy import NOISE_FROM, GaussianRelease
-from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -30,21 +29,16 @@ from fedveil.errors import FedveilError
 from fedveil.features import MapDescription
 from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.engines.eager_grid import EagerGrid
-from fedveil.federation.evaluation import count_correct
-from fedveil.federation.feature_choice import choose_features
-from fedveil.federation.roster import Client, Sampling, round_size
+from fedveil.federation.job import Evaluation, Job, shares_of
+from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
-from fedveil.federation.strategies.analytic import Analytic
-from fedveil.federation.strategies.cap import Cap
-from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
+from fedveil.federation.strategies.analytic import Analytic, release_of
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
-from fedveil.federation.strategies.noise_delta import NoiseDelta, SigmaSearch
-from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out, try_sums
-from fedveil.models import build_model, check_sendable, has_batch_norm
+from fedveil.models import check_sendable
 from fedveil.runs.archive import Archive
-from fedveil.runs.config import TrainConfig
+from fedveil.runs.config import STRATEGIES, TrainConfig
 from fedveil.runs.directory import (
     BestRound,
     Checkpoint,
@@ -60,62 +54,8 @@ SEEN_ALONE = "each client's own sums"
 
 OnRound = Callable[[RoundRecord], None]
 
-_EVALUATION_BLOCK = 1_000
-_STATISTICS_IMAGES = 500
 _FEWEST_TEST_IMAGES = 40
 _NAMED = 20  # of the files that were left out
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The test split, divided: no report image is ever used to calibrate.
-
-    Attributes:
-        calibration: Images σ is calibrated on.
-        report: Images every reported accuracy is measured on.
-    """
-
-    calibration: Images
-    report: Images
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything one run is made of, built once from the configuration.
-
-    Attributes:
-        config: The settings.
-        dataset: The images.
-        evaluation: The test split, divided.
-        model: Freshly built; evaluating weights means taking them on.
-        notes: What the trial step found that hinders nothing.
-    """
-
-    config: TrainConfig
-    dataset: Dataset
-    evaluation: Evaluation
-    model: nn.Module
-    notes: tuple[str, ...] = ()
-
-    def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
-        """Return the accuracy of a model on the first ``images`` report images (or on all)."""
-        return self._right(weights, self.evaluation.report[:images])
-
-    def calibration_accuracy(self, weights: Weights) -> float:
-        """Return the accuracy of a model on the calibration images, on which nothing is reported.
-
-        A round is chosen by it, and the report images stay what no choice has seen.
-        """
-        return self._right(weights, self.evaluation.calibration)
-
-    def _right(self, weights: Weights, images: Images) -> float:
-        self.model.load_state_dict(dict(weights))
-        correct = sum(
-            count_correct(self.model, block.pixels, block.labels)
-            for start in range(0, len(images), _EVALUATION_BLOCK)
-            for block in [images[start : start + _EVALUATION_BLOCK]]
-        )
-        return correct / len(images)
 
 
 def prepare_job(config: TrainConfig) -> Job:
@@ -125,7 +65,7 @@ def prepare_job(config: TrainConfig) -> Job:
         FedveilError: A setting does not fit the data or the model, or a step fails.
     """
     job = load_job(config)
-    shares = _shares(config, job.dataset)
+    shares = shares_of(config, job.dataset)
     strategy = build_strategy(job, Resume(), NoiseKey.generate())
     trial = Trial(
         job.model,
@@ -141,22 +81,6 @@ def prepare_job(config: TrainConfig) -> Job:
         check_sums(strategy, config, shares)
         return replace(job, notes=tuple(try_sums(trial, strategy)))
     return replace(job, notes=tuple(try_out(trial)))
-
-
-def _shares(config: TrainConfig, dataset: Dataset) -> list[int]:
-    """Return how many images each client has; empty where nodes have images of their own."""
-    if config.engine == "deployed":
-        return []
-    scheme = parse_partition(config.partition)
-    labels = dataset.train.labels
-    parts = partition(labels, clients=config.clients, scheme=scheme, seed=config.seed)
-    return [len(part) for part in parts]
-
-
-def _smallest_sum(config: TrainConfig, dataset: Dataset) -> int:
-    """Return of how many images a round's sum is at least, by the server's own data elsewhere."""
-    shares = _shares(config, dataset) or [len(dataset.train) // config.clients] * config.clients
-    return sum(sorted(shares)[: round_size(config.clients, config.fraction)])
 
 
 def check_sums(strategy: Analytic, config: TrainConfig, shares: Sequence[int]) -> None:
@@ -189,7 +113,7 @@ def load_job(config: TrainConfig) -> Job:
     dataset = load_dataset(config.dataset, seed=config.seed)
     _check_test_split(config.dataset, dataset)
     split = split_test(dataset.test, config.calibration_images, seed=config.seed)
-    model = _STRATEGIES[config.strategy].model(config, dataset, split)
+    model = strategy_of(config).architecture(config, dataset, split)
     check_sendable(model)
     scheme = parse_partition(config.partition)
     parse_augmentation(config.augment)
@@ -198,21 +122,6 @@ def load_job(config: TrainConfig) -> Job:
     job = Job(config, dataset, split, model.eval())
     build_strategy(job, Resume(), NoiseKey.generate())
     return job
-
-
-def _network(config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
-    return build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
-
-
-def _classifier(config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
-    if parse_defense(config.defense).names:
-        raise FedveilError(
-            f"defense {config.defense} is for clients that train, and those of strategy analytic "
-            "return sums over their images: leave it out, and give --secure-aggregation"
-        )
-    images = _smallest_sum(config, dataset)
-    features = choose_features(config, split.calibration.raw, images=images)
-    return AnalyticClassifier(features, len(dataset.classes))
 
 
 def _check_test_split(name: str, dataset: Dataset) -> None:
@@ -275,9 +184,16 @@ def split_test(test: Images, calibration_images: int, *, seed: int) -> Evaluatio
     return Evaluation(calibration=test[order[:count]], report=test[order[count:]])
 
 
+def strategy_of(config: TrainConfig) -> type[SeededFedAvg]:
+    """Return the class of the strategy that a configuration names."""
+    module, _, name = STRATEGIES[config.strategy].partition(":")
+    found: type[SeededFedAvg] = getattr(import_module(module), name)
+    return found
+
+
 def build_strategy(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
     """Return the strategy the configuration names, where an earlier process left it."""
-    strategy = _STRATEGIES[job.config.strategy].build(job, resume, key)
+    strategy = strategy_of(job.config).of_run(job, resume, key)
     strategy.acceptance = Acceptance(
         job.config.norm_limit or None, job.config.average, job.config.weight_limit or None
     )
@@ -297,122 +213,9 @@ def _secure(config: TrainConfig) -> SecureAggregation | None:
     )
 
 
-def _sampling(config: TrainConfig) -> Sampling:
-    return Sampling(config.fraction, config.seed, config.clients, config.timeout)
-
-
-def _fedavg(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    return SeededFedAvg(
-        sampling=_sampling(job.config),
-        resume=resume,
-        statistics=partial(_measured, job) if has_batch_norm(job.model) else None,
-    )
-
-
-def _measured(job: Job, weights: Weights) -> Weights:
-    """Return the weights with batch statistics of the server's images: nobody's word for them."""
-    pixels = job.evaluation.calibration[:_STATISTICS_IMAGES].pixels
-    return reestimate_batch_norm(job.model, weights, pixels)
-
-
-def _noise_pair(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    config = job.config
-    return NoisePair(
-        model=job.model,
-        cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
-        noise=config.noise or "first-conv",
-        temperature=config.temperature or None,
-        schedule=RaisingLoop(
-            start=config.sigma_start,
-            step=config.sigma_step,
-            factor=config.sigma_factor,
-            limit=config.sigma_limit,
-        ),
-        server_clients=config.server_clients,
-        key=key,
-        sampling=_sampling(config),
-        resume=resume,
-    )
-
-
-def _noise_delta(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    config = job.config
-    return NoiseDelta(
-        model=job.model,
-        cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
-        noise=config.noise or "output",
-        temperature=10.0 if config.temperature is None else config.temperature or None,
-        smoothing=config.smoothing,
-        search=SigmaSearch(start=config.sigma_start, limit=config.sigma_limit),
-        key=key,
-        sampling=_sampling(config),
-        resume=resume,
-    )
-
-
-def _protected(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    config = job.config
-    return EnsembleDistillation(
-        model=job.model,
-        unlabelled=job.evaluation.calibration.raw,
-        distillation=Distillation(
-            steps=config.distillation_steps,
-            label_share=config.label_share,
-            augmentation=parse_augmentation(config.augment),
-        ),
-        labels=job.evaluation.calibration.labels if config.label_share else None,
-        share_unlabelled=config.share_unlabelled,
-        shared_rounds=config.shared_rounds,
-        sampling=_sampling(config),
-        resume=resume,
-    )
-
-
-def _analytic(job: Job, resume: Resume, key: NoiseKey) -> SeededFedAvg:
-    assert isinstance(job.model, AnalyticClassifier)
-    return Analytic(
-        model=job.model,
-        labelled=job.evaluation.calibration,
-        images_per_feature=job.config.images_per_feature,
-        release=_release(job.config),
-        sampling=_sampling(job.config),
-        resume=resume,
-    )
-
-
-def _release(config: TrainConfig) -> GaussianRelease | None:
-    if config.epsilon is None:
-        return None
-    return GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A strategy that a configuration can name.
-
-    Attributes:
-        strategy: Its class, which says what it promises.
-        build: Makes it for a run.
-        model: Makes what w is an instance of.
-    """
-
-    strategy: type[SeededFedAvg]
-    build: Callable[[Job, Resume, NoiseKey], SeededFedAvg]
-    model: Callable[[TrainConfig, Dataset, Evaluation], nn.Module] = _network
-
-
-_STRATEGIES: Mapping[str, _Choice] = {
-    "analytic": _Choice(Analytic, _analytic, _classifier),
-    "fedavg": _Choice(SeededFedAvg, _fedavg),
-    "protected": _Choice(EnsembleDistillation, _protected),
-    "noise-pair": _Choice(NoisePair, _noise_pair),
-    "noise-delta": _Choice(NoiseDelta, _noise_delta),
-}
-
-
 def kept_cap(config: TrainConfig) -> float | None:
     """Return the accuracy cap that a run's strategy keeps its copies under; None: it keeps none."""
-    return config.cap if _STRATEGIES[config.strategy].strategy.keeps_cap else None
+    return config.cap if strategy_of(config).keeps_cap else None
 
 
 def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
@@ -424,7 +227,7 @@ def _fingerprint(job: Job, key: NoiseKey) -> Fingerprint | None:
 def _mark_strength(config: TrainConfig) -> float:
     if config.fingerprint is not None:
         return config.fingerprint
-    return FINGERPRINT_STRENGTH if _STRATEGIES[config.strategy].strategy.fingerprints else 0.0
+    return FINGERPRINT_STRENGTH if strategy_of(config).fingerprints else 0.0
 
 
 class Recorder:
@@ -659,7 +462,7 @@ def _privacy(job: Job, releases: Sequence[Mapping[int, int | None]]) -> dict[str
     gave none there is no ε.
     """
     config = job.config
-    if sums := _release(config):
+    if sums := release_of(config):
         return privacy_of_sums(sums, releases)
     privacy = parse_defense(config.defense).privacy
     if privacy is None:

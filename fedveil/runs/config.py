@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     AliasChoices,
@@ -30,6 +30,21 @@ Group = Literal[
     "Output",
 ]
 """Under which the help of ``fedveil train`` lists an option, in this order."""
+
+
+STRATEGIES: Mapping[str, str] = {
+    "fedavg": "fedveil.federation.strategies.fedavg:SeededFedAvg",
+    "noise-pair": "fedveil.federation.strategies.noise_pair:NoisePair",
+    "noise-delta": "fedveil.federation.strategies.noise_delta:NoiseDelta",
+    "protected": "fedveil.federation.strategies.ensemble_distillation:EnsembleDistillation",
+    "analytic": "fedveil.federation.strategies.analytic:Analytic",
+}
+"""Where each strategy is that a run can name; settings are read without loading any."""
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[*STRATEGIES]
 
 
 def setting(
@@ -113,7 +128,7 @@ class TrainConfig(BaseModel):
         "Random changes of training images: crop:2,rotate:15,zoom:0.1,shear:0.1,flip, or some of "
         "them.",
     )
-    strategy: Literal["fedavg", "noise-pair", "noise-delta", "protected", "analytic"] = setting(
+    strategy: StrategyName = setting(
         "protected",
         "Protection",
         "How the model is protected.",

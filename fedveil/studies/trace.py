@@ -20,7 +20,8 @@ from fedveil import interrupts
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
-from fedveil.federation.server_app import Job, load_job
+from fedveil.federation.job import Job
+from fedveil.federation.server_app import load_job
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import check_directory, write_atomically

@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedveil.analytic import (
     MOST_IMAGES,
@@ -21,9 +21,13 @@ from fedveil.analytic import (
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, noisy_fault
 from fedveil.analytic.ridge import Head, noisy_ridge
-from fedveil.data import Images
+from fedveil.copies.noise import NoiseKey
+from fedveil.data import Dataset, Images
+from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.features import MapDescription
+from fedveil.federation.feature_choice import choose_features
+from fedveil.federation.job import Evaluation, Job, smallest_sum
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, Refusal, Sampling, round_size, sample_clients
 from fedveil.federation.secagg.client import STATISTICS, WORDS
@@ -36,6 +40,7 @@ from fedveil.federation.statistics import (
 )
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg, Sends
 from fedveil.federation.strategies.flower_arguments import FedAvgArguments
+from fedveil.runs.config import TrainConfig
 from fedveil.types import Weights
 
 _HEARD, _IMAGES, _NOISE = "heard", "images", "noise"
@@ -154,6 +159,32 @@ class Analytic(SeededFedAvg):
             self._untrained[name].zero_()
         self._sums, self._noise = Statistics.nothing(self.layout), 0.0
         self._later: Iterator[Message] = iter(())
+
+    @classmethod
+    def architecture(cls, config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
+        """Return a classifier on the features that the settings name, as of ``SeededFedAvg``."""
+        if parse_defense(config.defense).names:
+            raise FedveilError(
+                f"defense {config.defense} is for clients that train, and those of strategy "
+                "analytic return sums over their images: leave it out, and give "
+                "--secure-aggregation"
+            )
+        images = smallest_sum(config, dataset)
+        features = choose_features(config, split.calibration.raw, images=images)
+        return AnalyticClassifier(features, len(dataset.classes))
+
+    @classmethod
+    def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "Analytic":
+        """Return the strategy of a run, as of ``SeededFedAvg``."""
+        assert isinstance(job.model, AnalyticClassifier)
+        return cls(
+            model=job.model,
+            labelled=job.evaluation.calibration,
+            images_per_feature=job.config.images_per_feature,
+            release=release_of(job.config),
+            sampling=job.sampling,
+            resume=resume,
+        )
 
     @property
     def sends(self) -> Sends:
@@ -350,3 +381,10 @@ class Analytic(SeededFedAvg):
             parts = torch.split(self.labelled.raw, 100)
             scores = [self.model(Images(part, self.labelled.labels).pixels) for part in parts]
         return steepness_for(torch.cat(scores), self.labelled.labels)
+
+
+def release_of(config: TrainConfig) -> GaussianRelease | None:
+    """Return what a client's sums are noised by; None: nothing."""
+    if config.epsilon is None:
+        return None
+    return GaussianRelease(config.epsilon, config.delta, config.privacy_unit)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
-from fedveil.data.augmentation import Augmentation
+from fedveil.copies.noise import NoiseKey
+from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.errors import FedveilError
+from fedveil.federation.job import Job
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.fedavg import (
@@ -126,6 +128,25 @@ class EnsembleDistillation(SeededFedAvg):
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
         self._pixels = pixels.contiguous(memory_format=layout)
         self._delivered: Weights | None = None
+
+    @classmethod
+    def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "EnsembleDistillation":
+        """Return the strategy of a run, as of ``SeededFedAvg``."""
+        config = job.config
+        return cls(
+            model=job.model,
+            unlabelled=job.evaluation.calibration.raw,
+            distillation=Distillation(
+                steps=config.distillation_steps,
+                label_share=config.label_share,
+                augmentation=parse_augmentation(config.augment),
+            ),
+            labels=job.evaluation.calibration.labels if config.label_share else None,
+            share_unlabelled=config.share_unlabelled,
+            shared_rounds=config.shared_rounds,
+            sampling=job.sampling,
+            resume=resume,
+        )
 
     @property
     def sends(self) -> Sends:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import INFO, WARNING
 from typing import ClassVar, Literal, Unpack
 
@@ -12,9 +13,12 @@ from flwr.common.logger import log
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import Fingerprint
+from fedveil.copies.noise import NoiseKey
+from fedveil.data import Dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.acceptance import (
     Acceptance,
@@ -25,6 +29,7 @@ from fedveil.federation.acceptance import (
     trimmed_mean,
     weight_bound,
 )
+from fedveil.federation.job import Evaluation, Job
 from fedveil.federation.replies import WEIGHT_KEY, Update, read_replies
 from fedveil.federation.roster import Client, Refusal, Sampling, query_roster, sample_clients
 from fedveil.federation.secagg.server import Agreement, SecureAggregation
@@ -36,9 +41,13 @@ from fedveil.federation.strategies.flower_arguments import (
     aggregated,
     read_arguments,
 )
+from fedveil.models import build_model, has_batch_norm
 from fedveil.runs.archive import Archive, Entry
+from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import StrategyState
 from fedveil.types import Weights
+
+_STATISTICS_IMAGES = 500
 
 Sends = Literal["model", "capped", "untrained"]
 """What a strategy sends its clients: the model, copies under a cap, or nothing that was learnt."""
@@ -151,6 +160,38 @@ class SeededFedAvg(FedAvg):
         self.started: Callable[[int, Sequence[Client]], None] = lambda _round, _clients: None
         self._statistics = statistics
         self.loss: float | None = None
+
+    @classmethod
+    def architecture(cls, config: TrainConfig, dataset: Dataset, split: Evaluation) -> nn.Module:
+        """Return what w is an instance of, freshly made.
+
+        Args:
+            config: The run's settings.
+            dataset: Its images.
+            split: How its test images are divided.
+
+        Raises:
+            FedveilError: A setting does not fit the data.
+        """
+        return build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
+
+    @classmethod
+    def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "SeededFedAvg":
+        """Return the strategy of a run.
+
+        Args:
+            job: What the run is made of.
+            resume: Where an earlier process of it stopped.
+            key: Its secret.
+
+        Raises:
+            FedveilError: A setting does not fit the data or the model.
+        """
+        return cls(
+            sampling=job.sampling,
+            resume=resume,
+            statistics=partial(_measured, job) if has_batch_norm(job.model) else None,
+        )
 
     @property
     def sends(self) -> Sends:
@@ -425,3 +466,9 @@ _AVERAGES: Mapping[str, Callable[[Sequence[tuple[Weights, float]]], dict[str, Te
 def clone(weights: Weights) -> dict[str, Tensor]:
     """Return a deep copy of a model's state."""
     return {name: torch.clone(value) for name, value in weights.items()}
+
+
+def _measured(job: Job, weights: Weights) -> Weights:
+    """Return the weights with batch statistics of the server's images: nobody's word for them."""
+    pixels = job.evaluation.calibration[:_STATISTICS_IMAGES].pixels
+    return reestimate_batch_norm(job.model, weights, pixels)

@@ -16,6 +16,7 @@ from fedveil.copies.calibration import (
 )
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
+from fedveil.federation.job import Job
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap
@@ -97,6 +98,22 @@ class NoiseDelta(NoisyFedAvg):
         self.search = search or SigmaSearch()
         self.smoothing = smoothing
         self._delivered: Weights | None = None
+
+    @classmethod
+    def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "NoiseDelta":
+        """Return the strategy of a run, as of ``SeededFedAvg``."""
+        config = job.config
+        return cls(
+            model=job.model,
+            cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
+            noise=config.noise or "output",
+            temperature=10.0 if config.temperature is None else config.temperature or None,
+            smoothing=config.smoothing,
+            search=SigmaSearch(start=config.sigma_start, limit=config.sigma_limit),
+            key=key,
+            sampling=job.sampling,
+            resume=resume,
+        )
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedveil.copies.calibration import Calibration, Copies, Evaluate, raise_until_below
 from fedveil.copies.noise import NoiseKey
+from fedveil.federation.job import Job
 from fedveil.federation.replies import WEIGHT_KEY, Update
 from fedveil.federation.roster import Client, Sampling
 from fedveil.federation.strategies.cap import Cap
@@ -102,6 +103,27 @@ class NoisePair(NoisyFedAvg):
         self.server_clients = server_clients
         self._delivered: Weights | None = None
         self._checks = 0
+
+    @classmethod
+    def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "NoisePair":
+        """Return the strategy of a run, as of ``SeededFedAvg``."""
+        config = job.config
+        return cls(
+            model=job.model,
+            cap=Cap(config.cap, job.evaluation.calibration, config.bound, compared=False),
+            noise=config.noise or "first-conv",
+            temperature=config.temperature or None,
+            schedule=RaisingLoop(
+                start=config.sigma_start,
+                step=config.sigma_step,
+                factor=config.sigma_factor,
+                limit=config.sigma_limit,
+            ),
+            server_clients=config.server_clients,
+            key=key,
+            sampling=job.sampling,
+            resume=resume,
+        )
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]
