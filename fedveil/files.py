@@ -7,6 +7,9 @@ from pathlib import Path
 
 from fedveil.errors import FedveilError
 
+UNFINISHED = "unfinished"
+"""Folder in an audit's ``--out`` that holds what is done, until all of it is."""
+
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that a reader, or a crash at any point, sees the old or the new one whole.

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedveil.audit.adaptive import attackers
 from fedveil.audit.membership import Recognition, best, picked_out
 from fedveil.audit.membership import table as membership_table
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
+from fedveil.audit.pieces import Pieces
 from fedveil.audit.scoring import Scorer
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
@@ -68,6 +70,11 @@ class LeakageSettings(Watching):
             )
         if not self.attacks or not self.defenses:
             raise FedveilError("name at least one --attack and one --defense")
+
+    def described(self, dataset: str, model: str) -> dict[str, Any]:
+        """Return what results depend on, by name: all settings but the number of workers."""
+        own = {name: value for name, value in asdict(self).items() if name != "workers"}
+        return {"dataset": dataset, "model": model, **own}
 
 
 @dataclass(frozen=True)
@@ -228,12 +235,16 @@ def audit_leakage(
         model: What the server sends, with its weights; clients train it in training mode.
         settings: What is audited.
         model_name: What the report calls the model; None for the name of its class.
-        out: Folder for the results; None writes nothing.
+        out: Folder for the results, in which an audit that was cut short goes on; None writes
+            nothing.
         progress: Called as ``progress(step, images done, images, loss)``.
 
     Raises:
-        FedveilError: Fewer images than asked for, or what an attack refuses.
+        FedveilError: Fewer images than asked for, what an attack refuses, or ``out`` holds what
+            another audit has finished.
     """
+    name = model_name or type(model).__name__
+    pieces = Pieces.of(out, settings.described(dataset.name, name))
     federation = WatchedFederation(dataset, model, settings)
     check_model(
         federation.model,
@@ -256,13 +267,15 @@ def audit_leakage(
             defense,
             federation.observe(defense),
             used,
+            pieces=pieces,
             progress=progress,
         )
         for defense in defenses
     ]
-    report = replace(joined(parts), model=model_name or type(model).__name__)
+    report = replace(joined(parts), model=name)
     if out is not None:
         report.write(out)
+    pieces.close()
     return report
 
 
@@ -328,6 +341,7 @@ def attacked(
     informed: Observation,
     used: Tensor,
     *,
+    pieces: Pieces = Pieces(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
 ) -> LeakageReport:
     """Run the settings' attacks on one observation, and score them.
@@ -338,6 +352,7 @@ def attacked(
         defense: What the clients did.
         informed: What the server has, with all public knowledge of the defence.
         used: Int64 [M], which training images are behind it, one update after the other.
+        pieces: What was found already, and where to keep what is found.
         progress: As of ``audit_leakage``.
 
     Raises:
@@ -357,7 +372,12 @@ def attacked(
             # The inverse goes on top of what the attacker before it has found already.
             known = id(attacker.observation)
             if known not in found:
-                found[known] = attack(attacker.observation, progress=_named(progress, step))
+                seen, told_of = attacker.observation, _named(progress, step)
+                found[known] = pieces.inversion(
+                    f"{name} on {defense.label}, {len(found)}",
+                    seen,
+                    partial(attack, seen, progress=told_of),
+                )
             result = found[known]
             if attacker.inverse and undo is not None:
                 result = _undone(result, undo)

@@ -22,6 +22,7 @@ from fedveil.audit.leakage import (
     prepared,
     shown,
 )
+from fedveil.audit.pieces import Pieces
 from fedveil.audit.watch import observation_from_records, public_knowledge
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
@@ -110,10 +111,14 @@ def run_recorded_audit(
         say(sentence)
     data, built = prepared(dataset, model, settings.seed)
     truth = truth_of(exchanges, data, given)
+    pieces = Pieces.of(out, settings.described(dataset, model))
     with shown() as show:
-        report = audit_recorded(exchanges, truth, built, settings, model_name=model, progress=show)
+        report = audit_recorded(
+            exchanges, truth, built, settings, model_name=model, pieces=pieces, progress=show
+        )
     if out is not None:
         report.write(out)
+    pieces.close()
     return report
 
 
@@ -296,6 +301,7 @@ def audit_recorded(
     settings: LeakageSettings,
     *,
     model_name: str | None = None,
+    pieces: Pieces = Pieces(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
 ) -> LeakageReport:
     """Attack recorded exchanges as ``audit_leakage`` attacks those of its own federation.
@@ -306,6 +312,7 @@ def audit_recorded(
         model: The architecture, in the mode the client trains in; takes pixels in [0, 1].
         settings: What is audited; its local steps are those the client took.
         model_name: What the report calls the model; None for the name of its class.
+        pieces: As of ``fedveil.audit.leakage.attacked``.
         progress: As of ``audit_leakage``.
 
     Raises:
@@ -325,7 +332,11 @@ def audit_recorded(
         seen = observed(group, model, settings, data, defense)
         for number, images in enumerate(used):
             check_settings(seen, number, data.train[images], settings, defense)
-        reports.append(attacked(data, settings, defense, seen, used.flatten(), progress=progress))
+        reports.append(
+            attacked(
+                data, settings, defense, seen, used.flatten(), pieces=pieces, progress=progress
+            )
+        )
     name = model_name or type(model).__name__
     return replace(_one_after_the_other(reports), model=name)
 

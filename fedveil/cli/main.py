@@ -17,7 +17,7 @@ from fedveil.cli.report import report
 from fedveil.cli.settings import with_settings
 from fedveil.cli.transform import transform
 from fedveil.errors import FedveilError
-from fedveil.files import check_directory
+from fedveil.files import UNFINISHED, check_directory
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
     from fedveil.runs.directory import RunDirectory
@@ -439,7 +439,9 @@ def _local_rate(update: ClientReturns) -> float:
 
 @audit.command("leakage")
 def audit_leakage(
-    out: Annotated[Path, typer.Option(help="New directory for the results.")],
+    out: Annotated[
+        Path, typer.Option(help="New directory for the results, or of an audit cut short.")
+    ],
     dataset: Annotated[
         str, typer.Option(help="digits, photos, mnist, cifar10, cifar100, a hub name, a path.")
     ] = "photos",
@@ -508,7 +510,7 @@ def audit_leakage(
 
     Writes leakage.json, reconstructions.png and reconstructions.npz.
     """
-    check_directory(out, new=True)
+    check_directory(out, new=not (out / UNFINISHED).is_dir())
     try:
         from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
         from fedveil.audit.recorded import Recorded, run_recorded_audit
@@ -544,7 +546,9 @@ def audit_leakage(
         else:
             report = run_leakage_audit(dataset, model, settings, checkpoint=checkpoint, out=out)
     except KeyboardInterrupt:
-        typer.echo("Interrupted; nothing was written.", err=True)
+        kept = (out / UNFINISHED).is_dir()
+        left = f"the same command goes on from what {out} has" if kept else "nothing was written"
+        typer.echo(f"Interrupted; {left}.", err=True)
         raise typer.Exit(130) from None
     typer.echo(report.table())
     typer.echo(f"{out / 'leakage.json'}  {out / 'reconstructions.png'}")

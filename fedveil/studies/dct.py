@@ -33,6 +33,7 @@ from torch import Tensor
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.metrics import psnr
+from fedveil.audit.pieces import plain
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
@@ -42,7 +43,7 @@ from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import versions
-from fedveil.studies.study import OnPiece, audited, plain, png, spread, trained, with_interval
+from fedveil.studies.study import OnPiece, audited, png, spread, trained, with_interval
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
+from fedveil.audit.pieces import plain
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import DEFENSES, check_defense, parse_defense
@@ -34,7 +35,6 @@ from fedveil.studies.study import (
     OnPiece,
     Piece,
     audited,
-    plain,
     png,
     run_pieces,
     spread,

@@ -20,6 +20,7 @@ from torch import nn
 
 from fedveil import interrupts
 from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
+from fedveil.audit.pieces import plain, read_piece
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
@@ -126,26 +127,6 @@ def _accuracy_transformed(run: RunDirectory) -> float:
         with torch.no_grad():
             correct += count_correct(job.model, transform(block.pixels), block.labels)
     return correct / len(report)
-
-
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON gives them back, lists for tuples."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-
-
-def read_piece(path: Path) -> dict[str, Any]:
-    """Return a stored JSON object.
-
-    Raises:
-        FedveilError: It is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FedveilError(f"{path} is damaged ({error}); remove it to measure anew") from None
-    if not isinstance(content, dict):
-        raise FedveilError(f"{path} is damaged; remove it to measure anew")
-    return content
 
 
 def other_settings(path: Path) -> FedveilError:
