@@ -7,16 +7,25 @@ is that of a run, since what an image's gradient tells depends on what the model
         --rounds 20 --learning-rate 0.05 --clip 20 --out RUN
     python benchmarks/membership.py --run RUN --out docs/results
 
+After long local training on a model that nobody trained, as strategy ``protected`` asks for it:
+
+    python benchmarks/membership.py --untrained cifar10 --model cnn --clients 2 --single \
+        --epochs 30 --batch-size 20 --learning-rate 0.1 --images 500 --defense none --draws 5 \
+        --name membership-returned --out docs/results
+
 Images behind one update share its luck, so every row is measured on several updates, of other
 images each, and its interval is Student's over these.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from written import write_result
 
 from fedveil.attacks.membership import ATTACKS
@@ -25,6 +34,7 @@ from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model
+from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 
 SIZES = (16, 64, 256, 1024, 4096)
@@ -32,52 +42,79 @@ _SCORED = 1024  # of the images behind an update
 DEFENSES = ("none", "dct:keep=10", "noise:ratio=3")
 
 
-def watching(run: RunDirectory, images: int, clients: int, seed: int) -> Watching:
-    """Return what is watched for one row: a round of ``clients`` with ``images`` each, summed."""
-    config = run.config
-    return Watching(
-        clients=config.clients,
-        victim=3,
-        images=images * clients,
-        batch=images,
-        aggregate=clients,
-        update="fedavg",
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=seed,
-        workers=1,
-    )
+@dataclass(frozen=True)
+class Sent:
+    """The model that clients are sent, and how they train it.
+
+    Attributes:
+        config: Of the run it is from, or of one that would start with it.
+        data: What clients hold.
+        model: With its weights.
+        epochs: Passes of a client over the images of a round.
+    """
+
+    config: TrainConfig
+    data: Dataset
+    model: nn.Module
+    epochs: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Sent":
+        """Return the model of a run, or an untrained one."""
+        run = None if arguments.run is None else RunDirectory.open(arguments.run)
+        if run is None:
+            given = ("model", "clients", "batch_size", "learning_rate")
+            named = {name: value for name in given if (value := getattr(arguments, name))}
+            config = TrainConfig.check({"dataset": arguments.untrained, **named})
+        else:
+            config = run.config
+        data = load_dataset(config.dataset, seed=config.seed)
+        model = build_model(config.model, data.shape, len(data.classes), seed=0)
+        if run is not None:
+            model.load_state_dict(run.model())
+        return cls(config, data, model, arguments.epochs)
+
+    def watched(self, images: int, clients: int, seed: int) -> WatchedFederation:
+        """Return what is watched for one row: a round of clients with so many images, summed."""
+        watching = Watching(
+            clients=self.config.clients,
+            victim=min(3, self.config.clients - 1),
+            images=images * clients,
+            batch=images,
+            aggregate=clients,
+            update="fedavg",
+            epochs=self.epochs,
+            batch_size=self.config.batch_size,
+            learning_rate=self.config.learning_rate,
+            seed=seed,
+            workers=1,
+        )
+        return WatchedFederation(self.data, self.model, watching)
 
 
 def rows(
-    run: RunDirectory,
-    data: Dataset,
+    sent: Sent,
     sizes: tuple[int, ...],
+    clients: tuple[int, ...],
     defenses: list[str],
     draws: int,
     attacks: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows, smallest rounds first."""
-    model = build_model(run.config.model, data.shape, len(data.classes), seed=0)
-    model.load_state_dict(run.model())
-    for images in sizes:
-        for clients in (1, run.config.clients):
-            for spec in defenses:
-                updates = [
-                    picked(WatchedFederation(data, model, watched), spec, attacks)
-                    for seed in range(draws)
-                    for watched in [watching(run, images, clients, seed)]
-                ]
-                for attack in attacks:
-                    found = [update[attack] for update in updates if attack in update]
-                    if found:
-                        yield {
-                            "images": images,
-                            "clients": clients,
-                            "defense": spec,
-                            "attack": attack,
-                            **summary(found),
-                        }
+    for images, count, spec in itertools.product(sizes, clients, defenses):
+        updates = [
+            picked(sent.watched(images, count, seed), spec, attacks) for seed in range(draws)
+        ]
+        for attack in attacks:
+            found = [update[attack] for update in updates if attack in update]
+            if found:
+                yield {
+                    "images": images,
+                    "clients": count,
+                    "defense": spec,
+                    "attack": attack,
+                    **summary(found),
+                }
 
 
 def picked(
@@ -111,7 +148,15 @@ def summary(found: list[Recognition]) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="whose model is sent")
+    source.add_argument("--untrained", metavar="DATASET", help="send a model nobody trained")
+    parser.add_argument("--model", help="with --untrained")
+    parser.add_argument("--clients", type=int, help="with --untrained")
+    parser.add_argument("--batch-size", type=int, help="with --untrained")
+    parser.add_argument("--learning-rate", type=float, help="with --untrained")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--single", action="store_true", help="no sums of all clients")
     parser.add_argument("--images", type=int, nargs="+", default=SIZES)
     parser.add_argument("--defense", nargs="+", default=DEFENSES)
     parser.add_argument("--attack", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
@@ -120,13 +165,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run = RunDirectory.open(arguments.run)
-    data = load_dataset(run.config.dataset, seed=run.config.seed)
+    sent = Sent.of(arguments)
     found = []
     for row in rows(
-        run,
-        data,
+        sent,
         tuple(arguments.images),
+        (1,) if arguments.single else (1, sent.config.clients),
         arguments.defense,
         arguments.draws,
         tuple(arguments.attack),
@@ -140,24 +184,26 @@ def main() -> None:
         )
     write_result(
         arguments.out / f"{arguments.name}.json",
-        " ".join(["python benchmarks/membership.py --run RUN", *_options(arguments)]),
-        training=run.config.model_dump(),
+        _command(arguments),
+        training=sent.config.model_dump(),
         rows=found,
     )
 
 
-def _options(arguments: argparse.Namespace) -> list[str]:
-    sizes = " ".join(map(str, arguments.images))
-    defenses = " ".join(arguments.defense)
-    attacks = " ".join(arguments.attack)
-    return [
-        f"--images {sizes}",
-        f"--defense {defenses}",
-        f"--attack {attacks}",
-        f"--draws {arguments.draws}",
-        f"--name {arguments.name}",
-        "--out DIR",
-    ]
+def _command(arguments: argparse.Namespace) -> str:
+    places = {"run": "RUN", "out": "DIR"}
+    words = ["python benchmarks/membership.py"]
+    for name, value in vars(arguments).items():
+        option = f"--{name.replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list | tuple):
+            words.append(" ".join([option, *map(str, value)]))
+        else:
+            words.append(f"{option} {places.get(name, value)}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedveil.attacks.inversion.observation import Observation, Uses, check_declared
 from fedveil.attacks.membership.gradients import GradientMembership
+from fedveil.attacks.membership.returned import ReturnedGradientNorm, ReturnedLoss
 from fedveil.attacks.membership.span import Span
 from fedveil.data.images import Images
 
@@ -28,9 +29,18 @@ class MembershipAttack(Protocol):
 ATTACKS: Mapping[str, MembershipAttack] = {
     "gradient": GradientMembership(),
     "span": Span(),
+    "loss": ReturnedLoss(),
+    "gradient-norm": ReturnedGradientNorm(),
 }
 """Every membership attack by name."""
 for _name, _attack in ATTACKS.items():
     check_declared(_name, _attack)
 
-__all__ = ["ATTACKS", "GradientMembership", "MembershipAttack", "Span"]
+__all__ = [
+    "ATTACKS",
+    "GradientMembership",
+    "MembershipAttack",
+    "ReturnedGradientNorm",
+    "ReturnedLoss",
+    "Span",
+]

@@ -18,7 +18,9 @@ MOST_NUMBERS = 2**29
 """Of gradients held at once: 2 GiB."""
 
 _COMPANIONS = 15
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Layers that may take their statistics from the batch."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class PerImageGradients:
         together = _takes_batch_statistics(model)
         for module in model.modules():
             # Dropout draws anew for whoever asks; nothing but batch statistics is repeatable.
-            if not isinstance(module, _BATCH_NORMS):
+            if not isinstance(module, BATCH_NORMS):
                 module.training = False
         alone = GradientMap.of(
             Observation(model, observation.gradients, observation.shape, observation.classes),
@@ -135,7 +137,7 @@ class PerImageGradients:
 
 def _takes_batch_statistics(model: nn.Module) -> bool:
     return any(
-        isinstance(module, _BATCH_NORMS)
+        isinstance(module, BATCH_NORMS)
         and (module.training or not getattr(module, "track_running_stats", True))
         for module in model.modules()
     )

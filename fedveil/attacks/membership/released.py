@@ -27,12 +27,13 @@ def confidence(model: nn.Module, images: Images) -> Tensor:
     """
     training = model.training
     model.eval()
+    device = next(model.parameters()).device
     found = []
     try:
         with torch.no_grad():
             for start in range(0, len(images), _BLOCK):
                 block = images[start : start + _BLOCK]
-                logits = model(block.pixels).double()
+                logits = model(block.pixels.to(device)).double().cpu()
                 own = logits.gather(1, block.labels[:, None])[:, 0]
                 others = logits.scatter(1, block.labels[:, None], -torch.inf)
                 # log p - log(1 - p), without the cancellation of a p near 1.

@@ -41,7 +41,8 @@ def test_what_all_images_have_in_common_hides_nothing():
     update = {name: g[None] for name, g in zip(named, gradients, strict=True)}
     seen = Observation(model, update, (1, 12, 12), 3, 60)
     share = {}
-    for name, attack in ATTACKS.items():
+    for name in ("gradient", "span"):
+        attack = ATTACKS[name]
         members, strangers = attack(seen, used, public)[0], attack(seen, others, public)[0]
         share[name] = float(recognised(members, strangers).mean())
     assert share["span"] > share["gradient"] + 0.2, share
@@ -55,7 +56,7 @@ def test_every_attack_runs_in_the_audit_and_the_best_is_named():
     )
     found = picked_out(noise, watched.observe(noise), digits, watched.ground_truth(), seed=0)
     known = {one.attack: one for one in found if one.adaptive}
-    assert set(known) == set(ATTACKS)
+    assert set(known) == {"gradient", "span"}  # the others ask for local training
     for one in known.values():
         assert one.picked.shape == (2, 8)
         assert 0.5 < one.strangers.roc().auc.value <= 1
