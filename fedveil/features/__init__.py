@@ -11,7 +11,6 @@ from fedveil.features.dictionary import (
     DictionaryOptions,
     default_options,
     learn_dictionary,
-    tells_mirror_images,
 )
 from fedveil.features.efficientnet import EfficientNetLite0
 from fedveil.features.own import OwnFeatures
@@ -106,5 +105,4 @@ __all__ = [
     "names_of",
     "project",
     "rebuild",
-    "tells_mirror_images",
 ]

@@ -183,38 +183,6 @@ def learn_dictionary(images: Tensor, options: DictionaryOptions, *, seed: int) -
     return Dictionary(shape, options, folded, folded @ mean)
 
 
-def tells_mirror_images(images: Tensor, *, seed: int) -> bool:
-    """Return whether images can be told from their mirror images, as digits can and photos cannot.
-
-    A dictionary of a few filters and a ridge on its features are fitted to one half and tried on
-    the other; no label is used.
-
-    Args:
-        images: uint8 or float in [0, 1], [N, C, H, W].
-        seed: Seeds the dictionary.
-    """
-    some = images[:_MIRROR_IMAGES]
-    channels, height, width = some.shape[1:]
-    options = default_options((channels, height, width), _MIRROR_FILTERS, mirrored=False)
-    learner = learn_dictionary(some, options, seed=seed)
-    floats = some if some.is_floating_point() else some.float().div(255)
-    with torch.inference_mode():
-        seen, flipped = (F.normalize(learner(x), dim=1).double() for x in (floats, floats.flip(3)))
-    half = len(some) // 2
-    # What both have in common says nothing: the difference alone is learnt.
-    difference = seen - flipped
-    known, asked = difference[:half], difference[half:]
-    gram = known.T @ known
-    ridge = gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    direction = torch.linalg.solve(gram + ridge, known.sum(0))
-    return float((asked @ direction > 0).double().mean()) > _MIRROR_TOLD
-
-
-_MIRROR_IMAGES = 1_000
-_MIRROR_FILTERS = 16
-_MIRROR_TOLD = 0.65
-
-
 def default_options(
     shape: Shape, filters: int, *, mirrored: bool, **others: Any
 ) -> DictionaryOptions:

@@ -129,9 +129,9 @@ class TrainConfig(BaseModel):
         "them.",
     )
     strategy: StrategyName = setting(
-        "protected",
+        "analytic",
         "Protection",
-        "How the model is protected.",
+        "How the model is protected; protected, where a --model or how to train it is given.",
     )
     backbone: str | None = setting(
         None,
@@ -253,7 +253,9 @@ class TrainConfig(BaseModel):
     secure_aggregation: bool = setting(
         False,
         "Secure aggregation",
-        "Let the server learn the sum of the clients' changes only, by SecAgg+.",
+        "Let the server learn the sum of what clients return only, by SecAgg+; analytic does "
+        "unless it has too few clients.",
+        flags=("--secure-aggregation/--no-secure-aggregation",),
     )
     reconstruction_threshold: float = setting(
         0.6,
@@ -265,7 +267,7 @@ class TrainConfig(BaseModel):
     key_shares: int | None = setting(
         None,
         "Secure aggregation",
-        "Clients that each shares keys with, odd; all of the round by default.",
+        "Clients that each shares keys with, odd; all of the round by default, of analytic 15.",
         ge=5,
         le=65_535,
     )
@@ -328,33 +330,19 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _enough_clients_a_round(cls, settings: Any) -> Any:
+    def _defaults_that_follow(cls, settings: Any) -> Any:
         if not isinstance(settings, dict):
             return settings
-        if settings.get("strategy") == "analytic":
-            # Sums are asked for once, of everybody.
-            return {"rounds": 1, "fraction": 1.0, **settings}
-        # A tenth of five clients is one: its update would be the round, and nobody's cover.
-        clients = settings.get("clients")
-        if isinstance(clients, int) and 0 < clients < 100 and settings.get("fraction") is None:
-            return {**settings, "fraction": min(1.0, 10 / clients)}
-        return settings
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_without_labels(cls, settings: Any) -> Any:
-        # Whoever has no labels cannot tell which round is best, and sums grow with every round.
-        last = {"bound": "agreement", "strategy": "analytic"}
-        if isinstance(settings, dict) and any(settings.get(k) == v for k, v in last.items()):
-            return {"deliver": "last", **settings}
-        return settings
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_norm_of_a_sum(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and settings.get("secure_aggregation") is True:
-            return {"norm_limit": 0.0, **settings}
-        return settings
+        given = {name for name, value in settings.items() if value is not None}
+        chosen = {"strategy": "protected" if given & _OF_TRAINING else "analytic", **settings}
+        follow = _of_sums(chosen) if chosen["strategy"] == "analytic" else _of_rounds(chosen)
+        chosen = follow | chosen
+        if chosen.get("secure_aggregation") is True:
+            chosen = {"norm_limit": 0.0, **chosen}  # nobody sees a change to measure
+        if chosen["strategy"] == "analytic" or chosen.get("bound") == "agreement":
+            # Sums grow with every round; and without labels nobody can tell which is best.
+            chosen = {"deliver": "last", **chosen}
+        return chosen
 
     @model_validator(mode="after")
     def _sum_must_be_enough(self) -> "TrainConfig":
@@ -411,6 +399,19 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _sums_train_nothing(self) -> "TrainConfig":
+        if self.strategy != "analytic":
+            return self
+        fields = TrainConfig.model_fields
+        for name in sorted(_OF_TRAINING & fields.keys() - {"rounds", "defense", "norm_limit"}):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name} is for clients that train a model, and those of strategy analytic "
+                    "return sums over their images; leave it out, or name another strategy"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _superlink_must_be_encrypted(self) -> "TrainConfig":
         if self.superlink is None:
             return self
@@ -459,6 +460,47 @@ class TrainConfig(BaseModel):
             raise FedveilError(f"--config {path}: {error}") from None
         named = {key.replace("-", "_"): value for key, value in settings.items()}
         return cls.check(named | overrides)
+
+
+_OF_TRAINING = frozenset(
+    {
+        *("model", "rounds", "epochs", "batch_size", "learning_rate", "decay", "momentum", "clip"),
+        *("augment", "defense", "transform", "shared_rounds", "share_unlabelled", "cap", "noise"),
+        *("distillation_steps", "label_share", "temperature", "smoothing", "bound", "average"),
+        *("server_clients", "sigma_start", "sigma_step", "sigma_factor", "sigma_limit"),
+        *("fingerprint", "norm_limit"),
+    }
+)
+"""Settings that mean nothing where clients train no model."""
+
+_FEWEST_TO_SUM = 3  # of a sum of two, each knows the other's part
+_MANY_TO_SUM = 20
+_KEY_SHARES = 15
+
+
+def _of_sums(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of runs whose clients are asked for sums: once, and all of them."""
+    clients = settings.get("clients", TrainConfig.model_fields["clients"].default)
+    fraction = settings.get("fraction") or 1.0
+    try:
+        asked = int(float(clients) * float(fraction))
+    except (TypeError, ValueError):
+        return {}  # pydantic says so
+    found: dict[str, Any] = {"rounds": 1, "fraction": 1.0}
+    secure = settings.get("secure_aggregation", asked >= _FEWEST_TO_SUM)
+    found["secure_aggregation"] = secure
+    if secure and asked > _MANY_TO_SUM:
+        found["key_shares"] = _KEY_SHARES  # of each with all others they would take the time
+    return found
+
+
+def _of_rounds(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of runs whose clients train in rounds."""
+    # A tenth of five clients is one: its update would be the round, and nobody's cover.
+    clients = settings.get("clients")
+    if isinstance(clients, int) and 0 < clients < 100 and settings.get("fraction") is None:
+        return {"fraction": min(1.0, 10 / clients)}
+    return {}
 
 
 def is_loopback(host: str) -> bool:

@@ -18,7 +18,6 @@ from fedveil.features import (
     features_of,
     learn_dictionary,
     rebuild,
-    tells_mirror_images,
 )
 
 PLAIN = DictionaryOptions(filters=7, patch=3, stride=1, threshold=0.3, pool=2)
@@ -85,12 +84,6 @@ def test_an_image_and_its_mirror_image_have_the_same_features(side):
     assert not torch.allclose(
         features_of(plain, images), features_of(plain, images.flip(3)), rtol=1e-2
     )
-
-
-def test_digits_are_told_from_their_mirror_images_and_photos_are_not():
-    assert tells_mirror_images(load_dataset("digits", seed=0).train.raw, seed=0)
-    images = photos(200, side=16)  # noise has no side
-    assert not tells_mirror_images(images, seed=0)
 
 
 def test_a_client_makes_the_very_map_it_is_told_of():

@@ -29,7 +29,9 @@ def _folder(root, images):
 )
 def test_the_first_line_says_what_a_round_will_be(tmp_path, clients, partition, words):
     job = prepare_job(
-        TrainConfig(dataset=_folder(tmp_path, 400), clients=clients, partition=partition)
+        TrainConfig(
+            dataset=_folder(tmp_path, 400), clients=clients, partition=partition, strategy="fedavg"
+        )
     )
     assert words in outlook(job)
     assert outlook(job).startswith("4 classes, ")

@@ -88,9 +88,9 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert summary["configuration"]["learning_rate"] == 0.05
     assert summary["versions"]["flwr"] == "1.41.0"
     assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
-    model = prepare_job(TrainConfig(dataset="digits")).model
+    model = prepare_job(TrainConfig(strategy="protected")).model
     model.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
-    job = prepare_job(TrainConfig(dataset="digits"))
+    job = prepare_job(TrainConfig(strategy="protected"))
     assert job.accuracy(model.state_dict()) == summary["accuracy"]
 
 

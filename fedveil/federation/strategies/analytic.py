@@ -170,7 +170,7 @@ class Analytic(SeededFedAvg):
                 "--secure-aggregation"
             )
         images = smallest_sum(config, dataset)
-        features = choose_features(config, split.calibration.raw, images=images)
+        features = choose_features(config, split.calibration, images=images)
         return AnalyticClassifier(features, len(dataset.classes))
 
     @classmethod

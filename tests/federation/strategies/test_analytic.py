@@ -29,7 +29,13 @@ from fedveil.runs.directory import RunDirectory
 from tests.federation import apps
 from tests.federation.test_train import fedveil, same_bits, start
 
-SETTINGS = {"dataset": "digits", "clients": 8, "strategy": "analytic", "filters": 10}
+SETTINGS = {
+    "dataset": "digits",
+    "clients": 8,
+    "strategy": "analytic",
+    "filters": 10,
+    "secure_aggregation": False,
+}
 APP = "fedveil.federation.client_app:app"
 ODD = "tests.federation.strategies.odd_sums"
 
