@@ -195,7 +195,7 @@ def default_options(
     )
 
 
-_LARGE = 24  # pixels a side from which every other patch does
+_LARGE = 48  # pixels a side from which every other patch does
 
 
 def _places(side: int, options: DictionaryOptions) -> int:
