@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click import Command
+from flwr.clientapp import ClientApp
+from torch.utils.data import DataLoader, TensorDataset
 from typer.main import get_command
 
 from fedveil.cli.main import app
+from fedveil.models import build_model
+from tests.commands import forked
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -86,13 +91,60 @@ def _options(words):
     return {option for parameter in command.params for option in parameter.opts}
 
 
-def test_its_commands_have_these_options(readme):
-    lines = [
-        line
+def shell_lines(readme):
+    """Return the lines of the shell blocks, each whole and without its remark."""
+    return [
+        line.partition("#")[0].strip()
         for language, block in FENCE.findall(text(readme))
         if language == "sh"
         for line in block.replace("\\\n", " ").splitlines()
     ]
+
+
+# What makes a printed command a matter of seconds; of an option given twice the last counts.
+QUICK = {
+    "train": "--dataset digits --clients 10 --fraction 1 --rounds 1 --epochs 1",
+    "audit theft": "--labels 0 --colluders 1 --thieves 1 --workers 1",
+    "audit leakage": "--dataset digits --images 1 --workers 1",
+}
+# A recording is audited in tests/audit/test_recorded.py, which first makes one.
+ELSEWHERE = ("make ", "pip ", "flwr ", "fedveil audit leakage --recorded")
+
+
+def test_its_commands_run_in_the_order_they_are_printed(tmp_path):
+    lines = [re.sub(r"^[A-Z_]+=\S+ ", "", line) for line in shell_lines("README.md")]
+    ours = [line for line in lines if not line.startswith(ELSEWHERE)]
+    assert len(ours) >= 6
+    for line in ours:
+        words = shlex.split(line)
+        assert words.pop(0) == "fedveil", line
+        added = next((QUICK[key] for key in QUICK if line.startswith(f"fedveil {key} ")), "")
+        done = forked(*words, *added.split(), cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "report.html").exists()
+
+
+def test_both_print_the_same_commands():
+    english, korean = (list(filter(None, shell_lines(name))) for name in readme_tables.READMES)
+    assert english == korean
+
+
+def test_its_python_runs(readme):
+    images = TensorDataset(torch.rand(400, 1, 8, 8), torch.arange(400) % 10)
+    given = {
+        "ClientApp": ClientApp,
+        "Net": lambda: build_model("lenet", (1, 8, 8), 10, seed=0),
+        "calibration_loader": DataLoader(images, batch_size=50),
+    }
+    blocks = [block for language, block in FENCE.findall(text(readme)) if language == "python"]
+    for block in blocks:
+        exec(block, given)
+    assert isinstance(given["app"], ClientApp)
+    assert given["strategy"].cap.accuracy == 0.6
+
+
+def test_its_commands_have_these_options(readme):
+    lines = shell_lines(readme)
     ours = [shlex.split(line.partition("fedveil ")[2]) for line in lines if "fedveil " in line]
     assert len([words for words in ours if words]) >= 6
     for words in ours:
