@@ -183,7 +183,7 @@ def fedveil(*options, check=True):
 def federation(out, *options):
     fedveil(
         *("train", "--dataset", "digits", "--strategy", "noise-delta", "--clients", 8),
-        *("--fraction", 0.5, "--rounds", 5),
+        *("--fraction", 0.5, "--rounds", 3),
         *("--learning-rate", 0.1, "--clip", 5, "--workers", 2, "--out", out, *options),
     )
     return out
@@ -212,7 +212,7 @@ def test_every_client_of_a_round_is_named_by_its_own_copy_and_nobody_else(run, t
         result = json.loads((tmp_path / "trace.json").read_text())
         assert result["named"] == [client]
         (named,) = [c for c in result["clients"] if c["client"] == client]
-        assert named["rounds"] == [5]
+        assert named["rounds"] == [3]
         assert named["p"] < 1e-6
         assert result["is_w"] is False
         assert "1 of " in done.stdout
@@ -235,7 +235,7 @@ def test_w_accuses_nobody_and_is_recognised(run):
 
 
 def test_a_copy_of_another_run_accuses_nobody(run, tmp_path):
-    other = federation(tmp_path / "other")
+    other = federation(tmp_path / "other", "--rounds", 2)
     entry = last_round(other)
     for client in entry.assignment:
         leaked = save(entry.received(client).weights, tmp_path / "leaked.safetensors")
@@ -255,9 +255,9 @@ def test_what_the_user_can_mend_is_said_in_a_sentence(run, tmp_path):
     assert "no file of tensors" in told(tmp_path / "text.pt", "--run", run)
     assert "no run directory" in told(leaked, "--run", tmp_path)
     assert "--alpha 2 is not allowed" in told(leaked, "--run", run, "--alpha", 2)
-    plain = federation(tmp_path / "plain", "--strategy", "fedavg")
+    plain = federation(tmp_path / "plain", "--strategy", "fedavg", "--rounds", 2)
     assert "carry no fingerprints" in told(leaked, "--run", plain)
-    bare = federation(tmp_path / "bare", "--no-archive")
+    bare = federation(tmp_path / "bare", "--no-archive", "--rounds", 1)
     assert "no archive" in told(leaked, "--run", bare)
     NoiseKey.generate().save(plain / "noise.key")
     assert "another key" in told(leaked, "--run", plain)

@@ -1,4 +1,4 @@
-"""A whole deployment on loopback: gate, SuperLink, shelf and three SuperNodes, each a process."""
+"""A whole deployment on loopback: gate, SuperLink, shelf and SuperNodes, each a process."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from fedveil.deployment.control import register, status
 from fedveil.deployment.layout import Deployment, create
 from fedveil.sealing import KEY_FILE, OperatorKey
 
-NODES = 3
+NODES = 2
+_MOST_NODES = 3
 PROGRAMS = Path(sys.executable).parent
 
 
-def write_sites(folder, *, nodes=NODES):
+def write_sites(folder, *, nodes):
     """Share the training images of digits out over folders of PNG files, one a node."""
     data = load_dataset("digits")
     shares = partition(data.train.labels, clients=nodes, scheme=parse_partition("iid"), seed=0)
@@ -40,7 +42,7 @@ def free_block():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             base = probe.getsockname()[1]
-        if base < 60_000 and all(_free(base + i) for i in (0, 1, 2, *range(10, 10 + NODES))):
+        if base < 60_000 and all(_free(base + i) for i in (0, 1, 2, *range(10, 10 + _MOST_NODES))):
             return base
     raise AssertionError("no block of free ports")
 
@@ -119,7 +121,7 @@ def train_command(federation, out, *options):
         "--engine=deployed",
         f"--superlink={deployment.superlink}",
         f"--root-certificates={federation.home / 'ca.crt'}",
-        f"--clients={NODES}",
+        f"--clients={len(federation.examples)}",
         "--fraction=1",
         "--dataset=digits",
         "--strategy=noise-delta",
@@ -130,22 +132,28 @@ def train_command(federation, out, *options):
     return list(map(str, command))
 
 
-@pytest.fixture(scope="session")
-def federation(tmp_path_factory):
-    root = tmp_path_factory.mktemp("deployment")
+@contextmanager
+def deployed(root, *, nodes, policy=None):
+    """Start a deployment in a folder, and wait until every node is online."""
     home = root / "deployment"
-    create(home, Deployment("127.0.0.1", free_block(), NODES))
+    create(home, Deployment("127.0.0.1", free_block(), nodes), policy=policy)
     federation = Federation(home)
-    federation.examples = write_sites(root / "sites")
+    federation.examples = write_sites(root / "sites", nodes=nodes)
     try:
         for part in ("shelf", "superlink", "gate"):
             federation.start_part(part)
         federation.until(lambda: all(status(home).parts.values()))
         register(home)
-        for number in range(NODES):
+        for number in range(nodes):
             federation.start_node(number)
         federation.until(lambda: all(node.status == "online" for node in status(home).nodes))
         yield federation
     finally:
         for name in list(federation.processes):
             federation.kill(name, signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory):
+    with deployed(tmp_path_factory.mktemp("deployment"), nodes=NODES) as federation:
+        yield federation

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 from fedveil.deployment.control import status
-from tests.deployment.conftest import NODES, train_command
+from tests.deployment.conftest import deployed, train_command
 
 APP = "--app=@fedveil/fedveil-run==1.0.0"
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """One node more, so that a round without one is of two."""
+    with deployed(tmp_path_factory.mktemp("deployment"), nodes=NODES) as federation:
+        yield federation
 
 
 def start(federation, out, *options):

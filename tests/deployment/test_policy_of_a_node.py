@@ -6,10 +6,9 @@ import subprocess
 import pytest
 
 from fedveil.deployment.clientapp import LEDGER
-from fedveil.deployment.control import register, status
-from fedveil.deployment.layout import Deployment, create
+from fedveil.deployment.control import status
 from fedveil.deployment.ledger import Ledger
-from tests.deployment.conftest import Federation, free_block, train_command, write_sites
+from tests.deployment.conftest import deployed, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
 # Of the node's 1,438 images, one epoch in steps of 100: 1.27 for one round, 1.60 for two.
@@ -19,31 +18,14 @@ models = ["cnn"]
 transform = "dct:keep=10"
 epsilon = 1.4
 """
-PRIVATE = ("--defense=dp-sgd:noise=1.5", "--batch-size=100", "--strategy=fedavg", "--clients=1")
+PRIVATE = ("--defense=dp-sgd:noise=1.5", "--batch-size=100", "--strategy=fedavg")
 
 
 @pytest.fixture
 def federation(tmp_path):
     (tmp_path / "policy.toml").write_text(POLICY)
-    home = tmp_path / "deployment"
-    create(home, Deployment("127.0.0.1", free_block(), 1), policy=tmp_path / "policy.toml")
-    federation = Federation(home)
-    write_sites(tmp_path / "sites", nodes=1)
-    try:
-        for part in ("shelf", "superlink", "gate"):
-            federation.start_part(part)
-        federation.until(lambda: all(status(home).parts.values()))
-        register(home)
-        federation.start_node(0)
-        federation.until(lambda: _online(federation))
+    with deployed(tmp_path, nodes=1, policy=tmp_path / "policy.toml") as federation:
         yield federation
-    finally:
-        for name in list(federation.processes):
-            federation.kill(name)
-
-
-def _online(federation):
-    return all(node.status == "online" for node in status(federation.home).nodes)
 
 
 def _train(federation, out, *options):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fedveil.data import load_dataset
 from fedveil.federation.server_app import prepare_job, split_test
+from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.commands import forked
@@ -31,6 +32,25 @@ FAST = [
     "5",
 ]
 FEDVEIL = [str(Path(sys.executable).with_name("fedveil")), "train"]
+
+
+# Enough rounds that a kill after the third is in the middle.
+LONG = [*FAST, "--rounds", 8, "--learning-rate", 0.1]
+LONG += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing interrupted, by their strategy: others are to end as they do."""
+    runs = {}
+
+    def run(strategy):
+        if strategy not in runs:
+            runs[strategy] = tmp_path_factory.mktemp(strategy) / "run"
+            fedveil("--out", runs[strategy], *LONG, "--strategy", strategy)
+        return runs[strategy]
+
+    return run
 
 
 def fedveil(*options, check=True):
@@ -71,6 +91,22 @@ def outcomes(path):
     timed = ("seconds", "calibration_seconds")
     lines = (path / "rounds.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def archived(path):
+    return list(Archive.open(path, RunDirectory.open(path).noise_key()))
+
+
+def sent_the_same(a, b):
+    return (
+        (a.round, a.assignment, len(a.copies)) == (b.round, b.assignment, len(b.copies))
+        and all(one.keys() == other.keys() for one, other in zip(a.copies, b.copies, strict=True))
+        and all(
+            torch.equal(one[name], other[name])
+            for one, other in zip(a.copies, b.copies, strict=True)
+            for name in one
+        )
+    )
 
 
 def read_summary(path):
@@ -127,29 +163,37 @@ def test_the_best_round_is_kept_by_images_that_are_not_reported_and_a_kill_chang
 
 
 @pytest.mark.parametrize("strategy", ["noise-delta", "noise-pair", "protected"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, strategy):
-    options = [*FAST, "--rounds", 8, "--strategy", strategy, "--learning-rate", 0.1]
-    options += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, whole, strategy):
+    ended = whole(strategy)
+    options = [*LONG, "--strategy", strategy, "--noise-key", ended / "noise.key"]
     killed = start("--out", tmp_path / "killed", *options)
     wait_for_round(tmp_path / "killed/rounds.jsonl", 3)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed/summary.json").exists()
+    before = archived(tmp_path / "killed")
+    assert len(before) >= 3
     # A kill between the two writes of a round leaves a line without a checkpoint.
     with (tmp_path / "killed/rounds.jsonl").open("a") as stream:
         stream.write((tmp_path / "killed/rounds.jsonl").read_text().splitlines()[-1] + "\n")
     fedveil("--resume", tmp_path / "killed")
-    key = tmp_path / "killed/noise.key"
-    fedveil("--out", tmp_path / "whole", *options, "--noise-key", key)
-    assert same_bits(tmp_path / "killed", tmp_path / "whole")
-    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
-    noisy = any(line["sigma"] > 0 for line in outcomes(tmp_path / "whole"))
+    assert same_bits(tmp_path / "killed", ended)
+    assert outcomes(tmp_path / "killed") == outcomes(ended)
+    noisy = any(line["sigma"] > 0 for line in outcomes(ended))
     assert noisy == (strategy != "protected")
+    # Nor does the archive hold anything else, before or after.
+    entries = archived(ended)
+    assert [entry.round for entry in entries] == list(range(1, 9))
+    assert all(map(sent_the_same, before, entries))
+    again = archived(tmp_path / "killed")
+    assert len(again) == 8
+    assert all(map(sent_the_same, again, entries))
 
 
 @pytest.mark.parametrize("strategy", ["noise-delta", "protected"])
-def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, strategy):
-    options = [*FAST, "--strategy", strategy, "--learning-rate", 0.1]
+def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, whole, strategy):
+    ended = whole(strategy)
+    options = [*LONG, "--strategy", strategy, "--noise-key", ended / "noise.key"]
     fedveil("--out", tmp_path / "longer", *options, "--rounds", 2)
     refused = fedveil("--resume", tmp_path / "longer", "--rounds", 2, check=False)
     assert refused.returncode == 2
@@ -158,19 +202,17 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, stra
     assert "but --rounds from the run itself; leave out --epochs" in " ".join(
         refused.stderr.replace("│", " ").split()
     )
-    done = fedveil("--resume", tmp_path / "longer", "--rounds", 4)
+    done = fedveil("--resume", tmp_path / "longer", "--rounds", 8)
     summary = json.loads((tmp_path / "longer/summary.json").read_text())
     # protected sends what it sends whatever the setting: no cap of it is printed or drawn.
     capped = strategy == "noise-delta"
-    assert ("(cap 60%, passed in 0 of 4 rounds)" in done.stdout) == capped
-    assert (summary["cap"], summary["rounds_over_cap"]) == ((0.6, 0) if capped else (None, None))
+    over = sum(max(line["copies"]) > 0.6 for line in outcomes(ended))
+    assert (f"(cap 60%, passed in {over} of 8 rounds)" in done.stdout) == capped
+    assert (summary["cap"], summary["rounds_over_cap"]) == ((0.6, over) if capped else (None, None))
     assert summary["sends"] == ("capped" if capped else "untrained")
-    key = tmp_path / "longer/noise.key"
-    fedveil("--out", tmp_path / "whole", *options, "--rounds", 4, "--noise-key", key)
-    assert same_bits(tmp_path / "longer", tmp_path / "whole")
-    assert outcomes(tmp_path / "longer") == outcomes(tmp_path / "whole")
-    both = [json.loads((tmp_path / k / "summary.json").read_text()) for k in ("longer", "whole")]
-    assert both[0]["configuration"] == both[1]["configuration"]
+    assert same_bits(tmp_path / "longer", ended)
+    assert outcomes(tmp_path / "longer") == outcomes(ended)
+    assert summary["configuration"] == read_summary(ended)["configuration"]
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
@@ -200,7 +242,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path):
 
 
 def test_the_same_seed_and_key_give_the_same_bits_and_another_key_does_not(tmp_path):
-    options = [*FAST, "--strategy", "noise-delta", "--rounds", 3, "--learning-rate", 0.1]
+    options = [*FAST, "--strategy", "noise-delta", "--rounds", 2, "--learning-rate", 0.1]
     fedveil("--out", tmp_path / "a", *options)
     fedveil("--out", tmp_path / "b", *options, "--noise-key", tmp_path / "a/noise.key")
     fedveil("--out", tmp_path / "c", *options)
@@ -296,7 +338,9 @@ def test_local_and_ray_agree(tmp_path):
     assert any(line["sigma"] > 0 for line in outcomes(tmp_path / "ray"))
 
 
-def test_a_deployed_run_starts_trains_and_ends(tmp_path):
-    options = ["--dataset", "digits", "--clients", "2", "--fraction", "1", "--rounds", "1"]
+def test_a_deployed_run_of_sums_starts_ends_and_gives_the_bits_of_a_local_one(tmp_path):
+    options = ["--dataset", "digits", "--clients", 2, "--strategy", "analytic", "--filters", 4]
+    fedveil("--out", tmp_path / "local", *options)
     fedveil("--out", tmp_path / "run", *options, "--engine", "deployed")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["copies_max"] < 0.6
+    assert same_bits(tmp_path / "run", tmp_path / "local")
+    assert read_summary(tmp_path / "run")["copies_max"] < 0.6

@@ -1,9 +1,7 @@
 """The archive of what clients were sent, against the messages that really left."""
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,8 @@ from hypothesis import strategies as st
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
-from fedveil.runs.directory import RunDirectory
 from tests.federation.test_secrecy import arrays, train
-from tests.federation.test_train import FAST, fedveil, start, wait_for_round
+from tests.federation.test_train import FAST, fedveil
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
 
@@ -104,30 +101,6 @@ def test_a_file_cannot_stand_in_for_that_of_another_round(tmp_path):
         archive.read(2)
     with pytest.raises(FedveilError, match="cannot be read"):
         archive.read(1)
-
-
-def test_a_killed_run_has_no_wrong_entry_and_resumes_to_the_same_archive(tmp_path):
-    options = [*FAST, "--rounds", 8, "--learning-rate", 0.1]
-    killed = start("--out", tmp_path / "killed", *options)
-    wait_for_round(tmp_path / "killed/rounds.jsonl", 3)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    before = contents(tmp_path / "killed")
-    assert len(before) >= 3
-    fedveil("--resume", tmp_path / "killed")
-    key = tmp_path / "killed/noise.key"
-    fedveil("--out", tmp_path / "whole", *options, "--noise-key", key)
-    whole = contents(tmp_path / "whole")
-    assert [e.round for e in whole] == list(range(1, 9))
-    for some in (before, contents(tmp_path / "killed")):
-        for a, b in zip(some, whole, strict=False):
-            assert (a.round, a.assignment) == (b.round, b.assignment)
-            assert len(a.copies) == len(b.copies)
-            assert all(map(same, a.copies, b.copies))
-
-
-def contents(path):
-    return list(Archive.open(path, RunDirectory.open(path).noise_key()))
 
 
 def test_it_can_be_left_out(tmp_path):
