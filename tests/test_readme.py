@@ -154,7 +154,8 @@ def test_its_commands_have_these_options(readme):
                 assert word in known, words
 
 
-PAGES = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/index.md"})
+DOCS = ROOT / "docs"
+PAGES = sorted({*DOCS.glob("*.md"), *DOCS.glob("api/*.md")} - {DOCS / "index.md"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -162,5 +163,5 @@ def test_a_page_begins_with_five_lines_of_what_to_do_and_is_listed(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
     assert [line[:3] for line in lines[2:7]] == [f"{number}. " for number in range(1, 6)]
-    assert f"({page.name})" in text("docs/index.md")
-    assert page.name in text("mkdocs.yml")
+    assert f"({page.relative_to(DOCS)})" in text("docs/index.md")
+    assert f" {page.relative_to(DOCS)}\n" in text("mkdocs.yml")

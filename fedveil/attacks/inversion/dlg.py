@@ -111,7 +111,10 @@ class IDLG(DLG):
     Source: Zhao, Mopuri & Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020, section 3.
 
     Args:
-        steps, restarts, together, seed: As of ``DLG``.
+        steps: As of ``DLG``, and so the others.
+        restarts: Starts for each victim.
+        together: Searches computed at once.
+        seed: Seeds the starts.
 
     Raises:
         FedveilError: On a call, a batch of more than one image.
