@@ -1,22 +1,35 @@
-"""Both protections and the attack on them, on data that comes with the package."""
+"""Both directions at once, the two papers' protections, and what attacks leave of each."""
 
 import io
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedveil.audit.leakage import LeakageReport, LeakageSettings, run_leakage_audit
+from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised, ridge
+from fedveil.attacks.membership.leverage import Leverage
+from fedveil.audit.leakage import LeakageReport, LeakageSettings, Row, run_leakage_audit
+from fedveil.audit.metrics import Roc, roc_of_one
+from fedveil.audit.theft import OWNER, TheftSettings, run_theft_audit
+from fedveil.data import Images, parse_partition
+from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
+from fedveil.features import features_of
+from fedveil.federation.server_app import load_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.curves import draw_curves_on
-from fedveil.runs.directory import RoundRecord, RunDirectory
+from fedveil.runs.curves import BLUE, GREY, ORANGE
+from fedveil.runs.directory import RunDirectory
 
-_TRAINING = TrainConfig(
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+_SUMS = TrainConfig(dataset="digits", clients=20)
+_COPIES = TrainConfig(
     strategy="noise-delta",
     dataset="digits",
     clients=10,
@@ -25,8 +38,8 @@ _TRAINING = TrainConfig(
     epochs=2,
     learning_rate=0.1,
     clip=20.0,
-    defense="dct:keep=21",
 )
+_LABELS, _COLLUDERS, _THIEVES = 10, 2, 3
 _LEAKAGE = LeakageSettings(
     images=8,
     victim=2,
@@ -36,11 +49,28 @@ _LEAKAGE = LeakageSettings(
 _DRAWN = 3
 
 
-def run_demo(out: Path) -> str:
-    """Train under the accuracy cap, then reconstruct images from updates; draw both.
+@dataclass(frozen=True)
+class _Kept:
+    """What the owner has of a run, and what a thief makes of it.
 
-    Writes ``training/`` and ``leakage/`` as the commands they stand for do, ``demo.png`` and
-    ``summary.json`` into ``out``. An interrupted demo goes on where it stopped.
+    Attributes:
+        owner: Accuracy of w.
+        copy: Of the best model that any client received; of the sums, of a map without a head.
+        thief: Of the best thief.
+        alone: Of whoever has the same images and labels, and received nothing.
+    """
+
+    owner: float
+    copy: float
+    thief: float
+    alone: float
+
+
+def run_demo(out: Path) -> str:
+    """Train by sums and by capped copies, attack both, and read images from updates; draw it.
+
+    Writes ``sums/``, ``copies/``, ``theft/`` and ``leakage/`` as the commands they stand for do,
+    ``demo.png`` and ``summary.json`` into ``out``. An interrupted demo goes on where it stopped.
 
     Args:
         out: Directory; made if need be.
@@ -51,46 +81,171 @@ def run_demo(out: Path) -> str:
     Raises:
         FedveilError: ``out`` holds something that is not a demo.
     """
-    run = out / "training"
-    directory = RunDirectory.open(run) if run.is_dir() else RunDirectory.create(run, _TRAINING)
-    if directory.config != _TRAINING:
-        raise FedveilError(f"{run} is of another demo; remove it, or name another --out")
-    training = run_to_completion(directory)
+    sums, copies = _trained(out / "sums", _SUMS), _trained(out / "copies", _COPIES)
+    kept = {"capped copies": _stolen(copies, out / "theft"), "sums": _not_stolen(sums)}
+    recognised = _recognised(sums.directory)
     report = run_leakage_audit("photos", "lenet", _LEAKAGE, out=out / "leakage")
-    write_atomically(out / "demo.png", _picture(directory.rounds(), report))
-    summary = {"training": training, "leakage": report.as_json()}
+    write_atomically(out / "demo.png", _picture(kept, report, recognised))
+    summary = {
+        "training": {"sums": sums.summary, "copies": copies.summary},
+        "kept": {name: vars(one) for name, one in kept.items()},
+        "recognised": {name: roc.as_json() for name, roc in recognised.items()},
+        "leakage": report.as_json(),
+    }
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    return _sentences(training, report, out)
+    return _sentences(kept, report, recognised, out)
 
 
-def _sentences(training: dict[str, Any], report: LeakageReport, out: Path) -> str:
-    plain, naive, adaptive = (row.summary() for row in report.rows)
+@dataclass(frozen=True)
+class _Trained:
+    """A run that is finished, and what it says of itself."""
+
+    directory: RunDirectory
+    summary: dict[str, Any]
+
+
+def _trained(path: Path, config: TrainConfig) -> _Trained:
+    directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
+    if directory.config != config:
+        raise FedveilError(f"{path} is of another demo; remove it, or name another --out")
+    return _Trained(directory, run_to_completion(directory))
+
+
+def _stolen(run: _Trained, out: Path) -> _Kept:
+    settings = TheftSettings(
+        run=run.directory.path, labels=(_LABELS,), colluders=(_COLLUDERS,), thieves=_THIEVES
+    )
+    worst = run_theft_audit(settings, out=out).row(OWNER, _LABELS, _COLLUDERS)
+    known = run.summary
+    return _Kept(known["accuracy"], known["copies_max"], worst["accuracy"], worst["alone"])
+
+
+def _not_stolen(run: _Trained) -> _Kept:
+    """Let thieves learn from the map, which is all they got, as they would without the run."""
+    directory = run.directory
+    job = load_job(directory.config)
+    features = load_classifier(directory.model()).features
+    report = job.evaluation.report
+    asked = quantised(features_of(features, report.raw)).double() * 2.0**-FRACTION_BITS
+    found = []
+    for thief in range(_THIEVES):
+        own = _share(directory, job.dataset.train, thief)[:_LABELS]
+        rows = quantised(features_of(features, own.raw))
+        head = ridge(Statistics.of(rows, own.labels, classes=len(job.dataset.classes)))
+        named = (asked @ head.weight.T + head.bias).argmax(1)
+        found.append(float((named == report.labels).double().mean()))
+    alone = sum(found) / len(found)
+    return _Kept(run.summary["accuracy"], run.summary["copies_max"], alone, alone)
+
+
+def _share(directory: RunDirectory, train: Images, client: int) -> Images:
+    config = directory.config
+    scheme = parse_partition(config.partition)
+    return train[
+        partition(train.labels, clients=config.clients, scheme=scheme, seed=config.seed)[client]
+    ]
+
+
+def _recognised(directory: RunDirectory) -> dict[str, Roc]:
+    """Tell by leverage who is in one client's sums, and who in the sums of all clients."""
+    job = load_job(directory.config)
+    features = load_classifier(directory.model()).features
+    classes, strangers = len(job.dataset.classes), job.evaluation.report
+    others = quantised(features_of(features, strangers.raw))
+    found = {}
+    shares = {
+        "one client": _share(directory, job.dataset.train, 0),
+        "all clients": job.dataset.train,
+    }
+    for name, used in shares.items():
+        rows = quantised(features_of(features, used.raw))
+        sums = Statistics.of(rows, used.labels, classes=classes)
+        found[name] = roc_of_one(
+            Leverage()(sums, rows, used.labels), Leverage()(sums, others, strangers.labels)
+        )
+    return found
+
+
+def _sentences(
+    kept: dict[str, _Kept], report: LeakageReport, recognised: dict[str, Roc], out: Path
+) -> str:
+    plain, _, adaptive = report.rows
+    shown = _most_detailed(report)
+    copies, sums = kept["capped copies"], kept["sums"]
+    one, everybody = (_found(roc) for roc in recognised.values())
     return (
-        f"The model was trained to {training['accuracy']:.0%}, while no copy that left the server "
-        f"was better than {training['copies_max']:.0%}.\n"
-        f"From an unprotected update the server rebuilt {plain['exact']:.0%} of the images exactly "
-        f"({plain['psnr_original']:.0f} dB).\n"
-        f"Under {report.rows[-1].defense} it came within {adaptive['psnr_original']:.0f} dB of the "
-        f"originals knowing the transformation, {naive['psnr_original']:.0f} dB not knowing it.\n"
-        "What it rebuilt then is the transformed image itself, exactly: the transformation hides "
-        "what it removes, and nothing else.\n"
+        f"Copies below a cap: w is right on {copies.owner:.0%}, no copy on more than "
+        f"{copies.copy:.0%}; {_COLLUDERS} clients with {_LABELS} labels make "
+        f"{copies.thief:.0%} of theirs, and {copies.alone:.0%} without them.\n"
+        f"Sums: w is right on {sums.owner:.0%}; clients received nothing that was learnt, and "
+        f"whoever has {_LABELS} labels gets to {sums.alone:.0%} with or without it.\n"
+        f"From an unprotected update the server rebuilt {plain.summary()['exact']:.0%} of the "
+        f"images exactly; under {adaptive.defense} those shown came back at "
+        f"{_decibels(adaptive, shown)} dB: the transformed images themselves, exactly.\n"
+        f"Of the images in one client's sums {one} were recognised where 1 % of strangers are; in "
+        f"the sums of all clients, which is what the server learns, {everybody}.\n"
         f"{out / 'demo.png'}  {out / 'summary.json'}"
     )
 
 
-def _picture(rounds: Sequence[RoundRecord], report: LeakageReport) -> bytes:
+def _most_detailed(report: LeakageReport) -> list[int]:
+    """Return which images are drawn: sky and shadow show nothing. The scores are of all."""
+    return report.originals.std(dim=(1, 2, 3)).argsort(descending=True)[:_DRAWN].tolist()
+
+
+def _decibels(row: Row, shown: list[int]) -> str:
+    values = sorted(float(row.scores["psnr_original"][index]) for index in shown)
+    return f"{values[0]:.0f} to {values[-1]:.0f}"
+
+
+def _found(roc: Roc) -> str:
+    share = roc.found[0]
+    return "nobody can tell how many" if share is None else f"{share.value:.0%}"
+
+
+def _picture(kept: dict[str, _Kept], report: LeakageReport, recognised: dict[str, Roc]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.4), dpi=120, layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False)[0]
-    axes = left.subplots()
-    draw_curves_on(axes, rounds, cap=_TRAINING.cap)
-    axes.set_title("What the owner keeps, and what clients receive", fontsize=11)
-    right.suptitle("What the server reads from one update", fontsize=11)
+    figure = Figure(figsize=(13, 4.4), dpi=120, layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(4, 6, 3), squeeze=False)[0]
+    _draw_kept(left.subplots(), kept)
+    _draw_images(middle, report)
+    _draw_recognised(right.subplots(), recognised)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_kept(axes: "Axes", kept: dict[str, _Kept]) -> None:
+    bars = {
+        "owner's model": ([one.owner for one in kept.values()], BLUE),
+        f"thief: {_COLLUDERS} clients, {_LABELS} labels": (
+            [one.thief for one in kept.values()],
+            ORANGE,
+        ),
+        "the same labels alone": ([one.alone for one in kept.values()], GREY),
+    }
+    width = 0.8 / len(bars)
+    for place, (label, (heights, color)) in enumerate(bars.items()):
+        drawn = axes.bar(
+            [x + (place - 1) * width for x in range(len(kept))],
+            heights,
+            width,
+            label=label,
+            color=color,
+        )
+        axes.bar_label(drawn, [f"{height:.0%}" for height in heights], fontsize=8)
+    axes.set_xticks(range(len(kept)), list(kept))
+    axes.set(ylim=(0, 1.35), yticks=(0, 0.5, 1), ylabel="accuracy")
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.set_title("What the owner keeps, and a thief gets", fontsize=11)
+
+
+def _draw_images(figure: "SubFigure", report: LeakageReport) -> None:
+    figure.suptitle("What the server reads from one update", fontsize=11)
     columns = _columns(report)
-    grid = right.subplots(_DRAWN, len(columns))
-    # Sky and shadow show nothing, so those with the most detail are drawn; the scores are of all.
-    drawn = report.originals.std(dim=(1, 2, 3)).argsort(descending=True)[:_DRAWN].tolist()
+    grid = figure.subplots(_DRAWN, len(columns))
+    drawn = _most_detailed(report)
     for column, (title, images, scores) in enumerate(columns):
         grid[0, column].set_title(title, fontsize=8)
         for row, index in enumerate(drawn):
@@ -101,9 +256,18 @@ def _picture(rounds: Sequence[RoundRecord], report: LeakageReport) -> bytes:
             axis.set_yticks([])
             if scores is not None:
                 axis.set_xlabel(f"{scores[index]:.0f} dB", fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+
+
+def _draw_recognised(axes: "Axes", recognised: dict[str, Roc]) -> None:
+    shares: list[Any] = [roc.found[0] for roc in recognised.values()]
+    names = ["one client's\nsums", "the sums of\nall clients"]
+    heights = [0.0 if share is None else share.value for share in shares]
+    drawn = axes.bar(names, heights, 0.5, color=ORANGE)
+    texts = ["cannot tell" if share is None else f"{share.value:.0%}" for share in shares]
+    axes.bar_label(drawn, texts, fontsize=8)
+    axes.axhline(0.01, color=GREY, linestyle=":")
+    axes.set(ylim=(0, 1.15), yticks=(0, 0.5, 1))
+    axes.set_title("Images recognised in sums\n(1 % of strangers are)", fontsize=11)
 
 
 def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:
