@@ -103,6 +103,7 @@ def shell_lines(readme):
 
 # What makes a printed command a matter of seconds; of an option given twice the last counts.
 QUICK = {
+    "train --dataset mnist --out": "--dataset digits --clients 10",
     "train": "--dataset digits --clients 10 --fraction 1 --rounds 1 --epochs 1",
     "audit theft": "--labels 0 --colluders 1 --thieves 1 --workers 1",
     "audit leakage": "--dataset digits --images 1 --workers 1",
