@@ -26,6 +26,7 @@ from fedveil.attacks.inversion.observation import (
     Uses,
     check_declared,
 )
+from fedveil.attacks.inversion.peeling import Peeling
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
 from fedveil.errors import FedveilError
@@ -37,6 +38,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "lm": LevenbergMarquardt,
     "ig": InvertingGradients,
     "fc": FullyConnected,
+    "peel": Peeling,
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 for _name, _build in ATTACKS.items():
@@ -92,6 +94,7 @@ __all__ = [
     "LevenbergMarquardt",
     "LocalSteps",
     "Observation",
+    "Peeling",
     "Progress",
     "Subspace",
     "UpdateKnowledge",

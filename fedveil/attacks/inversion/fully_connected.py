@@ -68,8 +68,8 @@ class FullyConnected:
         """Reconstruct every victim's images."""
         begin = time.perf_counter()
         check_attackable(observation, attack="fc", most=None, batch_statistics=True)
-        name, layer = _first_linear(observation)
-        scale, offset = _preparation(observation, layer)
+        name, layer = first_linear(observation)
+        scale, offset = preparation(observation, layer)
         binned = _is_binned(layer)
         order = layer.bias.detach().argsort(descending=True)
         device = next(observation.model.parameters()).device
@@ -99,7 +99,12 @@ class FullyConnected:
         )
 
 
-def _first_linear(observation: Observation) -> tuple[str, nn.Linear]:
+def first_linear(observation: Observation) -> tuple[str, nn.Linear]:
+    """Return name and module of the first layer.
+
+    Raises:
+        InapplicableAttackError: It is no linear layer with a bias that is trained.
+    """
     model = observation.model
     name = first_layer(model, observation.shape)
     layer = model.get_submodule(name)
@@ -113,8 +118,12 @@ def _first_linear(observation: Observation) -> tuple[str, nn.Linear]:
     return name, layer
 
 
-def _preparation(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Return scale and offset of what the layer receives, ``scale · pixels + offset``, [C·H·W]."""
+def preparation(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return scale and offset of what the layer receives, ``scale · pixels + offset``, [C·H·W].
+
+    Raises:
+        InapplicableAttackError: It receives something else.
+    """
     received: list[Tensor] = []
 
     def note(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

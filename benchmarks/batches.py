@@ -1,0 +1,115 @@
+"""Whole batches read off the first linear layer of ReLU networks: peeling beside quotients.
+
+Real federations whose clients return the gradient of one batch; the network is wide, fresh and
+fully connected, on CIFAR-100's lossless images. Each row is of several updates, of other images
+each, and its interval is over these.
+
+    python benchmarks/batches.py --out docs/results
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from written import write_result
+
+from fedveil.attacks.inversion import FullyConnected, Observation, Peeling
+from fedveil.audit.metrics import exact, match, over_updates, psnr
+from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.data import Dataset, load_dataset
+from fedveil.defenses import Defense
+from fedveil.models.normalise import Normalise
+
+ROWS = (
+    # hidden units, hidden layers, images, updates
+    (512, 1, 4, 25),
+    (512, 1, 8, 13),
+    (512, 1, 16, 10),
+    (512, 3, 16, 10),
+    (256, 1, 16, 10),
+    (128, 1, 16, 10),
+    (1024, 1, 32, 5),
+    (2048, 1, 64, 3),
+)
+
+
+def network(data: Dataset, hidden: int, layers: int) -> nn.Module:
+    """Return a fully connected ReLU network with fresh weights."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = [Normalise(), nn.Flatten()]
+    wide = torch.Size(data.shape).numel()
+    for _ in range(layers):
+        parts += [nn.Linear(wide, hidden), nn.ReLU()]
+        wide = hidden
+    return nn.Sequential(*parts, nn.Linear(wide, len(data.classes)))
+
+
+def rows(data: Dataset, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of both attacks."""
+    for hidden, layers, images, updates in ROWS:
+        watching = Watching(clients=2, images=images * updates, batch=images, seed=seed, workers=1)
+        federation = WatchedFederation(data, network(data, hidden, layers), watching)
+        seen = federation.observe(Defense("none"))
+        originals = data.train[federation.ground_truth()].pixels
+        for name, attack in (("fc", FullyConnected()), ("peel", Peeling())):
+            yield {
+                "hidden": hidden,
+                "layers": layers,
+                "images": images,
+                "updates": updates,
+                "attack": name,
+                **told(attack, seen, originals),
+            }
+
+
+def told(attack: FullyConnected | Peeling, seen: Observation, originals: Tensor) -> dict[str, Any]:
+    """Return shares exact, decibels and seconds of one attack."""
+    begin = time.process_time()
+    result = attack(seen)
+    spent = time.process_time() - begin
+    right, distances = [], []
+    for found, own in zip(result.images.float(), originals.split(seen.images), strict=True):
+        matched = match(found, own)
+        right.append(exact(matched, own).double())
+        distances.append(psnr(matched.clamp(0, 1), own))
+    share = over_updates(torch.stack(right))
+    return {
+        "exact": share.value,
+        "exact_low": share.low,
+        "exact_high": share.high,
+        "whole_updates": float(torch.stack(right).all(dim=1).double().mean()),
+        "psnr": float(torch.cat(distances).median()),
+        "cpu_seconds_an_update": spent / seen.victims,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="cifar100")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for row in rows(load_dataset(arguments.dataset, seed=arguments.seed), arguments.seed):
+        found.append(row)
+        print(
+            f"{row['layers']} × {row['hidden']:4} units, {row['images']:3} images, "
+            f"{row['attack']:5}{row['exact']:7.1%} exact, {row['cpu_seconds_an_update']:.2f} s",
+            flush=True,
+        )
+    write_result(
+        arguments.out / "batches.json",
+        f"python benchmarks/batches.py --dataset {arguments.dataset} --seed {arguments.seed} "
+        "--out DIR",
+        rows=found,
+    )
+
+
+if __name__ == "__main__":
+    main()
