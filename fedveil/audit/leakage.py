@@ -257,8 +257,8 @@ def audit_leakage(
     for defense in defenses:
         check_defense(defense, model, dataset.shape)
         federation.try_out(defense)
-    for name in settings.attacks:
-        build_attack(name)
+    for attack in settings.attacks:
+        build_attack(attack)
     used = federation.ground_truth()
     parts = [
         attacked(
