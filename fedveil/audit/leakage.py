@@ -243,8 +243,8 @@ def audit_leakage(
         FedveilError: Fewer images than asked for, what an attack refuses, or ``out`` holds what
             another audit has finished.
     """
-    name = model_name or type(model).__name__
-    pieces = Pieces.of(out, settings.described(dataset.name, name))
+    attacked_model = model_name or type(model).__name__
+    pieces = Pieces.of(out, settings.described(dataset.name, attacked_model))
     federation = WatchedFederation(dataset, model, settings)
     check_model(
         federation.model,
@@ -272,7 +272,7 @@ def audit_leakage(
         )
         for defense in defenses
     ]
-    report = replace(joined(parts), model=name)
+    report = replace(joined(parts), model=attacked_model)
     if out is not None:
         report.write(out)
     pieces.close()

@@ -65,6 +65,7 @@ def test_it_goes_on_to_what_it_would_have_come_to(dataset, tmp_path):
     # All of the first attack was done, and the second where there is no defence.
     assert again == {step for step in every if step.startswith("dlg") and "keep" in step}
     assert found(tmp_path / "cut") == found(tmp_path / "whole")
+    assert found(tmp_path / "cut")[2]["model"] == "lenet"
     assert not (tmp_path / "cut" / UNFINISHED).exists()
     ours, others = (np.load(tmp_path / x / "reconstructions.npz") for x in ("cut", "whole"))
     assert ours.files == others.files
