@@ -24,6 +24,7 @@ from fedveil.report.artifacts import (
     Frontier,
     FrontierRow,
     LeakageAudit,
+    MembershipRow,
     Run,
     TheftAudit,
     TheftRow,
@@ -82,6 +83,14 @@ class LeakageView:
     audit: LeakageAudit
     picture: DrawnChart
     strips: tuple[Strip, ...]
+
+    @property
+    def membership(self) -> tuple[MembershipRow, ...]:
+        """The rows of membership that are shown: who knows that nothing was done knows no more."""
+        bare = [row for row in self.audit.membership if row.defense == "none"]
+        naive = {row.attack for row in bare if not row.adaptive}
+        twice = [row for row in bare if row.adaptive and row.attack in naive]
+        return tuple(row for row in self.audit.membership if row not in twice)[:_LISTED_ROWS]
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ def interval(low: float | None, high: float | None) -> str:
     """
     if low is None or high is None or low == high:
         return ""
-    return f" (95 % interval {percent(low)} to {percent(high)})"
+    return f" (95\N{NO-BREAK SPACE}% interval {percent(low)} to {percent(high)})"
 
 
 def _of_copies(runs: Sequence[Run]) -> Finding:
@@ -307,11 +307,11 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
     images = min(_images_a_round(run) for run in capped)
     return Finding(
         topic,
-        f"Cap held in {len(capped)} of {len(runs)} runs" if bare else "Cap held",
+        f"Cap held in {len(capped)} of {len(capped) + len(bare)} runs" if bare else "Cap held",
         "unknown" if bare else "good",
         f"In all {rounds} rounds of {which} every copy stayed at or below the accuracy cap "
         f"({measured}, on {images:,} images a round that the noise was not set on), "
-        f"while the owner's model reached {owner}; such a cap {limits}.",
+        f"while the owner's model reached {owner}; such a cap {limits}.{_unlearnt(runs)}",
     )
 
 
@@ -331,6 +331,14 @@ def _untrained(topic: str, runs: Sequence[Run]) -> Finding:
         f"{percent(max(run.best_copy for run in runs))} of images. There is no cap to keep; what "
         "can be made of that model can be made without this training.",
     )
+
+
+def _unlearnt(runs: Sequence[Run]) -> str:
+    """Say of which runs a cap is not asked for, as they sent nothing learnt."""
+    names = [run.name for run in runs if run.sends == "untrained"]
+    if not names:
+        return ""
+    return f" Clients of {', '.join(names[:3])} were sent nothing that was learnt there."
 
 
 def _uncapped(runs: Sequence[Run]) -> str:
@@ -369,9 +377,10 @@ def _of_theft(rows: Sequence[TheftRow]) -> Finding:
             f"reached {outcome}, and a thief who tries something else may do better.",
         )
     spread = ""
-    if worst.advantage_low is not None and worst.advantage_high is not None:
-        low, high = 100 * worst.advantage_low, 100 * worst.advantage_high
-        spread = f" (95 % interval {low:.1f} to {high:.1f})"
+    low, high = worst.advantage_low, worst.advantage_high
+    # Of one thief, or of several that came to the same, nothing tells how far others lie.
+    if low is not None and high is not None and low < high:
+        spread = f" (95\N{NO-BREAK SPACE}% interval {100 * low:.1f} to {100 * high:.1f})"
     return Finding(
         topic,
         f"Gains {points(worst.advantage)}",
@@ -578,7 +587,7 @@ def _rebuilt(row: _Leaked) -> str:
     if isinstance(row, LeakageRow) and row.defense == "none":
         return (
             f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "
-            f"{row.images:,} images exactly and {known}"
+            f"{row.images:,} image{'' if row.images == 1 else 's'} exactly and {known}"
         )
     cost = ""
     if isinstance(row, FrontierRow):

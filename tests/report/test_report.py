@@ -521,6 +521,32 @@ def test_a_collapse_that_an_earlier_round_was_kept_from_is_said_and_does_not_lea
     assert leads(bare, run, make_theft(tmp_path / "theft"))[0].kind == "bad"
 
 
+def test_a_run_that_sent_nothing_learnt_asks_for_no_cap(tmp_path):
+    held, bare = make_run(tmp_path / "held"), make_run(tmp_path / "bare", strategy="fedavg")
+    sums = make_run(tmp_path / "sums", strategy="protected", copies=(0.1,))
+    assert marks(held, bare, sums)[0][1] == "Cap held in 1 of 2 runs"
+    assert sentences(held, sums)[0].endswith(
+        f"Clients of {sums} were sent nothing that was learnt there."
+    )
+
+
+def test_one_thief_tells_no_interval(tmp_path):
+    one = theft_row(advantage_low=0.2, advantage_high=0.2)
+    assert "interval" not in sentences(make_theft(tmp_path / "theft", (one,)))[1]
+
+
+def test_who_knows_that_nothing_was_done_stands_in_no_row_of_their_own(tmp_path):
+    rows = [
+        membership_row("none", attack="gradient", adaptive=False),
+        membership_row("none", attack="gradient", adaptive=True),
+        membership_row("none", attack="span", adaptive=True),
+    ]
+    audit = make_leakage(tmp_path / "leakage", membership=rows, arrays=False)
+    page = build_page(read_artifacts([audit]), title="x", now=NOW)
+    table = page[page.index("Membership in the updates of") :].partition("</table>")[0]
+    assert table.count("<tr>") == 3
+
+
 def test_the_worst_comes_first(tmp_path):
     run = make_run(tmp_path / "run", chance=0.1)
     kinds = [finding.kind for finding in leads(run, make_theft(tmp_path / "theft"))]
