@@ -20,8 +20,7 @@ therefore read another, lossless dataset.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -33,7 +32,6 @@ from torch import Tensor
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.metrics import psnr
-from fedveil.audit.pieces import plain
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
@@ -42,8 +40,7 @@ from fedveil.federation.server_app import prepare_job
 from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.runs.directory import versions
-from fedveil.studies.study import OnPiece, audited, png, spread, trained, with_interval
+from fedveil.studies.study import OnPiece, audited, described, png, spread, trained, with_interval
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
@@ -223,11 +220,7 @@ def _report(
 ) -> dict[str, Any]:
     rows = [_row(study, defense, leaks, accuracies) for defense in _defenses(study)]
     result = {
-        "command": study.command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "seeds": list(range(study.seeds)),
-        "settings": plain(asdict(study)),
+        **described(study),
         "rows": rows,
         "figure3": [row for name in study.figure_audits for row in leaks[name]],
     }

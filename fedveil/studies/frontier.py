@@ -12,14 +12,12 @@ suite, naive or adaptive, in three scenarios:
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
-from fedveil.audit.pieces import plain
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import DEFENSES, check_defense, parse_defense
@@ -29,12 +27,12 @@ from fedveil.federation.server_app import prepare_job
 from fedveil.federation.strategies.fedsgd import UpdateKind
 from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import versions
 from fedveil.runs.secrets import MODEL, RunSecrets
 from fedveil.studies.study import (
     OnPiece,
     Piece,
     audited,
+    described,
     png,
     run_pieces,
     spread,
@@ -313,11 +311,7 @@ def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
         for row in _rows(study, scenario, defense, accuracy, out)
     ]
     result = {
-        "command": study.command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "seeds": list(range(study.seeds)),
-        "settings": plain(asdict(study)),
+        **described(study),
         "rows": rows,
         "refused": _refusals(out),
     }

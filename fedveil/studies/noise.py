@@ -68,7 +68,7 @@ class Study:
 
 _IID = {"learning_rate": 0.2, "clip": 20.0}
 _SHARDS = {"learning_rate": 0.05, "clip": 20.0}
-_PAPER = {
+PAPER = {
     "strategy": "noise-pair",
     "noise": "first-conv",
     "learning_rate": 0.05,
@@ -78,6 +78,8 @@ _PAPER = {
     "sigma_factor": 1.5,
     "sigma_limit": 1e4,
 }
+"""The paper's strategy: noise in the first convolution, raised until a copy is below the cap."""
+
 _SHARDS_DELTA = {
     **_SHARDS,
     "strategy": "noise-delta",
@@ -105,7 +107,7 @@ NOISE = Study(
     arms=(
         Arm("fedavg", "iid", {**_IID, "strategy": "fedavg"}),
         Arm("noise-delta", "iid", {**_IID, "strategy": "noise-delta"}),
-        Arm("noise-pair, first-conv", "iid", _PAPER),
+        Arm("noise-pair, first-conv", "iid", PAPER),
         Arm(
             "noise-pair, output, temperature 10",
             "iid",
@@ -121,7 +123,7 @@ NOISE = Study(
         ),
         Arm("fedavg", "shards:2", {**_SHARDS, "strategy": "fedavg"}),
         Arm("noise-delta", "shards:2", _SHARDS_DELTA),
-        Arm("noise-pair, first-conv", "shards:2", _PAPER),
+        Arm("noise-pair, first-conv", "shards:2", PAPER),
         *(
             Arm(f"noise-delta, cap {cap:.0%}", "shards:2", {**_SHARDS_DELTA, "cap": cap})
             for cap in (0.8, 0.9)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -29,7 +30,7 @@ from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
 from fedveil.memory import keep_freed_memory
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import RunDirectory
+from fedveil.runs.directory import RunDirectory, versions
 
 _EVALUATION_BLOCK = 1_000
 _PATIENCE_SECONDS = 10.0
@@ -252,3 +253,18 @@ def _stop(processes: Sequence[BaseProcess]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def described(study: Any) -> dict[str, Any]:
+    """Return what stands above a study's rows: its command, date, versions, seeds and settings.
+
+    Args:
+        study: A dataclass with ``command`` and ``seeds``, how many.
+    """
+    return {
+        "command": study.command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "seeds": list(range(study.seeds)),
+        "settings": plain(asdict(study)),
+    }

@@ -18,6 +18,7 @@ from fedveil.files import check_directory, write_atomically
 from fedveil.runs.curves import BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import versions
 from fedveil.studies.noise import (
+    PAPER,
     Arm,
     Study,
     arm_directory,
@@ -75,16 +76,6 @@ _COMMON = {
     "rounds": 20,
     "deliver": "last",
 }
-_PAIR = {
-    "strategy": "noise-pair",
-    "noise": "first-conv",
-    "learning_rate": 0.05,
-    "clip": 1.0,
-    "sigma_start": 0.1,
-    "sigma_step": 0.0,
-    "sigma_factor": 1.5,
-    "sigma_limit": 1e4,
-}
 # What a client that trains alone needs to come far; the baseline trains alike.
 _LONG = {
     "batch_size": 20,
@@ -120,8 +111,8 @@ def _arms(
         Arm("fedavg, trained alike", "shards:2", {**short, "strategy": "fedavg"}),
         Arm("protected", "shards:2", {**short, **taught, "share_unlabelled": True}),
         Arm("noise-delta", "shards:2", {**shards, **bias, "strategy": "noise-delta"}),
-        Arm("noise-pair", "iid", _PAIR),
-        Arm("noise-pair", "shards:2", _PAIR),
+        Arm("noise-pair", "iid", PAPER),
+        Arm("noise-pair", "shards:2", PAPER),
     )
 
 

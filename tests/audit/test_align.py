@@ -1,5 +1,8 @@
 """Tracing after what changes no answer: the order and the scale of hidden units."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,9 @@ from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.models import build_model
 from fedveil.runs.archive import Archive, Entry
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import disguised_trace
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
 OUTPUT = ("output.weight", "output.bias")
@@ -25,18 +31,7 @@ def network(seed):
 
 def disguised(state, seed, *, permute=True, rescale=True):
     """The same function: units of both convolutions and of the hidden layer moved and scaled."""
-    generator, state = torch.Generator().manual_seed(seed), dict(state)
-    for layer, after in (("body.0", "body.3"), ("body.3", "hidden"), ("hidden", "output")):
-        units = len(state[f"{layer}.weight"])
-        order = torch.randperm(units, generator=generator) if permute else torch.arange(units)
-        scale = torch.exp(torch.randn(units, generator=generator)) if rescale else torch.ones(units)
-        for kind in ("weight", "bias"):
-            own = state[f"{layer}.{kind}"][order]
-            state[f"{layer}.{kind}"] = own * scale.reshape(-1, *[1] * (own.ndim - 1))
-        fed = state[f"{after}.weight"]
-        grouped = fed.reshape(len(fed), units, -1)[:, order] / scale[:, None]
-        state[f"{after}.weight"] = grouped.reshape(fed.shape)
-    return state
+    return disguised_trace.disguised(state, seed, permute=permute, rescale=rescale)
 
 
 def answers(state, pixels):
