@@ -15,6 +15,7 @@ from fedveil.attacks.inversion.fully_connected import (
 )
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
+from fedveil.attacks.inversion.sparse_columns import climbed
 from fedveil.attacks.inversion.subspace import range_of
 
 _RANK = 1e-6  # singular values below this share of the largest are rounding
@@ -41,8 +42,9 @@ class Peeling:
     before it, and each multiple is the quotient on which most neurons agree at which no other
     column is left. The gradient of the biases, the sum of the columns, gives their lengths.
 
-    Where the peeling stops, or there is noise on the update, the answer is that of
-    ``FullyConnected``.
+    Where no neuron fires for one image only, as with centred inputs, what is left is searched
+    (``fedveil.attacks.inversion.sparse_columns``). Where that ends without a result, or there is
+    noise on the update, the answer is that of ``FullyConnected``.
 
     Source: the decomposition and the use of ReLU's zeros: Dimitrov et al., "SPEAR: Exact Gradient
     Inversion of Batches in Federated Learning", NeurIPS 2024, section 3, who sample neurons until
@@ -111,7 +113,7 @@ class Peeling:
 def _taken_apart(weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Tensor] | None:
     """Return slopes, float64 [out, N], and inputs, float64 [N, in], of at most ``images`` images.
 
-    None where the gradient is of more images than that, or where the peeling stops.
+    None where the gradient is of more images than that, or where the search ends without them.
     """
     left, values, _ = torch.linalg.svd(weight, full_matrices=False)
     rank = min(images, int((values > _RANK * values[0]).sum()))
@@ -140,23 +142,41 @@ def _sparse(left: Tensor, angle: float) -> Tensor | None:
     while space.shape[1] > 1:
         row = _common_row(left, space, angle)
         if row is None:
-            return None
+            break
         spaces.append(space)
         space = space @ torch.linalg.svd(row[None], full_matrices=True)[2][1:].T
-    columns = _silenced(left @ space, angle)
-    weights = space
+    if space.shape[1] > 1:
+        columns = _searched(left, space, left[:, :0], angle)
+        if columns is None:
+            return None
+    else:
+        columns = _silenced(left @ space, angle)
     for space in reversed(spaces):
         # What the larger space has beyond the columns that are known.
-        inside = space.T @ weights
+        inside = space.T @ torch.linalg.lstsq(left, columns).solution
         new = space @ torch.linalg.svd(inside, full_matrices=True)[0][:, -1]
         column = _without(columns, left @ new, angle)
-        if column is None:
+        if column is not None:
+            columns = torch.cat([columns, _silenced(column[:, None], angle)], dim=1)
+            continue
+        searched = _searched(left, space, columns, angle)
+        if searched is None:
             return None
-        column = _silenced(column[:, None], angle)
-        columns = torch.cat([columns, column], dim=1)
-        weights = torch.linalg.lstsq(left, columns).solution
+        columns = searched
+    weights = torch.linalg.lstsq(left, columns).solution
     whole[loud] = left @ weights * (columns != 0)
     return whole
+
+
+def _searched(left: Tensor, space: Tensor, known: Tensor, angle: float) -> Tensor | None:
+    """Return the sparse columns [out, d] of ``left @ space``, some of which may be known."""
+    seen = left @ space
+    heard = seen.norm(dim=1) > _SILENT * angle * left.norm(dim=1)
+    columns = climbed(seen[heard], known[heard], angle)
+    if columns is None:
+        return None
+    weights = torch.linalg.lstsq(seen[heard], columns).solution
+    return _silenced(seen @ weights, angle)
 
 
 def _common_row(left: Tensor, space: Tensor, angle: float) -> Tensor | None:
