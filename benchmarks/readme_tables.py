@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
 GUIDES = ("docs/guide.md", "docs/guide.ko.md")
-PAGES = ("docs/models.md",)
+PAGES = ("docs/models.md", "docs/both-ways.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -91,6 +91,23 @@ def architectures(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def analytic(_words: Mapping[str, str]) -> list[str]:
+    """What one round of sums gives, over seeds."""
+    lines = ["| | images a client | D | w | bytes a client |", "|---|---|---|---|---|"]
+    rows = _results("analytic-runs")["rows"]
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        seeds = [row for row in rows if row["dataset"] == name]
+        first = seeds[0]
+        found = sorted(row["accuracy"] for row in seeds)
+        asked = f", `--filters {first['filters']}`" if "filters" in first else ""
+        lines.append(
+            f"| {name}{asked} | {first['images'] // first['clients']} | {first['features']:,} "
+            f"| {sum(found) / len(found):.1%} [{found[0]:.1%}, {found[-1]:.1%}] "
+            f"of {first['report_images']:,} | {first['answer_bytes'] / 1e6:,.1f} MB |"
+        )
+    return lines
+
+
 _OUTCOMES = {"trained": "trains", "attacked": "attacked", "refused": "said"}
 
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
@@ -98,6 +115,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "leakage": leakage,
     "noise": noise,
     "architectures": architectures,
+    "analytic": analytic,
 }
 WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {

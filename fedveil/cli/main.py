@@ -205,10 +205,15 @@ def _of_no_use(summary: dict[str, Any]) -> str | None:
     chance, settings = summary.get("chance"), summary["configuration"]
     if chance is None or not learnt_nothing(summary["accuracy"], chance, summary["report_images"]):
         return None
-    return (
-        f"w is of no use: naming the commonest class is right on {chance:.1%}. Training diverged "
-        f"or learnt nothing: lower --learning-rate ({settings['learning_rate']:g}), give "
-        "--clip 1, or train more --rounds or --epochs"
+    useless = f"w is of no use: naming the commonest class is right on {chance:.1%}. "
+    if "analytic" in summary:
+        return useless + (
+            "The feature map does not suit the images, or they are too few: give --backbone "
+            "efficientnet-lite0 for photographs, more --filters, or more images"
+        )
+    return useless + (
+        "Training diverged or learnt nothing: lower --learning-rate "
+        f"({settings['learning_rate']:g}), give --clip 1, or train more --rounds or --epochs"
     )
 
 

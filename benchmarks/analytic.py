@@ -1,0 +1,67 @@
+"""What one round of sums gives: every data set, three seeds, as ``fedveil train`` runs it.
+
+    python benchmarks/analytic.py --runs RUNS --out docs/results
+
+Runs are kept under RUNS, and one that is there already is read instead of trained again. w is the
+same to the bit with and without secure aggregation, which costs the larger ones minutes, so they
+leave it out here.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedveil import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from written import write_result
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "digits": {"dataset": "digits"},
+    "photos": {"dataset": "photos"},
+    "mnist": {"dataset": "mnist", "secure_aggregation": False},
+    "cifar10": {"dataset": "cifar10", "secure_aggregation": False, "filters": 780},
+}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = []
+    for name, settings in SETTINGS.items():
+        for seed in range(arguments.seeds):
+            rows.append(row(arguments.runs / f"{name}-{seed}", {**settings, "seed": seed}))
+            print(rows[-1], flush=True)
+    command = f"python benchmarks/analytic.py --seeds {arguments.seeds} --runs RUNS --out DIR"
+    write_result(arguments.out / "analytic-runs.json", command, rows=rows)
+
+
+def row(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run came to; it is trained unless it is there."""
+    if not (path / "summary.json").exists():
+        train(path, **settings)
+    summary = json.loads((path / "summary.json").read_text())
+    sums, config = summary["analytic"], summary["configuration"]
+    return {
+        **settings,
+        "secure_aggregation": config["secure_aggregation"],
+        "accuracy": summary["accuracy"],
+        "report_images": summary["report_images"],
+        "images": sums["images"],
+        "clients": sums["clients"],
+        "features": sums["dimension"],
+        "images_per_feature": sums["images_per_feature"],
+        "answer_bytes": sums["answer_bytes"],
+        "penalty": sums["penalty"],
+        "seconds": summary["seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()
