@@ -178,14 +178,20 @@ def _finish_training(directory: "RunDirectory") -> None:
         f"w{_of_round(summary)}: {summary['accuracy']:.2%} on {summary['report_images']} images it "
         "never met"
     )
-    cap, passed = kept_cap(directory.config), ""
-    if cap is not None:
-        rounds = directory.config.rounds
-        passed = f" (cap {cap:.0%}, passed in {summary['rounds_over_cap']} of {rounds} rounds)"
-    typer.echo(f"best copy any client received: {summary['copies_max']:.2%}{passed}")
+    typer.echo(_received(summary, kept_cap(directory.config)))
     if seen := _seen_of_clients(summary):
         typer.echo(seen, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _received(summary: dict[str, Any], cap: float | None) -> str:
+    if summary.get("sends") == "untrained":
+        return "clients received nothing that was learnt"
+    passed = ""
+    if cap is not None:
+        over, rounds = summary["rounds_over_cap"], summary["configuration"]["rounds"]
+        passed = f" (cap {cap:.0%}, passed in {over} of {rounds} rounds)"
+    return f"best copy any client received: {summary['copies_max']:.2%}{passed}"
 
 
 def _seen_of_clients(summary: dict[str, Any]) -> str | None:
