@@ -119,6 +119,7 @@ class TrainConfig(BaseModel):
         False,
         "Training",
         "Let eta fall to zero over a client's steps of a round.",
+        flags=("--decay/--no-decay",),
     )
     momentum: float = setting(0.0, "Training", "Local momentum.", ge=0, lt=1)
     clip: float | None = setting(None, "Training", "Largest norm of a local gradient.", gt=0)
@@ -496,11 +497,24 @@ def _of_sums(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_rounds(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of runs whose clients train in rounds."""
+    # Clients whose models teach w, each alone, have to come far by themselves.
+    found = dict(_ALONE) if settings["strategy"] == "protected" else {}
     # A tenth of five clients is one: its update would be the round, and nobody's cover.
     clients = settings.get("clients")
     if isinstance(clients, int) and 0 < clients < 100 and settings.get("fraction") is None:
-        return {"fraction": min(1.0, 10 / clients)}
-    return {}
+        found["fraction"] = min(1.0, 10 / clients)
+    return found
+
+
+_ALONE: Mapping[str, Any] = {
+    "rounds": 20,
+    "epochs": 30,
+    "batch_size": 20,
+    "learning_rate": 0.1,
+    "decay": True,
+    "momentum": 0.9,
+    "clip": 1.0,
+}
 
 
 def is_loopback(host: str) -> bool:

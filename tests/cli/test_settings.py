@@ -112,3 +112,25 @@ def test_every_field_says_where_it_belongs():
         assert isinstance(field, FieldInfo)
         assert field.description
         assert field.json_schema_extra["group"] in GROUPS
+
+
+def test_what_is_not_given_follows_from_what_is():
+    """Sums where nothing else is asked for; a model of one's own, or its training, is trained."""
+    plain = TrainConfig.check({})
+    assert (plain.strategy, plain.rounds, plain.fraction) == ("analytic", 1, 1.0)
+    assert (plain.secure_aggregation, plain.key_shares, plain.deliver) == (True, 15, "last")
+    assert not TrainConfig.check({"clients": 2}).secure_aggregation
+    assert TrainConfig.check({"clients": 20}).key_shares is None
+    assert not TrainConfig.check({"secure_aggregation": False}).secure_aggregation
+    own = TrainConfig.check({"model": "lenet", "epochs": 3, "clients": 40})
+    assert (own.strategy, own.epochs, own.fraction) == ("protected", 3, 0.25)
+    assert (own.learning_rate, own.decay, own.momentum, own.clip) == (0.1, True, 0.9, 1.0)
+    assert TrainConfig.check({"strategy": "fedavg"}).learning_rate == 0.05
+    for chosen in (plain, own):
+        assert TrainConfig.check(chosen.model_dump()) == chosen
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 5), ("model", "lenet"), ("cap", 0.5)])
+def test_sums_refuse_what_would_mean_nothing(name, value):
+    with pytest.raises(FedveilError, match=f"{name} is for clients that train a model"):
+        TrainConfig.check({"strategy": "analytic", name: value})

@@ -94,7 +94,7 @@ def test_mlflow_has_every_round_once_and_stays_in_the_runs_directory(
     experiment = client.get_experiment_by_name("fedveil")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
-    assert run.data.params["strategy"] == "protected"
+    assert run.data.params["strategy"] == "analytic"
     for name, values in wanted().items():
         points = client.get_metric_history(run.info.run_id, name)
         assert {point.step: point.value for point in points} == pytest.approx(
