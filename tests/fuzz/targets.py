@@ -248,10 +248,13 @@ def _report_seeds(name: str) -> list[bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "it"
         make = {
-            "leakage.json": material.make_leakage,
+            "leakage.json": lambda place: material.make_leakage(
+                place, membership=[material.membership_row()]
+            ),
             "reconstructions.npz": material.make_leakage,
             "theft.json": material.make_theft,
             "frontier.json": material.make_frontier,
+            "egress.json": material.make_egress,
         }.get(name, material.make_run)
         make(folder)
         return [(folder / name).read_bytes()]
@@ -533,6 +536,7 @@ def targets() -> dict[str, Target]:
             ("leakage.json", 4_000, regrow),
             ("theft.json", 4_000, regrow),
             ("frontier.json", 4_000, regrow),
+            ("egress.json", 4_000, regrow),
             ("reconstructions.npz", 3_000, rezip),
         )
     ]
