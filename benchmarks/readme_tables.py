@@ -93,7 +93,7 @@ def architectures(_words: Mapping[str, str]) -> list[str]:
 
 def analytic(_words: Mapping[str, str]) -> list[str]:
     """What one round of sums gives, over seeds."""
-    lines = ["| | images a client | D | w | bytes a client |", "|---|---|---|---|---|"]
+    lines = ["| | images a client | D | w | seeds | bytes a client |", "|---|---|---|---|---|---|"]
     rows = _results("analytic-runs")["rows"]
     for name in dict.fromkeys(row["dataset"] for row in rows):
         seeds = [row for row in rows if row["dataset"] == name]
@@ -103,7 +103,8 @@ def analytic(_words: Mapping[str, str]) -> list[str]:
         lines.append(
             f"| {name}{asked} | {first['images'] // first['clients']} | {first['features']:,} "
             f"| {sum(found) / len(found):.1%} [{found[0]:.1%}, {found[-1]:.1%}] "
-            f"of {first['report_images']:,} | {first['answer_bytes'] / 1e6:,.1f} MB |"
+            f"of {first['report_images']:,} | {len(found)} "
+            f"| {first['answer_bytes'] / 1e6:,.1f} MB |"
         )
     return lines
 
