@@ -125,9 +125,13 @@ def test_its_commands_run_in_the_order_they_are_printed(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
-def test_both_print_the_same_commands():
-    english, korean = (list(filter(None, shell_lines(name))) for name in readme_tables.READMES)
+@pytest.mark.parametrize("page", ["README", "docs/tutorial"])
+def test_both_languages_print_the_same_commands(page):
+    english, korean = (
+        list(filter(None, shell_lines(name))) for name in (f"{page}.md", f"{page}.ko.md")
+    )
     assert english == korean
+    assert len(english) >= 5
 
 
 def test_its_python_runs(readme):
