@@ -28,10 +28,6 @@ ROWS = (
     # centred inputs, hidden units, hidden layers, images, updates
     (False, 512, 1, 16, 10),
     (False, 512, 3, 16, 7),
-    (False, 256, 1, 16, 7),
-    (True, 512, 1, 8, 13),
-    (False, 1024, 1, 32, 4),
-    (True, 512, 1, 16, 7),
 )
 
 
