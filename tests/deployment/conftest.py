@@ -153,7 +153,7 @@ def deployed(root, *, nodes, policy=None):
             federation.kill(name, signal.SIGTERM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def federation(tmp_path_factory):
     with deployed(tmp_path_factory.mktemp("deployment"), nodes=NODES) as federation:
         yield federation
