@@ -27,7 +27,7 @@ class Done:
     stderr: str
 
 
-def forked(*words, cwd=None, env=None, timeout=300.0):
+def forked(*words, cwd=None, env=None, timeout=900.0):
     """Run ``fedveil`` with these words to its end.
 
     Args:
