@@ -103,19 +103,24 @@ class LeakageRow(_Content):
     seconds_per_image: float | None = None
 
 
-class Points(_Content):
-    """How well scores part images that were used from others; None where too few could tell."""
+class _Found(_Content):
+    """Shares of used images found at 1 and 0.1 % of strangers; None where too few could tell."""
 
-    strangers: Count
-    auc: Share
-    auc_low: Share | None = None
-    auc_high: Share | None = None
     tpr_at_1: Share | None = None
     tpr_at_1_low: Share | None = None
     tpr_at_1_high: Share | None = None
     tpr_at_01: Share | None = None
     tpr_at_01_low: Share | None = None
     tpr_at_01_high: Share | None = None
+
+
+class Points(_Found):
+    """How well scores part images that were used from others."""
+
+    strangers: Count
+    auc: Share
+    auc_low: Share | None = None
+    auc_high: Share | None = None
 
 
 class MembershipRow(_Content):
@@ -186,19 +191,13 @@ class FrontierRow(_Content):
         return self.strength or ""
 
 
-class EgressRow(_Content):
-    """A row of ``egress.json``: one attack; None where too few images could tell."""
+class EgressRow(_Found):
+    """A row of ``egress.json``: one attack."""
 
     attack: Text
     auc: Share
     auc_low: Share
     auc_high: Share
-    tpr_at_1: Share | None = None
-    tpr_at_1_low: Share | None = None
-    tpr_at_1_high: Share | None = None
-    tpr_at_01: Share | None = None
-    tpr_at_01_low: Share | None = None
-    tpr_at_01_high: Share | None = None
 
 
 class Exposed(_Content):

@@ -166,8 +166,8 @@ class Analytic(SeededFedAvg):
         if parse_defense(config.defense).names:
             raise FedveilError(
                 f"defense {config.defense} is for clients that train, and those of strategy "
-                "analytic return sums over their images: leave it out, and give "
-                "--secure-aggregation"
+                "analytic return sums over their images: leave it out; what hides them is secure "
+                "aggregation, which is on by default, and --epsilon"
             )
         images = smallest_sum(config, dataset)
         features = choose_features(config, split.calibration, images=images)
