@@ -1,6 +1,6 @@
 """``fedveil`` in a process of its own that need not load PyTorch first.
 
-A new interpreter takes three seconds of a core to import what every command imports, and the suite
+A new interpreter takes five seconds of a core to import what a command may import, and the suite
 runs some hundred commands. They are forks of one process that has imported and computed nothing: a
 fork of the tests' own would hang in its first parallel loop, as OpenMP's other threads stay behind.
 A fork has its own number, signals, files and end, as any process; what only a new interpreter shows
@@ -9,13 +9,32 @@ is tested with one (``test_interrupts``, ``test_package``, ``test_contributing``
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+_PRELOADED = (
+    "torch",
+    "torch._dynamo",  # the first optimiser imports it, in every worker of every run
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "fedveil.cli.main",
+    "fedveil.audit.egress",
+    "fedveil.audit.leakage",
+    "fedveil.audit.recorded",
+    "fedveil.audit.theft",
+    "fedveil.audit.trace",
+    "fedveil.federation.training_run",
+    "fedveil.report",
+    "fedveil.studies.frontier",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Done:
     stderr: str
 
 
-def forked(*words, cwd=None, env=None, timeout=900.0):
+def forked(*words, cwd=None, env=None, timeout=900.0, before=None):
     """Run ``fedveil`` with these words to its end.
 
     Args:
@@ -35,41 +54,99 @@ def forked(*words, cwd=None, env=None, timeout=900.0):
         cwd: Its folder.
         env: All of its environment; None: the tests' own.
         timeout: Seconds after which it is killed, and the test fails.
+        before: Called in the new process before anything else; of a module, as it is sent there.
     """
-    words = [str(word) for word in words]
+    return started(*words, cwd=cwd, env=env, before=before).ended(timeout)
+
+
+def started(*words, cwd=None, env=None, before=None):
+    """Begin the same, and return while it goes on: it leads a process group of its own."""
+    words = tuple(str(word) for word in words)
     cwd, env = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
-    if sys.platform != "linux":
+    return Started(words, cwd, env, before)
+
+
+class Started:
+    """A command that goes on.
+
+    Attributes:
+        pid: Its number, and that of its group.
+    """
+
+    def __init__(self, words, cwd, env, before):
+        self._folder = Path(tempfile.mkdtemp())
+        self._out, self._err = self._folder / "out", self._folder / "err"
+        if sys.platform == "linux":
+            server = multiprocessing.get_context("forkserver")
+            server.set_forkserver_preload(list(_PRELOADED))
+            told = (words, str(self._out), str(self._err), cwd, env, before)
+            self._process = server.Process(target=_become, args=told)
+            self._process.start()
+        else:
+            self._process = _Interpreter(words, self._out, self._err, cwd, env, before)
+        self.pid = self._process.pid
+        while not self._err.exists() and self.running:  # from then on it leads its group
+            time.sleep(0.001)
+
+    @property
+    def running(self):
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def signal(self, number):
+        """Send it and all it started a signal."""
+        os.killpg(self.pid, number)
+
+    def kill(self):
+        """End it and all it started at once, as a loss of power does, where it has not ended."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        self._process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def ended(self, timeout=900.0):
+        """Wait for its end; after ``timeout`` seconds it is killed, and the test fails."""
+        self._process.join(timeout)
+        late = self.running
+        out, err = (p.read_text() if p.exists() else "" for p in (self._out, self._err))
+        if late:
+            self.kill()
+            raise AssertionError(f"the command did not end within {timeout:g} seconds\n{err}")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return Done(self._process.exitcode, out, err)
+
+
+class _Interpreter:
+    """A new interpreter, where there are no forks; with what is used of a ``Process``."""
+
+    def __init__(self, words, out, err, cwd, env, before):
         program = Path(sys.executable).with_name("fedveil")
-        done = subprocess.run(
-            [program, *words],
-            cwd=cwd,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        command = _server().Process(target=_become, args=(words, str(out), str(err), cwd, env))
-        command.start()
-        command.join(timeout)
-        if command.is_alive():
-            os.killpg(command.pid, signal.SIGKILL)
-            command.join()
-            said = err.read_text() if err.exists() else ""
-            raise AssertionError(f"the command did not end within {timeout:g} seconds\n{said}")
-        return Done(command.exitcode, out.read_text(), err.read_text())
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            self._popen = subprocess.Popen(
+                [program, *words],
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                preexec_fn=before,
+            )
+        self.pid = self._popen.pid
+
+    def is_alive(self):
+        return self._popen.poll() is None
+
+    def join(self, timeout=None):
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
+
+    @property
+    def exitcode(self):
+        return self._popen.returncode
 
 
-def _server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "flwr.serverapp", "fedveil.cli.main"])
-    return context
-
-
-def _become(words, out, err, cwd, env):
+def _become(words, out, err, cwd, env, before):
     """Be the command from here on; never returns."""
     code = 1
     try:
@@ -83,6 +160,8 @@ def _become(words, out, err, cwd, env):
         os.environ.clear()
         os.environ.update(env)
         sys.argv = ["fedveil", *words]
+        if before is not None:
+            before()
         from fedveil.cli.main import main
 
         main()

@@ -1,10 +1,7 @@
 """``fedveil train`` as a user runs it: real processes, kill -9, Ctrl-C, wrong options."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from fedveil.federation.server_app import prepare_job, split_test
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
-from tests.commands import forked
+from tests.commands import forked, started
 
 FAST = [
     "--dataset",
@@ -31,7 +28,6 @@ FAST = [
     "--clip",
     "5",
 ]
-FEDVEIL = [str(Path(sys.executable).with_name("fedveil")), "train"]
 
 
 # Enough rounds that a kill after the third is in the middle.
@@ -61,15 +57,7 @@ def fedveil(*options, check=True):
 
 
 def start(*options):
-    return subprocess.Popen(
-        [*FEDVEIL, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Whoever runs the tests in the background has had Ctrl-C ignored for all children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return started("train", *options)
 
 
 def wait_for_round(path, number):
@@ -136,8 +124,7 @@ def test_the_best_round_is_kept_by_images_that_are_not_reported_and_a_kill_chang
     options += ["--epochs", 2, "--clip", 5, "--learning-rate", 0.1, "--strategy", "fedavg"]
     killed = start("--out", tmp_path / "killed", *options, "--rounds", 8)
     wait_for_round(tmp_path / "killed/rounds.jsonl", 6)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     fedveil("--resume", tmp_path / "killed")
     done = fedveil("--out", tmp_path / "whole", *options, "--rounds", 8)
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
@@ -168,8 +155,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, whole, strategy):
     options = [*LONG, "--strategy", strategy, "--noise-key", ended / "noise.key"]
     killed = start("--out", tmp_path / "killed", *options)
     wait_for_round(tmp_path / "killed/rounds.jsonl", 3)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert not (tmp_path / "killed/summary.json").exists()
     before = archived(tmp_path / "killed")
     assert len(before) >= 3
@@ -218,9 +204,10 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, whol
 def test_ctrl_c_leaves_a_resumable_run_and_says_so(tmp_path):
     process = start("--out", tmp_path / "run", *FAST, "--rounds", 400)
     wait_for_round(tmp_path / "run/rounds.jsonl", 2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130
+    process.signal(signal.SIGINT)
+    done = process.ended(30)
+    told = done.stderr
+    assert done.returncode == 130
     assert "Traceback" not in told
     assert f"fedveil train --resume {tmp_path / 'run'}" in told.replace("\n", " ")
     checkpoint = RunDirectory.open(tmp_path / "run").checkpoint()
