@@ -1,7 +1,13 @@
 """What every test needs, wherever the suite is started."""
 
+import os
 import signal
 from pathlib import Path
+
+# Threads that wait for one another wait busily, each on the core that another needs: of two runs
+# side by side each took three times as long. It is read when torch is loaded, also by what is
+# started from here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Under nohup, cron or a shell's "&" SIGINT is ignored, and every process started here would inherit
 # that: tests of Ctrl-C would wait for ever.
