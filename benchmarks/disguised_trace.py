@@ -1,10 +1,11 @@
 r"""Tracing copies whose hidden units were permuted and rescaled, with and without alignment.
 
 Runs as of ``benchmarks/zero_labels.py``: the last round's copies of three clients of each run, and
-as innocents the last copies of the other runs, disguised in the same way.
+as innocents the copies that every client of three rounds of the other runs was sent, disguised in
+the same way.
 
     python benchmarks/disguised_trace.py --run runs/delta0 --run runs/delta1 --run runs/delta2 \
-        --out docs/results
+        --innocent-rounds 3 --out docs/results
 """
 
 import argparse
@@ -24,6 +25,7 @@ from fedveil.runs.directory import RunDirectory
 
 LAYERS = ("body.0", "body.3", "hidden", "output")
 TREATMENTS = ("as it is", "permuted", "rescaled", "both", "both, pruned 50 %", "both, 8 bits")
+_APART = 5
 State = dict[str, Tensor]
 
 
@@ -64,23 +66,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, action="append", required=True)
     parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--innocent-rounds", type=int, default=3, help="of each other run")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = list(measured(arguments.run, arguments.clients))
+    rows = list(measured(arguments.run, arguments.clients, arguments.innocent_rounds))
     named = " ".join(f"--run runs/{run.name}" for run in arguments.run)
     write_result(
         arguments.out / "trace-disguised.json",
         f"python benchmarks/disguised_trace.py {named} --clients {arguments.clients} "
-        "--out docs/results",
+        f"--innocent-rounds {arguments.innocent_rounds} --out docs/results",
         rows=rows,
     )
 
 
-def measured(runs: list[Path], clients: int) -> Iterator[dict[str, Any]]:
+def measured(runs: list[Path], clients: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield one row a run and treatment."""
     archives = [Archive.open(run, RunDirectory.open(run).noise_key()) for run in runs]
     last = [archive.read(archive.rounds[-1]) for archive in archives]
+    # Rounds apart, so that innocents of one run are different models.
+    kept = [
+        [archive.read(number) for number in archive.rounds[::-_APART][:rounds]]
+        for archive in archives
+    ]
     for number, archive in enumerate(archives):
         among = [one for one in lineups(archive) if one.round > archive.rounds[-1] - 5]
         # A base of another shape aligns nothing: the trace as it was before there was one.
@@ -101,7 +109,7 @@ def measured(runs: list[Path], clients: int) -> Iterator[dict[str, Any]]:
                     named += client in found.named
                     wrong += len(set(found.named) - {client})
                 row |= {f"z_{name}": z, f"named_{name}": named, f"falsely_{name}": wrong}
-            others = [entry for place, entry in enumerate(last) if place != number]
+            others = [e for place, own in enumerate(kept) if place != number for e in own]
             innocent = [
                 trace(treated(dict(entry.received(client).weights), treatment, client), among)
                 for entry in others

@@ -21,7 +21,7 @@ from fedveil.attacks.inversion import (
     check_model,
 )
 from fedveil.audit.adaptive import attackers
-from fedveil.audit.membership import Recognition, best, picked_out
+from fedveil.audit.membership import Recognition, best, picked_out, picked_out_over_rounds
 from fedveil.audit.membership import table as membership_table
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
 from fedveil.audit.pieces import Pieces
@@ -260,18 +260,23 @@ def audit_leakage(
     for attack in settings.attacks:
         build_attack(attack)
     used = federation.ground_truth()
-    parts = [
-        attacked(
-            dataset,
-            settings,
-            defense,
-            federation.observe(defense),
-            used,
-            pieces=pieces,
-            progress=progress,
+    parts = []
+    for defense in defenses:
+        rounds = federation.follow(defense) if settings.repeats > 1 else ()
+        # What is rebuilt is rebuilt from the first: the others are of the same images.
+        seen = rounds[0].select(torch.tensor([0])) if rounds else federation.observe(defense)
+        parts.append(
+            attacked(
+                dataset,
+                settings,
+                defense,
+                seen,
+                used,
+                rounds=rounds,
+                pieces=pieces,
+                progress=progress,
+            )
         )
-        for defense in defenses
-    ]
     report = replace(joined(parts), model=attacked_model)
     if out is not None:
         report.write(out)
@@ -341,6 +346,7 @@ def attacked(
     informed: Observation,
     used: Tensor,
     *,
+    rounds: Sequence[Observation] = (),
     pieces: Pieces = Pieces(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
 ) -> LeakageReport:
@@ -352,6 +358,8 @@ def attacked(
         defense: What the clients did.
         informed: What the server has, with all public knowledge of the defence.
         used: Int64 [M], which training images are behind it, one update after the other.
+        rounds: Further rounds of the same images, each with other clients' updates after the
+            victim's, for membership to be told by all of them together.
         pieces: What was found already, and where to keep what is found.
         progress: As of ``audit_leakage``.
 
@@ -361,6 +369,8 @@ def attacked(
     scorer = Scorer.of(dataset, used, defense.transform, settings.seed)
     floors: dict[bool, dict[str, Tensor]] = {}
     told = picked_out(defense, informed, dataset, used, seed=settings.seed)
+    if rounds:
+        told += picked_out_over_rounds(defense, rounds, dataset, used, seed=settings.seed)
     undo = _inverse(dataset, defense, settings, progress)
     rows = []
     for name in settings.attacks:

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion import Observation
-from fedveil.attacks.membership import ATTACKS, Span
+from fedveil.attacks.membership import ATTACKS, ManyRounds, Span
 from fedveil.audit.adaptive import Attacker, attackers
 from fedveil.audit.metrics import CANDIDATES, ROC_HEAD, Ranks, over_updates, recognised
 from fedveil.audit.scoring import strangers_to
@@ -73,18 +73,27 @@ class Recognition:
 
 
 def table(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
-    """Return lines of text: what each attack tells under each defence, against strangers."""
+    """Return lines of text: what each attack tells under each defence, against strangers.
+
+    Where who knows the defence tells what who does not tells, the two are one line.
+    """
     if not any(found.values()):
         return []
     wide = max(16, *(len(defense) + 2 for defense in found))
-    lines = [f"{'membership':12}{'defence':{wide}}{'attacker':10}{'certain':>9}  {ROC_HEAD}"]
+    narrow = max(12, *(len(row.attack) + 2 for rows in found.values() for row in rows))
+    lines = [f"{'membership':{narrow}}{'defence':{wide}}{'attacker':10}{'certain':>9}  {ROC_HEAD}"]
     for defense, rows in found.items():
+        told: dict[tuple[str, str], list[str]] = {}
         for row in rows:
             sure = "-" if row.certain is None else f"{row.certain:.0%}"
-            lines.append(
-                f"{row.attack:12}{defense:{wide}}{'adaptive' if row.adaptive else 'naive':10}"
-                f"{sure:>9}  {row.strangers.roc().as_text()}"
-            )
+            figures = f"{sure:>9}  {row.strangers.roc().as_text()}"
+            kinds = told.setdefault((row.attack, figures), [])
+            kinds.append("adaptive" if row.adaptive else "naive")
+        lines += [
+            f"{attack:{narrow}}{defense:{wide}}{'either' if len(kinds) > 1 else kinds[0]:10}"
+            f"{figures}"
+            for (attack, figures), kinds in told.items()
+        ]
     return lines
 
 
@@ -151,30 +160,76 @@ def picked_out(
         One for each attack and kind of attacker; none where every training image was used. An
         attack that the model gives nothing to work on is left out.
     """
-    generator = torch.Generator().manual_seed(seed)
-    others = strangers_to(data.train, used, generator, most=_STRANGERS)
-    if not len(others):
+    lineup = _Lineup.of(data, used.reshape(informed.victims, -1), seed, scored)
+    if lineup is None:
         return ()
-    members = used.reshape(informed.victims, -1)
-    if scored is not None:
-        members = members[:, torch.randperm(members.shape[1], generator=generator)[:scored]]
-    lineup = _Lineup(
-        data.train[torch.cat([members.flatten(), others])],
-        data.test[_PUBLIC : _PUBLIC + _UNSEEN],
-        data.test[:_PUBLIC],
-        victims=len(members),
-        scored=members.numel(),
+    return _by_all(
+        defense,
+        lineup,
+        lambda name, aware, seen: _run(name, _attacker(defense, informed, name, aware=aware), seen),
+        attacks,
     )
-    each = {
-        name: attackers(defense, informed, ATTACKS[name].uses, inverse=False) for name in attacks
-    }
-    found = [_run(name, naive, lineup) for name, (naive, *_) in each.items()]
+
+
+def picked_out_over_rounds(
+    defense: Defense,
+    rounds: Sequence[Observation],
+    data: Dataset,
+    used: Tensor,
+    *,
+    seed: int,
+    scored: int | None = None,
+    attacks: Sequence[str] = tuple(ATTACKS),
+) -> tuple[Recognition, ...]:
+    """Run every membership attack on many rounds of one client, put together, and score it.
+
+    Args:
+        defense: What the clients do.
+        rounds: With all public knowledge; in each the client's update first, then others'.
+        data: As of ``picked_out``.
+        used: Int64 [N], which training images are behind the client's update of every round.
+        seed: As of ``picked_out``.
+        scored: As of ``picked_out``.
+        attacks: As of ``picked_out``.
+
+    Returns:
+        As of ``picked_out``; an attack's name is followed by the number of rounds.
+    """
+    lineup = _Lineup.of(data, used[None], seed, scored)
+    if lineup is None:
+        return ()
+
+    def run(name: str, aware: bool, seen: _Lineup) -> Recognition | None:
+        each = [_attacker(defense, one, name, aware=aware).observation for one in rounds]
+        combined = ManyRounds(base=ATTACKS[name])
+        try:
+            scores = combined(each, seen.everybody, seen.public)
+        except InapplicableAttackError:
+            return None
+        return _scored(f"{name} × {len(rounds)} rounds", aware, scores, seen)
+
+    return _by_all(defense, lineup, run, attacks)
+
+
+def _by_all(
+    defense: Defense,
+    lineup: "_Lineup",
+    run: Callable[[str, bool, "_Lineup"], Recognition | None],
+    attacks: Sequence[str],
+) -> tuple[Recognition, ...]:
+    """Return what each attack finds by who does not know the defence, then by who does."""
+    found = [run(name, False, lineup) for name in attacks]
     if defense.names:
         known = lineup.treated(defense.transform)
-        found += [_run(name, one, known) for name, (_, *aware) in each.items() for one in aware]
+        found += [run(name, True, known) for name in attacks]
     else:  # nothing to know: who knows it finds the same
         found += [None if one is None else replace(one, adaptive=True) for one in found]
     return tuple(one for one in found if one is not None)
+
+
+def _attacker(defense: Defense, informed: Observation, name: str, *, aware: bool) -> Attacker:
+    found = attackers(defense, informed, ATTACKS[name].uses, inverse=False)
+    return found[-1] if aware else found[0]
 
 
 @dataclass(frozen=True)
@@ -186,6 +241,28 @@ class _Lineup:
     public: Images
     victims: int
     scored: int
+
+    @classmethod
+    def of(cls, data: Dataset, used: Tensor, seed: int, scored: int | None) -> "_Lineup | None":
+        """Return those of images ``used``, int64 [V, N]; None where there are no strangers."""
+        generator = torch.Generator().manual_seed(seed)
+        others = strangers_to(data.train, used.flatten(), generator, most=_STRANGERS)
+        if not len(others):
+            return None
+        if scored is not None:
+            used = used[:, torch.randperm(used.shape[1], generator=generator)[:scored]]
+        return cls(
+            data.train[torch.cat([used.flatten(), others])],
+            data.test[_PUBLIC : _PUBLIC + _UNSEEN],
+            data.test[:_PUBLIC],
+            victims=len(used),
+            scored=used.numel(),
+        )
+
+    @property
+    def everybody(self) -> Images:
+        """Suspects, then images that nobody was ever trained on."""
+        return _joined(self.suspects, self.unseen)
 
     def treated(self, transform: nn.Module | None) -> "_Lineup":
         """Return the images as a client would have trained on them."""
@@ -206,23 +283,25 @@ class _Lineup:
 
 def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
     attack, seen = ATTACKS[name], attacker.observation
-    everybody, count = _joined(lineup.suspects, lineup.unseen), len(lineup.suspects)
     try:
-        scores = attack(seen, everybody, lineup.public)
+        scores = attack(seen, lineup.everybody, lineup.public)
     except InapplicableAttackError:
         return None
+    found = _scored(name, attacker.adaptive, scores, lineup)
+    if not isinstance(attack, Span):
+        return found
+    sure = attack.certain(seen, lineup.suspects, lineup.public)
+    certain = float(lineup.members(sure).double().mean())
+    return replace(found, certain=certain, mistaken=int(sure[:, lineup.scored :].sum()))
+
+
+def _scored(name: str, adaptive: bool, scores: Tensor, lineup: _Lineup) -> Recognition:
+    """Return how scores [V, M + S + U] of the lineup part those that were used from others."""
+    count = len(lineup.suspects)
     own, others = lineup.members(scores), scores[:, lineup.scored : count]
     picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
     unseen = Ranks.of(own, scores[:, count:]) if len(lineup.unseen) else None
-    certain, mistaken = None, 0
-    if isinstance(attack, Span):
-        sure = attack.certain(seen, lineup.suspects, lineup.public)
-        certain = float(lineup.members(sure).double().mean())
-        mistaken = int(sure[:, lineup.scored :].sum())
-    ranks = Ranks.of(own, others)
-    return Recognition(
-        name, attacker.adaptive, torch.stack(picked), ranks, unseen, certain, mistaken
-    )
+    return Recognition(name, adaptive, torch.stack(picked), Ranks.of(own, others), unseen)
 
 
 def _joined(one: Images, other: Images) -> Images:

@@ -22,8 +22,9 @@ from fedveil.audit.leakage import (
     prepared,
     shown,
 )
+from fedveil.audit.membership import picked_out_over_rounds
 from fedveil.audit.pieces import Pieces
-from fedveil.audit.watch import observation_from_records, public_knowledge
+from fedveil.audit.watch import FEWEST_FOLLOWED, observation_from_records, public_knowledge
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
@@ -96,7 +97,8 @@ def run_recorded_audit(
         FedveilError: Anything the user can mend.
     """
     given = None if recorded.truth is None else read_truth(recorded.truth)
-    exchanges, left = alike(of_one_client(recorded.exchanges(given), settings.victim))
+    everything = recorded.exchanges(given)
+    exchanges, left = alike(of_one_client(everything, settings.victim))
     batch = exchanges[0].examples
     place = recorded.directory or f"{recorded.before} to {recorded.after}"
     told = unchecked(parse_defense(settings.defenses[0]))
@@ -114,7 +116,14 @@ def run_recorded_audit(
     pieces = Pieces.of(out, settings.described(dataset, model))
     with shown() as show:
         report = audit_recorded(
-            exchanges, truth, built, settings, model_name=model, pieces=pieces, progress=show
+            exchanges,
+            truth,
+            built,
+            settings,
+            beside=everything,
+            model_name=model,
+            pieces=pieces,
+            progress=show,
         )
     if out is not None:
         report.write(out)
@@ -300,6 +309,7 @@ def audit_recorded(
     model: nn.Module,
     settings: LeakageSettings,
     *,
+    beside: Sequence[Exchange] = (),
     model_name: str | None = None,
     pieces: Pieces = Pieces(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
@@ -311,6 +321,9 @@ def audit_recorded(
         truth: What is scored by.
         model: The architecture, in the mode the client trains in; takes pixels in [0, 1].
         settings: What is audited; its local steps are those the client took.
+        beside: What was recorded of other clients. Where the client used the same images in several
+            rounds, in each of which three others answered the same model, membership is also told
+            by all these rounds together.
         model_name: What the report calls the model; None for the name of its class.
         pieces: As of ``fedveil.audit.leakage.attacked``.
         progress: As of ``audit_leakage``.
@@ -337,8 +350,42 @@ def audit_recorded(
                 data, settings, defense, seen, used.flatten(), pieces=pieces, progress=progress
             )
         )
-    name = model_name or type(model).__name__
-    return replace(_one_after_the_other(reports), model=name)
+    report = replace(_one_after_the_other(reports), model=model_name or type(model).__name__)
+    rounds = [
+        observed(group, model, settings, data, defense)
+        for group in _beside_others(exchanges, beside, settings)
+    ]
+    same = bool((truth.used.sort(dim=1).values == truth.used[0].sort().values).all())
+    if not same or len(rounds) < 2:
+        return report
+    told = picked_out_over_rounds(defense, rounds, data, truth.used[0], seed=settings.seed)
+    label = defense.label
+    return replace(report, membership={label: (*report.membership[label], *told)})
+
+
+def _beside_others(
+    exchanges: Sequence[Exchange], beside: Sequence[Exchange], settings: LeakageSettings
+) -> Iterator[list[Exchange]]:
+    """Yield each exchange with those of other clients of its round, where they are enough.
+
+    Others have answered the same model with as many local steps.
+    """
+    for own in exchanges:
+        others = [
+            one
+            for one in beside
+            if (one.server_round, _steps(one.examples, settings))
+            == (own.server_round, _steps(own.examples, settings))
+            and one.client != own.client
+            and _bits(one) == _bits(own)
+        ]
+        if len(others) >= FEWEST_FOLLOWED - 1:
+            yield [own, *others]
+
+
+def _steps(images: int, settings: LeakageSettings) -> int:
+    local = settings.steps
+    return 1 if local is None else local.steps(images)
 
 
 def _same_model(

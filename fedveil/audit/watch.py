@@ -18,9 +18,16 @@ from fedveil.federation.client_app import OnObjects, fedsgd_batch
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import SeededFedAvg
-from fedveil.federation.strategies.fedsgd import UpdateKind, WatchingFedSGD
+from fedveil.federation.strategies.fedsgd import (
+    FollowingFedAvg,
+    UpdateKind,
+    WatchingFedSGD,
+)
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
+
+FEWEST_FOLLOWED = 4
+"""Clients, the victim with them, of whom the others tell how scores vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,8 @@ class Watching:
         batch_size: Images a local step of ``fedavg``.
         learning_rate: Of a local step, where weights are returned; the larger, the less the
             rounding of the weights hides.
+        repeats: Rounds of federated averaging over which the server follows the victim and all
+            other clients, each of whom trains on the same images in every one of them.
         seed: Seeds the division and the choice.
         workers: Worker processes of the federation.
 
@@ -57,13 +66,14 @@ class Watching:
     epochs: int = 1
     batch_size: int = 10
     learning_rate: float = 1.0
+    repeats: int = 1
     seed: int = 0
     workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.images < 1:
             raise FedveilError(f"--images {self.images} is out of range: give at least 1")
-        for name in ("batch", "epochs", "batch_size", "learning_rate"):
+        for name in ("batch", "epochs", "batch_size", "learning_rate", "repeats"):
             value = getattr(self, name)
             if value <= 0:
                 option = name.replace("_", "-")
@@ -79,6 +89,7 @@ class Watching:
                 f"--images {self.images} is no multiple of the {together} images of a round "
                 f"(--batch times --aggregate): give {-(-self.images // together) * together}"
             )
+        self._check_repeats()
         if not 0 <= self.victim < self.clients:
             raise FedveilError(
                 f"--victim {self.victim} is no client: there are {self.clients}, "
@@ -86,6 +97,21 @@ class Watching:
             )
         if self.workers is not None and self.workers < 1:
             raise FedveilError(f"--workers {self.workers} is out of range: give at least 1")
+
+    def _check_repeats(self) -> None:
+        if self.repeats == 1:
+            return
+        if self.update != "fedavg" or self.aggregate > 1 or self.batch != self.images:
+            raise FedveilError(
+                f"--repeats {self.repeats} follows one client's local training on the same images: "
+                f"give --update fedavg, --batch {self.images}, as many as --images, and no "
+                "--aggregate"
+            )
+        if self.clients < FEWEST_FOLLOWED:
+            raise FedveilError(
+                f"--repeats {self.repeats} compares the victim's updates with other clients': give "
+                f"--clients {FEWEST_FOLLOWED} or more"
+            )
 
     @property
     def rounds(self) -> int:
@@ -174,14 +200,65 @@ class WatchedFederation:
                 f"client {watching.victim} answered {len(strategy.exchanges)} of {watching.rounds} "
                 f"rounds: {'; '.join(strategy.refused)}"
             )
-        return observation_from_records(
-            self.model,
+        return self._observed(
+            defense,
             strategy.exchanges[0].sent,
             [exchange.returned for exchange in strategy.exchanges],
+        )
+
+    def follow(self, defense: Defense) -> tuple[Observation, ...]:
+        """Run ``repeats`` rounds of federated averaging and return what the server has of each.
+
+        Args:
+            defense: What the clients do to their images.
+
+        Returns:
+            One a round, of the same clients: the victim's update first, then those of all others
+            that trained on as many images.
+
+        Raises:
+            FedveilError: The victim's answers did not come.
+        """
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        watching = self.watching
+        strategy = FollowingFedAvg(
+            sampling=Sampling(seed=watching.seed, min_clients=watching.clients)
+        )
+        task = self._task(defense).model_copy(update={"repeat": True})
+        with LocalGrid(self._clients, nodes=watching.clients, workers=watching.workers) as grid:
+            strategy.start(
+                grid,
+                ArrayRecord(self.model.state_dict()),
+                num_rounds=watching.repeats,
+                train_config=task.to_record(),
+            )
+        alike = [
+            {client for client, images in one.images.items() if images == watching.batch}
+            for one in strategy.rounds
+        ]
+        always = set.intersection(*alike) if len(alike) == watching.repeats else set()
+        if watching.victim not in always:
+            raise FedveilError(
+                f"client {watching.victim} did not answer all of {watching.repeats} rounds: "
+                f"{'; '.join(strategy.refused)}"
+            )
+        clients = [watching.victim, *sorted(always - {watching.victim})]
+        return tuple(
+            self._observed(defense, one.sent, [one.returned[client] for client in clients])
+            for one in strategy.rounds
+        )
+
+    def _observed(
+        self, defense: Defense, sent: ArrayRecord, returned: Sequence[ArrayRecord]
+    ) -> Observation:
+        return observation_from_records(
+            self.model,
+            sent,
+            returned,
             shape=self.data.shape,
             classes=len(self.data.classes),
-            steps=watching.steps,
-            images=strategy.exchanges[0].images,
+            steps=self.watching.steps,
+            images=self.watching.batch * self.watching.aggregate,
             knows=None if defense.transform is None else defense.transform.surrogate,
             sanitizer=public_knowledge(defense, self.model, self.data),
         )

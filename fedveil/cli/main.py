@@ -494,6 +494,10 @@ def audit_leakage(
         float | None,
         typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
     ] = None,
+    repeats: Annotated[
+        int,
+        typer.Option(help="Rounds of --update fedavg on the same images, told from together."),
+    ] = 1,
     recorded: Annotated[
         Path | None,
         typer.Option(
@@ -547,6 +551,7 @@ def audit_leakage(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=_local_rate(update) if learning_rate is None else learning_rate,
+            repeats=repeats,
             seed=seed,
             workers=workers,
         )

@@ -258,7 +258,7 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
     """Return which of a client's images a FedSGD round uses, int64 [N].
 
     Rounds go through the client's images N at a time (the task's ``images``, or else B), in a new
-    random order each time all have been used.
+    random order each time all have been used; unless the task repeats the first.
 
     Args:
         images: How many images the client has.
@@ -267,7 +267,8 @@ def fedsgd_batch(images: int, task: ClientTask, *, client: int) -> torch.Tensor:
     """
     size = task.images or task.batch_size
     batches = -(-images // size)
-    epoch, batch = divmod(max(task.server_round, 1) - 1, batches)
+    number = 1 if task.repeat else max(task.server_round, 1)
+    epoch, batch = divmod(number - 1, batches)
     order = torch.randperm(images, generator=_shuffler(task.seed, epoch, client))
     return torch.split(order, size)[batch]
 

@@ -29,6 +29,7 @@ class ClientTask(BaseModel):
         momentum: Momentum of local SGD.
         clip: Largest norm of a step's gradient.
         images: How many of a client's images a round of FedSGD uses; B of them where not given.
+        repeat: Whether every such round uses the first round's.
         augment: How the client changes its images at random in every step.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
@@ -50,6 +51,7 @@ class ClientTask(BaseModel):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
     images: int | None = Field(default=None, ge=1)
+    repeat: bool = False
     augment: str | None = None
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from fedveil.audit.leakage import LeakageSettings, audit_leakage
@@ -256,3 +257,44 @@ def test_checking_the_settings_leaves_a_batch_normalised_model_as_it_was(data):
         assert torch.equal(value, before[name]), name
     with pytest.raises(FedveilError, match="do not lead"):
         check_settings(seen, 0, data.train[4:8], replace(INSIDE, learning_rate=0.5, batch=4), NONE)
+
+
+def followed(data, model, rounds, places, rate):
+    """Return the exchanges of clients that each take one step on their own images every round."""
+    found, state = [], {name: value.clone() for name, value in model.state_dict().items()}
+    for number in range(rounds):
+        returned = []
+        for client, own in enumerate(places):
+            model.load_state_dict(state)
+            batch = data.train[torch.tensor(own)]
+            loss = F.cross_entropy(model(batch.pixels), batch.labels)
+            named = dict(model.named_parameters())
+            steps = torch.autograd.grad(loss, list(named.values()))
+            after = {
+                name: value.detach() - rate * step
+                for (name, value), step in zip(named.items(), steps, strict=True)
+            }
+            returned.append(after)
+            given = Exchange(number + 1, client, state, after, len(own), batch.raw)
+            found.append(given)
+        state = {name: torch.stack([one[name] for one in returned]).mean(0) for name in state}
+    return found
+
+
+def test_rounds_on_the_same_images_are_told_from_together(data):
+    model = build_model("lenet", data.shape, 10, seed=0).train()
+    places = torch.arange(5 * 24).view(5, 24).tolist()
+    everybody = followed(data, model, 3, places, 0.3)
+    own = of_one_client(everybody, 2)
+    settings = replace(INSIDE, images=72, batch=24, learning_rate=0.3, attacks=("ig:steps=1",))
+    truth = truth_of(own, data, None)
+    report = audit_recorded(own, truth, model, settings, beside=everybody)
+    told = {row.attack: row for row in report.membership["none"] if row.adaptive}
+    many = told["gradient × 3 rounds"]
+    assert many.picked.shape == (1, 24)
+    assert float(many.strangers.above.mean()) > 0.8
+    # Too few others, or other images in a round: nothing to put together.
+    fewer = [one for one in everybody if one.client < 4]
+    for beside, seen in ((fewer, own[:1]), ([one for one in everybody if one.client < 3], own)):
+        alone = audit_recorded(seen, truth_of(seen, data, None), model, settings, beside=beside)
+        assert {row.attack for row in alone.membership["none"]} == {"gradient", "span"}

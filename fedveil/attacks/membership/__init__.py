@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedveil.attacks.inversion.observation import Observation, Uses, check_declared
 from fedveil.attacks.membership.gradients import GradientMembership
+from fedveil.attacks.membership.many_rounds import ManyRounds
 from fedveil.attacks.membership.returned import ReturnedGradientNorm, ReturnedLoss
 from fedveil.attacks.membership.span import Span
 from fedveil.data.images import Images
@@ -39,6 +40,7 @@ for _name, _attack in ATTACKS.items():
 __all__ = [
     "ATTACKS",
     "GradientMembership",
+    "ManyRounds",
     "MembershipAttack",
     "ReturnedGradientNorm",
     "ReturnedLoss",

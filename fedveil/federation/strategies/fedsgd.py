@@ -1,6 +1,6 @@
 """A server that takes the notes an honest-but-curious one can take."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,9 +67,8 @@ class WatchingFedSGD(SeededFedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask for what the action names, on the round's own images."""
-        for message in super().configure_train(server_round, arrays, config, grid):
-            message.metadata.message_type = f"train.{self.action}"
-            yield message
+        asked = super().configure_train(server_round, arrays, config, grid)
+        return _asked(asked, self.action)
 
     def expected(self, sent: Distribution) -> Weights:
         """Expect a tensor for each parameter; of local training the whole state."""
@@ -94,3 +93,55 @@ class WatchingFedSGD(SeededFedAvg):
 
     def _learnt(self, update: Update) -> Weights:
         return {name: value for name, value in update.weights.items() if name in self.parameters}
+
+
+@dataclass(frozen=True)
+class FollowedRound:
+    """One round of a federation whose model moves, as its server sees it.
+
+    Attributes:
+        sent: The model that went out.
+        returned: Weights after the local steps, by the partition of the client.
+        images: How many images each says they are of.
+    """
+
+    sent: ArrayRecord
+    returned: Mapping[int, ArrayRecord]
+    images: Mapping[int, int]
+
+
+class FollowingFedAvg(SeededFedAvg):
+    """Federated averaging on a server that keeps what every client returns in every round.
+
+    Every client trains on the same images each time, as the clients of an ordinary federation do.
+
+    Args:
+        sampling: How each round chooses its clients.
+    """
+
+    def __init__(self, *, sampling: Sampling | None = None) -> None:
+        super().__init__(sampling=sampling)
+        self.rounds: list[FollowedRound] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for local training on so many of a client's images as the task names."""
+        return _asked(super().configure_train(server_round, arrays, config, grid), "fedavg")
+
+    def combine(self, round_number: int, sent: Distribution, updates: Sequence[Update]) -> Weights:
+        """Note the replies and return their weighted mean."""
+        self.rounds.append(
+            FollowedRound(
+                ArrayRecord(dict(sent.copies[0])),
+                {u.client.partition: ArrayRecord(dict(u.weights)) for u in updates},
+                {u.client.partition: int(u.examples) for u in updates},
+            )
+        )
+        return super().combine(round_number, sent, updates)
+
+
+def _asked(messages: Iterable[Message], action: UpdateKind) -> Iterator[Message]:
+    for message in messages:
+        message.metadata.message_type = f"train.{action}"
+        yield message

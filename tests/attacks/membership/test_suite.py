@@ -1,13 +1,15 @@
 """Membership attacks side by side, as an audit runs them."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, GradientMembership
-from fedveil.audit.membership import best, picked_out
-from fedveil.audit.metrics import recognised
+from fedveil.audit.membership import Recognition, best, picked_out, table
+from fedveil.audit.metrics import Ranks, recognised
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
@@ -83,3 +85,18 @@ def test_batch_normalisation_is_scored_in_the_mode_the_client_trains_in():
         scores = attack(Observation(model, update, SHAPE, 3, 1), candidates, public)[0]
         places.append(int(scores.argmax()) == used)
     assert sum(places) >= 7
+
+
+def test_the_table_says_once_what_both_kinds_of_attacker_tell():
+    ranks = Ranks.of(torch.rand(2, 30), torch.rand(2, 200))
+    other = Ranks.of(torch.rand(2, 30) + 0.5, torch.rand(2, 200))
+    naive = Recognition("gradient", False, torch.zeros(2, 30), ranks, None)
+    aware = dataclasses.replace(naive, adaptive=True)
+    better = dataclasses.replace(aware, strangers=other)
+    lines = table({"none": (naive, aware), "noise:ratio=1": (naive, better)})
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["gradient", "none", "either"],
+        ["gradient", "noise:ratio=1", "naive"],
+        ["gradient", "noise:ratio=1", "adaptive"],
+    ]
+    assert lines[1].split()[3:] == lines[2].split()[3:] != lines[3].split()[3:]
