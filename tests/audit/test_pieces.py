@@ -1,12 +1,8 @@
 """A leakage audit that was cut short goes on from what is done, and from nothing else's."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.files import UNFINISHED
 from fedveil.models import build_model
-from tests.commands import forked
+from tests.commands import forked, started
 
 SETTINGS = LeakageSettings(
     clients=5, images=2, attacks=("lm", "dlg:steps=3"), defenses=("none", "dct:keep=3")
@@ -109,22 +105,18 @@ def test_a_damaged_piece_is_named(dataset, tmp_path):
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_a_signal_leaves_what_is_done(tmp_path, sent, code):
-    command = [Path(sys.executable).with_name("fedveil"), "audit", "leakage", *OPTIONS]
-    slow = ["--attack", "ig:steps=1000000", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [*command, *slow], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    slow = ["--attack", "ig:steps=1000000", "--out", tmp_path / "out"]
+    process = started("audit", "leakage", *OPTIONS, *slow)
     deadline = time.monotonic() + 120
     kept = tmp_path / "out" / UNFINISHED
     while len(list(kept.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, sent)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in told
+    process.signal(sent)
+    done = process.ended(60)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
     if sent == signal.SIGTERM:
-        assert f"the same command goes on from what {tmp_path / 'out'} has" in told.replace(
-            "\n", ""
-        )
+        told = f"the same command goes on from what {tmp_path / 'out'} has"
+        assert told in done.stderr.replace("\n", "")
     assert len(list(kept.glob("*.safetensors"))) == 2
     assert not list(kept.glob(".*.part"))

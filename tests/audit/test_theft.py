@@ -1,9 +1,8 @@
 """The theft audit on real, small runs."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +27,8 @@ from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.studies.noise import Arm, Study
 from fedveil.studies.theft import THEFT, TheftStudy, reproduce, select
-from tests.commands import forked
+from tests.commands import forked, started
 
-FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 SMALL = {
     "dataset": "digits",
     "model": "tests.audit.small_models:two_layers",
@@ -271,23 +269,17 @@ def test_runs_that_cannot_be_audited(tmp_path):
 
 def test_an_interrupt_ends_the_workers_and_keeps_what_was_done(noised, tmp_path):
     options = ["--labels", "10", "--colluders", "1", "--thieves", "6", "--workers", "2"]
-    with subprocess.Popen(
-        [FEDVEIL, "audit", "theft", "--run", str(noised), "--out", str(tmp_path), *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests in the background has had Ctrl-C ignored for all children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        while not list(tmp_path.glob("thieves/*.json")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        workers = [int(number) for number in listed.split()]
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert "the same command goes on where it stopped" in said
-    assert "Traceback" not in said
+    process = started("audit", "theft", "--run", noised, "--out", tmp_path, *options)
+    while not list(tmp_path.glob("thieves/*.json")):
+        assert process.running
+        time.sleep(0.05)
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    workers = [int(number) for number in listed.split()]
+    os.kill(process.pid, signal.SIGINT)  # it alone, and it is to tell them
+    done = process.ended(60)
+    assert done.returncode == 130
+    assert "the same command goes on where it stopped" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "theft.json").exists()
     assert len(workers) >= 2
     assert not any(Path(f"/proc/{number}").exists() for number in workers)

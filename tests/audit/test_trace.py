@@ -3,11 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +21,9 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.directory import RunDirectory
-from tests.commands import forked
+from tests.commands import forked, started
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
-FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 SIZES = {"a.weight": (60, 80), "a.bias": (60,), "b.weight": (50, 100), "b.bias": (50,)}
 LAYERS = (("a.weight", "a.bias"), ("b.weight", "b.bias"))
 VALUES = sum(math.prod(shape) for shape in SIZES.values())
@@ -269,7 +266,7 @@ def test_what_the_user_can_mend_is_said_in_a_sentence(run, tmp_path):
 
 def test_a_damaged_archive_is_named_and_nothing_is_written(run, tmp_path):
     copied = tmp_path / "copied"
-    subprocess.run(["cp", "-r", run, copied], check=True)
+    shutil.copytree(run, copied)
     path = copied / "archive/000003.enc"
     path.write_bytes(path.read_bytes()[:-7])
     done = fedveil(
@@ -284,16 +281,11 @@ def test_a_damaged_archive_is_named_and_nothing_is_written(run, tmp_path):
 
 def test_ctrl_c_writes_nothing_and_says_so(run, tmp_path):
     copied, leaked = tmp_path / "copied", run / "model.safetensors"
-    subprocess.run(["cp", "-r", run, copied], check=True)
+    shutil.copytree(run, copied)
     slow = copied / "archive/000001.enc"
     slow.unlink()
     os.mkfifo(slow)
-    process = subprocess.Popen(
-        [FEDVEIL, "audit", "trace", leaked, "--run", copied, "--out", tmp_path / "o"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = started("audit", "trace", leaked, "--run", copied, "--out", tmp_path / "o")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:  # succeeds once the other end waits for what is written
@@ -302,12 +294,12 @@ def test_ctrl_c_writes_nothing_and_says_so(run, tmp_path):
         except OSError:
             time.sleep(0.05)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    process.signal(signal.SIGINT)
+    done = process.ended(60)
     os.close(pipe)
-    assert process.returncode == 130
-    assert "Interrupted; nothing was written." in told
-    assert "Traceback" not in told
+    assert done.returncode == 130
+    assert "Interrupted; nothing was written." in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
 
 

@@ -16,9 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fedveil.models import build_model
-from tests.commands import forked
+from tests.commands import forked, started
 
-FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 AUDIT = ["audit", "leakage", "--dataset", "digits", "--images", "1", "--out", "out"]
 FACTORIES = """
 import pathlib
@@ -283,22 +282,16 @@ def test_a_checkpoint_of_something_else(folder, name, words):
 
 def test_ctrl_c_during_an_audit_writes_nothing(folder):
     options = ["--dataset", "photos", "--model", "factories:slow_to_attack", "--attack", "dlg"]
-    process = subprocess.Popen(
-        [FEDVEIL, *AUDIT, *options, "--images", "50"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(*AUDIT, *options, "--images", "50")
     deadline = time.monotonic() + 60
     while not Path("built").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(3)  # into the federation or the attack
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in told
-    assert "Interrupted; nothing was written." in told
+    time.sleep(1)  # into the federation or the attack
+    process.signal(signal.SIGINT)
+    done = process.ended(30)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "Interrupted; nothing was written." in done.stderr
     assert not Path("out").exists()
 
 
@@ -348,23 +341,16 @@ def test_a_study_that_cannot_be(folder, options, words):
 def test_a_study_of_the_transformation_from_the_command_line(folder):
     options = ["--dataset", "digits", "--accuracy-dataset", "digits", "--images", 1, "--seeds", 1]
     options += ["--keep", 64, "--figure-images", 1, "--figure-keep", 3, "--rounds", 1]
-    process = subprocess.Popen(
-        [FEDVEIL, "reproduce", "dct", "--out", "study", *map(str, options)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Whoever runs the tests in the background has had Ctrl-C ignored for all children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = started("reproduce", "dct", "--out", "study", *options)
     deadline = time.monotonic() + 300
     first = Path("study/leakage/figure3-dlg-none/leakage.json")
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in told
-    assert "goes on where it stopped" in told
+    process.signal(signal.SIGINT)
+    done = process.ended(120)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert "goes on where it stopped" in done.stderr
     assert not Path("study/dct.json").exists()
     written = first.stat().st_mtime_ns
     assert "knows T" in succeeds("reproduce", "dct", "--out", "study", *options)

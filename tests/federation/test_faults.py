@@ -10,10 +10,7 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +33,7 @@ from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, query_roster
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import Checkpoint, RunDirectory, StrategyState
+from tests.commands import forked
 from tests.federation.strategies.test_strategies import delta, run, trains, weights_of
 from tests.federation.test_train import FAST, fedveil, outcomes, same_bits, start, wait_for_round
 
@@ -284,12 +282,9 @@ def test_a_full_disk_is_told_in_a_sentence_and_costs_nothing(tmp_path):
     options = [*FAST, "--rounds", 6, "--learning-rate", 0.1, "--no-archive"]
     killed = start("--out", tmp_path / "run", *options)
     wait_for_round(tmp_path / "run/rounds.jsonl", 2)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
-    command = [Path(sys.executable).with_name("fedveil"), "train", "--resume", tmp_path / "run"]
-    # A process of its own: the limit would stay on a fork of the tests'.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=_no_room)
+    done = forked("train", "--resume", tmp_path / "run", before=_no_room)
     assert done.returncode == 2
     assert "checkpoint.safetensors could not be written: File too large" in done.stderr
     assert "--resume" in done.stderr

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from fedveil.sealing import (
     Seal,
     UnknownFormatError,
 )
+from tests.commands import started
 
 FEDVEIL = str(Path(sys.executable).with_name("fedveil"))
 TRAIN = [
@@ -187,11 +187,11 @@ def test_encryption_changes_no_bit_of_the_model(sealed, plain, operator, tmp_pat
 def test_a_killed_sealed_run_goes_on_with_its_key_and_with_no_other(sealed, operator, tmp_path):
     run, _ = sealed
     again = ("--noise-key", run / "noise.key.enc")
-    killed = start(operator.path, *TRAIN, "--out", tmp_path / "run", *again)
+    killed = started(*(*TRAIN, "--out", tmp_path / "run", *again), env=surroundings(operator.path))
     while not (tmp_path / "run/checkpoint.safetensors.enc").exists():
-        assert killed.poll() is None
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+        assert killed.running
+        time.sleep(0.005)
+    killed.kill()
     resume = ("train", "--resume", tmp_path / "run")
     before = files(tmp_path / "run")
     other = OperatorKey.make(tmp_path / "other")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -146,14 +145,12 @@ def test_of_two_that_train_one_run_the_second_says_who_is_first(tmp_path):
     first = start("--out", run, *FAST, "--rounds", 200)
     try:
         wait_for_round(run / "rounds.jsonl", 1)
-        second = start("--resume", run)
-        _, told = second.communicate(timeout=120)
+        second = forked("train", "--resume", run)
         assert second.returncode == 2
-        assert f"is in use by process {first.pid} on" in told.replace("\n", " ")
-        assert first.poll() is None
+        assert f"is in use by process {first.pid} on" in second.stderr.replace("\n", " ")
+        assert first.running
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.kill()
     with RunDirectory(run).locked():  # a killed process locks nothing
         pass
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import time
 from dataclasses import replace
 
@@ -295,8 +294,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, plain):
     deadline = time.monotonic() + 120
     while not noted.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
     done = fedveil("--resume", tmp_path / "killed")
     assert same_bits(tmp_path / "killed", plain[0].path)
     assert "--secure-aggregation it sees the sum" in done.stderr
