@@ -84,6 +84,11 @@ class GaussianRelease:
             raise FedveilError(f"privacy unit {self.unit!r} is unknown; known: image, client")
 
     @property
+    def adjacency(self) -> str:
+        """What two neighbouring data sets are."""
+        return ADJACENCY[self.unit]
+
+    @property
     def multiplier(self) -> float:
         """Noise on a release of sensitivity 1."""
         return gaussian_sigma(self.epsilon, self.delta)

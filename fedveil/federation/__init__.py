@@ -1,5 +1,6 @@
 """The Flower ServerApp, ClientApp, strategies and the engines they run on."""
 
+from fedveil.federation.answers import answering
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
@@ -20,4 +21,5 @@ __all__ = [
     "Sampling",
     "SeededFedAvg",
     "SigmaSearch",
+    "answering",
 ]

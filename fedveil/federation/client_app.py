@@ -22,13 +22,15 @@ from fedveil.defenses.defense import Defense
 from fedveil.defenses.mods import Returned, defense_mods
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
+from fedveil.federation.answers import Question, answer_with, asked_about
 from fedveil.federation.permission import check_model_allowed
-from fedveil.federation.secagg.client import STATISTICS, secure_aggregation_mod
+from fedveil.federation.secagg.client import ANSWERS, STATISTICS, secure_aggregation_mod
 from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.statistics import answer_statistics
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally, train_privately
 from fedveil.models import build_model
+from fedveil.types import Shape
 
 
 def defense_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -186,6 +188,51 @@ def answer_sums(message: Message, context: Context, images: Images) -> Message:
     return answer_statistics(
         message, context, images, server_round=task.server_round, seed=task.seed
     )
+
+
+@app.train(ANSWERS)
+def answers(message: Message, context: Context) -> Message:
+    """Train as ``train`` does, and return what the model answers to the server's images."""
+    task = _task(message)
+    return answer_asked(message, context, client_images(context, task), asked_of=_stored_images)
+
+
+def answer_asked(
+    message: Message,
+    context: Context,
+    images: Images,
+    *,
+    asked_of: Callable[[Context, ClientTask], Images] | None = None,
+) -> Message:
+    """Return what a client with these images, transformed already, answers to such a message.
+
+    Images of its own that it is asked about are not trained on, so that its answers on them are
+    those of any client without them; under DP-SGD, which hides them, they are.
+
+    Args:
+        message: The question, and the model to train.
+        context: Of the client.
+        images: What it trains on.
+        asked_of: Returns the same images as they were before any transformation; None where they
+            are not asked about.
+    """
+    torch.set_num_threads(1)
+    task = _task(message)
+    model = _model_for(task, context)
+    asked = Question.read(message, context, shape=_shape(task))
+    own = images
+    if asked_of is not None and _defense(task.defense).privacy is None:
+        own = images[~asked_about(asked_of(context, task).raw, asked.images)]
+
+    def trained(message: Message, context: Context) -> Message:
+        if len(own):
+            return _train_on(message, context, own)
+        metrics = _metrics(len(images), None, task)
+        content = RecordDict({"arrays": _arrays(message), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    protected = partial(_through, defense_mod, trained)
+    return answer_with(protected, model, message, context, asked, weight=len(images))
 
 
 @app.train("gradient", mods=[defense_mod])
@@ -355,12 +402,13 @@ def _classes(task: ClientTask) -> int:
     return len(task.classes or _dataset(task.dataset, task.seed).classes)
 
 
+def _shape(task: ClientTask) -> Shape:
+    return task.shape or _dataset(task.dataset, task.seed).shape
+
+
 def _model_for(task: ClientTask, context: Context) -> nn.Module:
     check_model_allowed(task.model, context)
-    if task.shape is not None:
-        return model_of(task, task.shape, len(task.classes))
-    dataset = _dataset(task.dataset, task.seed)
-    return model_of(task, dataset.shape, len(dataset.classes))
+    return model_of(task, _shape(task), _classes(task))
 
 
 def forget_models() -> None:

@@ -7,7 +7,7 @@ query round asks every node before the first training round.
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
@@ -205,6 +205,36 @@ def sample_clients(
         )
     generator = random.Random(f"fedveil sampling {seed} {round_number}")
     return generator.sample(list(clients), max(round_size(len(clients), fraction), least))
+
+
+def choose_unheard(
+    clients: Sequence[Client], heard: Set[int], sampling: Sampling, round_number: int
+) -> list[Client]:
+    """Return clients that were not heard yet, as many as ``fraction`` is of all.
+
+    Args:
+        clients: All that take part.
+        heard: Partitions of those that were.
+        sampling: How a round chooses.
+        round_number: The round.
+
+    Raises:
+        FedveilError: There are none.
+    """
+    left = [client for client in clients if client.partition not in heard]
+    if not left:
+        raise FedveilError(
+            f"round {round_number}: all {len(clients)} clients are in the sum already, and each is "
+            "asked once; add rounds when more have joined"
+        )
+    count = min(round_size(len(clients), sampling.fraction), len(left))
+    return sample_clients(
+        left,
+        fraction=count / len(left),
+        seed=sampling.seed,
+        round_number=round_number,
+        least=min(sampling.min_train, len(left)),
+    )
 
 
 def round_size(clients: int, fraction: float) -> int:

@@ -16,8 +16,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
-from fedveil.analytic.privacy import ADJACENCY as ADJACENT
-from fedveil.analytic.privacy import NOISE_FROM, GaussianRelease
+from fedveil.analytic.privacy import NOISE_FROM
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -32,10 +31,12 @@ from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.job import Evaluation, Job, shares_of
 from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
-from fedveil.federation.strategies.analytic import Analytic, release_of
+from fedveil.federation.strategies.analytic import Analytic
+from fedveil.federation.strategies.ensemble_distillation import EnsembleDistillation
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
 from fedveil.federation.task import ClientTask
-from fedveil.federation.trial import Trial, try_out, try_sums
+from fedveil.federation.trial import Trial, try_answers, try_out, try_sums
+from fedveil.federation.votes import NoisyRelease
 from fedveil.models import check_sendable
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import STRATEGIES, TrainConfig
@@ -50,7 +51,10 @@ from fedveil.runs.directory import (
 from fedveil.types import Weights
 
 SEEN_ALONE = "each client's own sums"
-"""What the server sees of clients without secure aggregation."""
+"""What the server sees of an analytic run's clients without secure aggregation."""
+
+ANSWERS_ALONE = "each client's own answers"
+"""The same of a protected run's."""
 
 OnRound = Callable[[RoundRecord], None]
 
@@ -80,11 +84,33 @@ def prepare_job(config: TrainConfig) -> Job:
     if isinstance(strategy, Analytic):
         check_sums(strategy, config, shares)
         return replace(job, notes=tuple(try_sums(trial, strategy)))
-    return replace(job, notes=tuple(try_out(trial)))
+    notes = try_out(trial)
+    if isinstance(strategy, EnsembleDistillation):
+        if strategy.release is not None:
+            check_asked_once(config)
+        try_answers(trial, strategy)
+    return replace(job, notes=tuple(notes))
 
 
 def check_sums(strategy: Analytic, config: TrainConfig, shares: Sequence[int]) -> None:
     """Refuse an analytic run whose clients would be asked twice, or refuse themselves.
+
+    Raises:
+        FedveilError: Says what to change.
+    """
+    check_asked_once(config)
+    asked = round_size(config.clients, config.fraction)
+    images = sum(sorted(shares)[:asked])
+    if config.secure_aggregation and shares and images < strategy.least_images:
+        raise FedveilError(
+            f"a round's sum is of {images} images at least, and {strategy.layout.dimension} "
+            f"features take {strategy.least_images} not to show single ones: give fewer --filters, "
+            "a higher --fraction, or a lower --images-per-feature (at least 4)"
+        )
+
+
+def check_asked_once(config: TrainConfig) -> None:
+    """Refuse more rounds than there are clients to ask, where each is asked once.
 
     Raises:
         FedveilError: Says what to change.
@@ -94,13 +120,6 @@ def check_sums(strategy: Analytic, config: TrainConfig, shares: Sequence[int]) -
         raise FedveilError(
             f"{config.rounds} rounds ask {asked} clients each, and each of the {config.clients} is "
             f"asked once: give --rounds {-(-config.clients // asked)} at most, or less --fraction"
-        )
-    images = sum(sorted(shares)[:asked])
-    if config.secure_aggregation and shares and images < strategy.least_images:
-        raise FedveilError(
-            f"a round's sum is of {images} images at least, and {strategy.layout.dimension} "
-            f"features take {strategy.least_images} not to show single ones: give fewer --filters, "
-            "a higher --fraction, or a lower --images-per-feature (at least 4)"
         )
 
 
@@ -354,6 +373,8 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     summary["sends"] = strategy.sends
     if isinstance(strategy, Analytic):
         summary["analytic"] = sums_in_words(strategy, job.config)
+    if isinstance(strategy, EnsembleDistillation):
+        summary["answers"] = answers_in_words(strategy, job.config)
     if len(history := directory.version_history()) > 1:
         summary["version_history"] = history
     directory.write_summary(summary)
@@ -373,6 +394,21 @@ def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
         "answer_bytes": 8 * strategy.layout.length,
         "noise": solved.noise,
         "server_sees": "sums of a round's clients" if config.secure_aggregation else SEEN_ALONE,
+    }
+
+
+def answers_in_words(strategy: EnsembleDistillation, config: TrainConfig) -> dict[str, Any]:
+    """Return what ``summary.json`` says of what a protected run's clients were asked."""
+    shared = config.shared_rounds
+    sees = "sums of a round's clients" if config.secure_aggregation else ANSWERS_ALONE
+    return {
+        "questions": len(strategy.unlabelled),
+        "questions_sha256": strategy.digest,
+        "question_bytes": strategy.unlabelled.nbytes,
+        "answer_bytes": 8 * len(strategy.unlabelled) * strategy.classes,
+        "clients": len(set(strategy.outcome.heard.tolist())),
+        "noise": strategy.outcome.noise,
+        "server_sees": f"{shared} rounds of models, then {sees}" if shared else sees,
     }
 
 
@@ -432,9 +468,9 @@ def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str
 
 
 def privacy_of_sums(
-    release: GaussianRelease, releases: Sequence[Mapping[int, int | None]]
+    release: NoisyRelease, releases: Sequence[Mapping[int, int | None]]
 ) -> dict[str, Any]:
-    """Return (ε, δ) of noisy sums for each client that was asked, as often as it was.
+    """Return (ε, δ) of noisy sums or votes for each client that was asked, as often as it was.
 
     Args:
         release: What each answer is.
@@ -445,7 +481,7 @@ def privacy_of_sums(
     return {
         "epsilon": max(clients.values(), default=None),
         "delta": release.delta,
-        "adjacency": ADJACENT[release.unit],
+        "adjacency": release.adjacency,
         "unit": release.unit,
         "noise_multiplier": release.multiplier,
         "noise_from": NOISE_FROM,
@@ -462,7 +498,7 @@ def _privacy(job: Job, releases: Sequence[Mapping[int, int | None]]) -> dict[str
     gave none there is no ε.
     """
     config = job.config
-    if sums := release_of(config):
+    if sums := strategy_of(config).release_of(config):
         return privacy_of_sums(sums, releases)
     privacy = parse_defense(config.defense).privacy
     if privacy is None:

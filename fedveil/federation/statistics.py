@@ -15,7 +15,7 @@ from fedveil.analytic.privacy import GaussianRelease, Unit, noise_sharers
 from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.features import FeatureMap, MapDescription, features_of, names_of, rebuild
-from fedveil.federation.permission import check_model_allowed
+from fedveil.federation.permission import check_epsilon, check_model_allowed
 from fedveil.federation.secagg.client import WORDS, Sum, announced_sum
 from fedveil.secure_random import SecureGenerator
 
@@ -27,9 +27,6 @@ ASKED = "statistics"
 
 RATIO = "images-per-feature"
 """Key of a node config: this node is part of sums of so many images a feature only."""
-
-MOST_EPSILON = "most-epsilon"
-"""Key of a node config: the largest ε for which this node's answers may have their noise."""
 
 LEAST_RATIO = 4.0
 """Images a feature below which no client answers: of two a sum shows many who are in it."""
@@ -98,7 +95,7 @@ def answer_statistics(
     task = StatisticsTask.from_record(records[ASKED])
     _check_pinned(description, context)
     together = announced_sum(message, context)
-    _check_noise(task, context)
+    check_epsilon(task.epsilon, context)
     if task.release is None:
         _check_sum(description, task, together, context)
     features = _map(description, message.content.array_records["arrays"])
@@ -140,16 +137,6 @@ def _check_sum(
             f"the sum is of {together.images} images, and of {description.dimension} features it "
             f"takes {least} and more not to show single ones; ask for fewer features (--filters), "
             "or for more clients a round (--fraction)"
-        )
-
-
-def _check_noise(task: StatisticsTask, context: Context) -> None:
-    most = context.node_config.get(MOST_EPSILON)
-    if most is not None and (task.epsilon is None or task.epsilon > float(most)):
-        asked = "no noise" if task.epsilon is None else f"noise for epsilon = {task.epsilon:g}"
-        raise FedveilError(
-            f"this node's config has {MOST_EPSILON} {most}, and the server asked for {asked}; "
-            "train with a lower --epsilon"
         )
 
 

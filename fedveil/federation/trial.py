@@ -27,13 +27,15 @@ from fedveil.copies.noise import NoiseKey, add_noise
 from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.federation import client_app
+from fedveil.federation.answers import QUESTIONS, digest_of
 from fedveil.federation.replies import read_replies
 from fedveil.federation.roster import Client
-from fedveil.federation.secagg.client import STATISTICS, WORDS
+from fedveil.federation.secagg.client import ANSWERS, STATISTICS, WORDS
 from fedveil.federation.strategies.analytic import Analytic
+from fedveil.federation.strategies.ensemble_distillation import EnsembleDistillation
 from fedveil.federation.strategies.fedavg import SeededFedAvg, clone
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
-from fedveil.federation.task import ClientTask
+from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.threads import torch_threads
 from fedveil.federation.training import LocalTraining, batch_sizes, train_locally
 from fedveil.models import check_sendable, has_batch_norm
@@ -120,6 +122,32 @@ def try_sums(trial: Trial, strategy: Analytic) -> list[str]:
     if fault:
         raise FedveilError(f"every client's answer would be refused: {fault}; mend the backbone")
     return []
+
+
+def try_answers(trial: Trial, strategy: EnsembleDistillation) -> None:
+    """Do once what a client of a protected run does, on two images and about two; read its answer.
+
+    Raises:
+        FedveilError: Every client's answer would be refused.
+    """
+    asked, images = strategy.unlabelled[:2], trial.images[:2]
+    strategy.clients = (Client(0, _NODE, len(images)),)
+    beside: dict[str, ArrayRecord | ConfigRecord] = {
+        UNLABELLED: ArrayRecord({"images": asked}),
+        QUESTIONS: strategy.question(digest_of(asked)).to_record(),
+    }
+    task = trial.task.model_copy(update={"epochs": 1, "batch_size": len(images)})
+    message = _message(clone(trial.model.state_dict()), task, f"train.{ANSWERS}", beside)
+    try:
+        with torch_threads(1), torch.random.fork_rng(devices=[]):
+            reply = client_app.answer_asked(message, _context(trial), images)
+    finally:
+        client_app.forget_models()
+    expected = {WORDS: torch.zeros(len(asked) * strategy.classes, dtype=torch.int64)}
+    told = {_NODE: strategy.clients[0]}
+    _, refusals = read_replies([reply], asked=told, expected=expected, round_number=_ROUND)
+    if refusals:
+        raise FedveilError(f"every client's answer would be refused: {refusals[0].reason}")
 
 
 def _as_clients_build_it(trial: Trial) -> nn.Module:

@@ -163,11 +163,17 @@ class TrainConfig(BaseModel):
         le=100_000,
     )
     epsilon: float | None = setting(
-        None, "Both ways", "analytic: differential privacy of what clients return.", gt=0, le=1000
+        None,
+        "Both ways",
+        "analytic, protected: differential privacy of what clients return.",
+        gt=0,
+        le=1000,
     )
     delta: float = setting(1e-5, "Both ways", "With --epsilon.", gt=0, lt=1)
     privacy_unit: Literal["image", "client"] = setting(
-        "image", "Both ways", "Whom --epsilon protects: an image, or a client."
+        "image",
+        "Both ways",
+        "Whom --epsilon protects: an image, or a client; of protected a client.",
     )
     shared_rounds: int = setting(
         0,
@@ -179,10 +185,17 @@ class TrainConfig(BaseModel):
     share_unlabelled: bool = setting(
         False,
         "Both ways",
-        "protected: send clients the calibration images, for clients of few classes.",
+        "protected: clients that lack a class learn from the calibration images, too.",
     )
     distillation_steps: int = setting(
-        40, "Both ways", "Steps a round in which protected teaches w.", ge=1, le=1_000_000
+        120, "Both ways", "Steps a round in which protected teaches w.", ge=1, le=1_000_000
+    )
+    answer_temperature: float = setting(
+        1.0,
+        "Both ways",
+        "protected: how flat the clients' answers are, and w is taught.",
+        gt=0,
+        le=1000,
     )
     label_share: float = setting(
         0.0,
@@ -254,8 +267,8 @@ class TrainConfig(BaseModel):
     secure_aggregation: bool = setting(
         False,
         "Secure aggregation",
-        "Let the server learn the sum of what clients return only, by SecAgg+; analytic does "
-        "unless it has too few clients.",
+        "Let the server learn the sum of what clients return only, by SecAgg+; analytic and "
+        "protected do unless there are too few clients.",
         flags=("--secure-aggregation/--no-secure-aggregation",),
     )
     reconstruction_threshold: float = setting(
@@ -268,7 +281,7 @@ class TrainConfig(BaseModel):
     key_shares: int | None = setting(
         None,
         "Secure aggregation",
-        "Clients that each shares keys with, odd; all of the round by default, of analytic 15.",
+        "Clients that each shares keys with, odd; by default all of the round, 15 of over 20.",
         ge=5,
         le=65_535,
     )
@@ -350,7 +363,6 @@ class TrainConfig(BaseModel):
         if not self.secure_aggregation:
             return self
         alone = [
-            (self.strategy == "protected", "strategy protected", "distils what each client knows"),
             (self.average != "mean", f"average {self.average}", "compares the clients' changes"),
             (
                 self.norm_limit > 0,
@@ -362,7 +374,7 @@ class TrainConfig(BaseModel):
             if chosen:
                 raise ValueError(
                     f"{setting} {does}, and secure-aggregation shows the server their sum only; "
-                    "leave out either (it works with --strategy fedavg, noise-pair and noise-delta)"
+                    "leave out either (it works with every --strategy)"
                 )
         if self.key_shares is not None and self.key_shares % 2 == 0:
             raise ValueError(
@@ -382,11 +394,13 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sums_are_of_whole_images(self) -> "TrainConfig":
-        if self.epsilon is not None and self.strategy != "analytic":
+        if self.epsilon is not None and self.strategy not in ("analytic", "protected"):
             raise ValueError(
-                f"epsilon is of strategy analytic; {self.strategy} takes --defense dp-sgd:noise=N"
+                f"epsilon is of strategies analytic and protected; {self.strategy} takes --defense "
+                "dp-sgd:noise=N"
             )
-        if self.epsilon is not None and self.privacy_unit == "client" and not self.weight_limit:
+        of_sums = self.strategy == "analytic"
+        if of_sums and self.epsilon and self.privacy_unit == "client" and not self.weight_limit:
             raise ValueError(
                 "privacy-unit client bounds a client's images: give a weight-limit above 0"
             )
@@ -397,6 +411,33 @@ class TrainConfig(BaseModel):
                         f"{name} is of a dictionary, and backbone {self.backbone} takes its place; "
                         "leave out either"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _votes_must_hide_a_client(self) -> "TrainConfig":
+        if self.epsilon is None or self.strategy != "protected":
+            return self
+        if self.privacy_unit != "client":
+            raise ValueError(
+                "epsilon of strategy protected is a whole client's, whose votes have the noise: "
+                "give privacy-unit client; an image alone is hidden by --defense dp-sgd:noise=N"
+            )
+        alone = [
+            (self.shared_rounds > 0, f"shared-rounds {self.shared_rounds}", "sends models back"),
+            (
+                self.defense.startswith("dp-sgd"),
+                f"defense {self.defense}",
+                "has an epsilon of its own, of an image",
+            ),
+            (
+                self.answer_temperature != 1,
+                f"answer-temperature {self.answer_temperature:g}",
+                "is of probabilities, and clients vote",
+            ),
+        ]
+        for chosen, setting, does in alone:
+            if chosen:
+                raise ValueError(f"{setting} {does}; leave out either it or epsilon")
         return self
 
     @model_validator(mode="after")
@@ -467,8 +508,9 @@ _OF_TRAINING = frozenset(
     {
         *("model", "rounds", "epochs", "batch_size", "learning_rate", "decay", "momentum", "clip"),
         *("augment", "defense", "transform", "shared_rounds", "share_unlabelled", "cap", "noise"),
-        *("distillation_steps", "label_share", "temperature", "smoothing", "bound", "average"),
-        *("server_clients", "sigma_start", "sigma_step", "sigma_factor", "sigma_limit"),
+        *("distillation_steps", "label_share", "answer_temperature", "temperature", "smoothing"),
+        *("bound", "average", "server_clients"),
+        *("sigma_start", "sigma_step", "sigma_factor", "sigma_limit"),
         *("fingerprint", "norm_limit"),
     }
 )
@@ -480,16 +522,24 @@ _KEY_SHARES = 15
 
 
 def _of_sums(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of runs whose clients are asked for sums: once, and all of them."""
+    """Return the defaults of runs whose clients are asked once, and all of them."""
+    return {"rounds": 1, "fraction": 1.0, **_of_secure_sums(settings, fraction=1.0)}
+
+
+def _of_secure_sums(settings: Mapping[str, Any], *, fraction: float) -> dict[str, Any]:
+    """Return the defaults of runs whose clients' whole numbers are summed.
+
+    Args:
+        settings: What is given.
+        fraction: Of the clients a round asks where it is not given.
+    """
     clients = settings.get("clients", TrainConfig.model_fields["clients"].default)
-    fraction = settings.get("fraction") or 1.0
     try:
-        asked = int(float(clients) * float(fraction))
+        asked = int(float(clients) * float(settings.get("fraction") or fraction) + 1e-9)
     except (TypeError, ValueError):
         return {}  # pydantic says so
-    found: dict[str, Any] = {"rounds": 1, "fraction": 1.0}
     secure = settings.get("secure_aggregation", asked >= _FEWEST_TO_SUM)
-    found["secure_aggregation"] = secure
+    found: dict[str, Any] = {"secure_aggregation": secure}
     if secure and asked > _MANY_TO_SUM:
         found["key_shares"] = _KEY_SHARES  # of each with all others they would take the time
     return found
@@ -497,13 +547,19 @@ def _of_sums(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_rounds(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of runs whose clients train in rounds."""
-    # Clients whose models teach w, each alone, have to come far by themselves.
-    found = dict(_ALONE) if settings["strategy"] == "protected" else {}
+    found: dict[str, Any] = {}
     # A tenth of five clients is one: its update would be the round, and nobody's cover.
     clients = settings.get("clients")
     if isinstance(clients, int) and 0 < clients < 100 and settings.get("fraction") is None:
         found["fraction"] = min(1.0, 10 / clients)
-    return found
+    if settings["strategy"] != "protected":
+        return found
+    # Clients whose models teach w, each alone, have to come far by themselves.
+    found = {**_ALONE, **found}
+    if settings.get("epsilon") is not None:
+        found |= {"rounds": 1, "fraction": 1.0, "privacy_unit": "client", "distillation_steps": 800}
+    usual = found.get("fraction", TrainConfig.model_fields["fraction"].default)
+    return {**found, **_of_secure_sums(settings, fraction=usual)}
 
 
 _ALONE: Mapping[str, Any] = {

@@ -4,6 +4,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as Reply
 from flwr.clientapp import ClientApp
+from torch import nn
+
+from fedveil.federation.answers import answering
 
 app = ClientApp()
 
@@ -36,6 +39,13 @@ def _answer(message, context, step):
 @app.train()
 def train(message, context):
     return _answer(message, context, 0.01)
+
+
+def _net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+app.train("answers")(answering(train, _net, arrays="weights"))
 
 
 @app.train("twice")

@@ -65,7 +65,7 @@ def rounds_sent(grid, delivered):
     for i, (record, _, end) in enumerate(delivered):
         begin = delivered[i - 1][2] if i else 0
         before = delivered[i - 1][1] if i else None
-        messages = [m for m in grid.sent[begin:end] if m.metadata.message_type == "train"]
+        messages = [m for m in grid.sent[begin:end] if "arrays" in m.content.array_records]
         yield record, before, messages
 
 

@@ -64,7 +64,10 @@ WORDS = "words"
 STATISTICS = "statistics"
 """Action of a train message that is answered by ``WORDS``."""
 
-SUMMED = ("train", f"train.{STATISTICS}")
+ANSWERS = "answers"
+"""Action of a train message that is answered by ``WORDS``, too: what the trained model answers."""
+
+SUMMED = ("train", f"train.{STATISTICS}", f"train.{ANSWERS}")
 """Kinds of messages that may ask for an answer in a sum; others are answered in the clear."""
 
 Floats = NDArray[np.float64]
@@ -317,7 +320,7 @@ def _collect(
     state.current_stage = Stage.COLLECT_MASKED_VECTORS
     partners = _take_shares(state, record)
     # Read first: an app may overwrite the very record it received.
-    sent = _arrays(message)
+    sent = _arrays(message, among_others=True)
     reply = call_next(message, context)
     if reply.has_error():
         return reply
@@ -358,8 +361,11 @@ def _take_shares(state: SecAggPlusState, record: ConfigRecord) -> list[int]:
     return sources
 
 
-def _arrays(message: Message) -> dict[str, NDArray[Any]]:
-    records = list(message.content.array_records.values())
+def _arrays(message: Message, *, among_others: bool = False) -> dict[str, NDArray[Any]]:
+    """Return the one record of arrays; or the model's, where others may come with it."""
+    named = message.content.array_records
+    model = named.get("arrays") if among_others else None
+    records = list(named.values()) if model is None else [model]
     if len(records) != 1:
         raise FedveilError(f"{len(records)} records of arrays; secure aggregation sums exactly one")
     return {name: array.numpy() for name, array in records[0].items()}

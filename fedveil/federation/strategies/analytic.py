@@ -29,7 +29,7 @@ from fedveil.features import MapDescription
 from fedveil.federation.feature_choice import choose_features
 from fedveil.federation.job import Evaluation, Job, smallest_sum
 from fedveil.federation.replies import Update, read_replies
-from fedveil.federation.roster import Client, Refusal, Sampling, round_size, sample_clients
+from fedveil.federation.roster import Client, Refusal, Sampling, choose_unheard
 from fedveil.federation.secagg.client import STATISTICS, WORDS
 from fedveil.federation.statistics import (
     ASKED,
@@ -174,6 +174,13 @@ class Analytic(SeededFedAvg):
         return AnalyticClassifier(features, len(dataset.classes))
 
     @classmethod
+    def release_of(cls, config: TrainConfig) -> GaussianRelease | None:
+        """Return what a client's sums are noised by, as of ``SeededFedAvg``."""
+        if config.epsilon is None:
+            return None
+        return GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
+
+    @classmethod
     def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "Analytic":
         """Return the strategy of a run, as of ``SeededFedAvg``."""
         assert isinstance(job.model, AnalyticClassifier)
@@ -181,7 +188,7 @@ class Analytic(SeededFedAvg):
             model=job.model,
             labelled=job.evaluation.calibration,
             images_per_feature=job.config.images_per_feature,
-            release=release_of(job.config),
+            release=cls.release_of(job.config),
             sampling=job.sampling,
             resume=resume,
         )
@@ -205,20 +212,7 @@ class Analytic(SeededFedAvg):
             FedveilError: There are none.
         """
         heard = set(self._past.heard.tolist())
-        left = [client for client in self.clients if client.partition not in heard]
-        if not left:
-            raise FedveilError(
-                f"round {round_number}: all {len(self.clients)} clients are in the sum already, "
-                "and each is asked once; add rounds when more have joined"
-            )
-        count = min(round_size(len(self.clients), self.sampling.fraction), len(left))
-        return sample_clients(
-            left,
-            fraction=count / len(left),
-            seed=self.sampling.seed,
-            round_number=round_number,
-            least=min(self.sampling.min_train, len(left)),
-        )
+        return choose_unheard(self.clients, heard, self.sampling, round_number)
 
     def distribute(
         self, round_number: int, weights: Weights, clients: Sequence[Client]
@@ -381,10 +375,3 @@ class Analytic(SeededFedAvg):
             parts = torch.split(self.labelled.raw, 100)
             scores = [self.model(Images(part, self.labelled.labels).pixels) for part in parts]
         return steepness_for(torch.cat(scores), self.labelled.labels)
-
-
-def release_of(config: TrainConfig) -> GaussianRelease | None:
-    """Return what a client's sums are noised by; None: nothing."""
-    if config.epsilon is None:
-        return None
-    return GaussianRelease(config.epsilon, config.delta, config.privacy_unit)

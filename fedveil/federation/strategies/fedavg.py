@@ -41,6 +41,7 @@ from fedveil.federation.strategies.flower_arguments import (
     aggregated,
     read_arguments,
 )
+from fedveil.federation.votes import NoisyRelease
 from fedveil.models import build_model, has_batch_norm
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
@@ -174,6 +175,15 @@ class SeededFedAvg(FedAvg):
             FedveilError: A setting does not fit the data.
         """
         return build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
+
+    @classmethod
+    def release_of(cls, config: TrainConfig) -> NoisyRelease | None:
+        """Return the noise in what clients return, as the settings ask for it; here none.
+
+        Args:
+            config: The run's settings.
+        """
+        return None
 
     @classmethod
     def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "SeededFedAvg":

@@ -17,7 +17,7 @@ Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 ARRAYS, CONFIG = "arrays", "config"
 _ROUND = "server-round"
-_TAKEN = (RECORD_KEY_CONFIGS, "unlabelled")
+_TAKEN = (RECORD_KEY_CONFIGS, "unlabelled", "questions")
 NO_CLIENT_EVALUATION = (
     "clients evaluate nothing: evaluation on a client would send it the model itself, as it is; "
     "evaluate on the server, by start(evaluate_fn=…)"

@@ -279,7 +279,6 @@ def test_too_few_clients_end_the_round_in_a_sentence_and_the_run_goes_on(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"strategy": "protected"}, ["strategy protected", "sum only", "noise-delta"]),
         ({"average": "median"}, ["average median", "sum only"]),
         ({"norm_limit": 5}, ["norm-limit 5", "sum only"]),
         ({"key_shares": 6}, ["key-shares 6", "odd"]),

@@ -98,7 +98,10 @@ def test_a_node_bounds_epsilon_itself(alone):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"strategy": "fedavg", "filters": None}, "epsilon is of strategy analytic"),
+        (
+            {"strategy": "fedavg", "filters": None},
+            "epsilon is of strategies analytic and protected",
+        ),
         ({"privacy_unit": "client", "weight_limit": 0}, "weight-limit above 0"),
         ({"components": 0}, "components"),
     ],
