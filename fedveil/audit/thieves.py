@@ -262,7 +262,7 @@ class AuditedRun:
     @cached_property
     def _shared(self) -> tuple[Tensor, ...]:
         """The server's own images, where the run sends them to its clients."""
-        if not self.config.share_unlabelled:
+        if self.config.strategy != "protected":
             return ()
         return (self.job.evaluation.calibration.pixels,)
 

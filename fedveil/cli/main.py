@@ -195,14 +195,16 @@ def _received(summary: dict[str, Any], cap: float | None) -> str:
 
 
 def _seen_of_clients(summary: dict[str, Any]) -> str | None:
-    from fedveil.federation.server_app import SEEN_ALONE
+    from fedveil.federation.server_app import ANSWERS_ALONE, SEEN_ALONE
 
-    if summary.get("analytic", {}).get("server_sees") != SEEN_ALONE or summary["privacy"]:
-        return None
-    return (
-        "the server saw each client's own sums, which tell of its images; with "
-        "--secure-aggregation it sees the sum of all clients only"
-    )
+    seen = (summary.get("analytic") or summary.get("answers") or {}).get("server_sees", "")
+    for alone in (SEEN_ALONE, ANSWERS_ALONE):
+        if seen.endswith(alone) and not summary["privacy"]:
+            return (
+                f"the server saw {alone}, which tell of its images; with --secure-aggregation it "
+                "sees the sum of all clients only"
+            )
+    return None
 
 
 def _of_no_use(summary: dict[str, Any]) -> str | None:

@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedveil.defenses.specs import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.secagg.client import SUMMED
+from fedveil.federation.secagg.client import ANSWERS, SUMMED
 from fedveil.federation.task import ClientTask
 
 POLICY = "policy.toml"
 """The file's name in a node's folder."""
+
+_OF_TRAINING = ("train", f"train.{ANSWERS}")  # what a private model answers is as private
 
 _STAGES = (Stage.SETUP, Stage.SHARE_KEYS, Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK)
 
@@ -34,7 +36,7 @@ class Policy(BaseModel):
         apps: Apps this node runs, of those that are signed: ``@publisher/name==version``, and with
             `` sha256:HEX`` behind it that bundle alone.
         messages: Kinds of messages it answers, as Flower calls them: ``query``, ``train``,
-            ``train.statistics``, ``train.gradient``, ``evaluate``.
+            ``train.answers``, ``train.statistics``, ``train.gradient``, ``evaluate``.
         models: Models it trains, as ``--model`` names them; ``name sha256:HEX`` also pins the file
             that a ``package.module:factory`` stands in, as it is installed at the site.
         transform: What its images pass through before any app sees them, as ``--defense`` names it.
@@ -138,7 +140,7 @@ def private_task(message: Message) -> ClientTask:
     task = _task(message, "epsilon")
     privacy = parse_defense(task.defense).privacy
     kind = message.metadata.message_type
-    if privacy is None or not privacy.noise or kind != "train":
+    if privacy is None or not privacy.noise or kind not in _OF_TRAINING:
         raise PolicyError(
             f"the site's policy allows an epsilon, and none can be reckoned for {kind!r} with the "
             f"defence {task.defense!r}; train with --strategy noise-delta or protected and "

@@ -100,7 +100,7 @@ def test_a_node_bounds_epsilon_itself(alone):
     [
         (
             {"strategy": "fedavg", "filters": None},
-            "epsilon is of strategies analytic and protected",
+            "of strategies analytic and protected",
         ),
         ({"privacy_unit": "client", "weight_limit": 0}, "weight-limit above 0"),
         ({"components": 0}, "components"),
