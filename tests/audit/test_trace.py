@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import integrate, stats
+from typer.testing import CliRunner
 
 from fedveil.audit.trace import lineups, log10_p, trace
+from fedveil.cli.main import app
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.directory import RunDirectory
+from fedveil.studies.trace import reproduce
 from tests.commands import forked, started
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
@@ -303,15 +307,23 @@ def test_ctrl_c_writes_nothing_and_says_so(run, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_the_study_names_everybody_it_should_on_digits(tmp_path):
+def test_the_study_names_everybody_it_should_on_digits(tmp_path, monkeypatch):
     """A quick look at the whole command; MNIST's figures are in docs/results."""
-    fedveil(
-        *("reproduce", "trace", "--out", tmp_path / "study", "--dataset", "digits", "--rounds", 3),
-        *("--trials", 1, "--innocents", 10, "--workers", 2),
-    )
+    asked = []
+
+    def small(study, out, **told):
+        asked.append(study)
+        return reproduce(replace(study, colluders=(1, 2, 10)), out, **told)
+
+    monkeypatch.setattr("fedveil.studies.trace.reproduce", small)
+    options = ["--dataset", "digits", "--rounds", "3", "--trials", "1", "--innocents", "10"]
+    command = ["reproduce", "trace", "--out", str(tmp_path / "study"), *options, "--workers", "2"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert asked[0].colluders == tuple(range(1, 11))
     result = json.loads((tmp_path / "study/trace.json").read_text())
     rows = {(r["source"], r["treatment"], r["colluders"]): r for r in result["rows"]}
-    assert len(rows) == 10 * 10
+    assert len(rows) == 10 * 3
     for treatment in ("as it is", "8 bits", "pruned, 50 %"):
         row = rows["last copies", treatment, 2]
         assert row["named"] == row["guilty"] == 2
