@@ -1,4 +1,4 @@
-"""Whole batches read off the first linear layer of ReLU networks: peeling beside quotients.
+"""Whole batches read off the first linear layer of ReLU networks: components, peeling, quotients.
 
 Real federations whose clients return the gradient of one batch; the network is wide, fresh and
 fully connected, on CIFAR-100's lossless images. Each row is of several updates, of other images
@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, nn
 from written import write_result
 
-from fedveil.attacks.inversion import FullyConnected, Observation, Peeling
-from fedveil.audit.metrics import exact, match, over_updates, psnr
+from fedveil.attacks.inversion import (
+    Attack,
+    FullyConnected,
+    IndependentComponents,
+    Observation,
+    Peeling,
+)
+from fedveil.audit.metrics import exact, identified, match, over_updates, psnr
+from fedveil.audit.scoring import strangers_to
 from fedveil.audit.watch import WatchedFederation, Watching
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import Defense
@@ -28,7 +35,13 @@ ROWS = (
     # centred inputs, hidden units, hidden layers, images, updates
     (False, 512, 1, 16, 10),
     (False, 512, 3, 16, 7),
+    (True, 512, 1, 16, 5),
+    (False, 1024, 1, 64, 4),
+    (True, 1024, 1, 64, 4),
+    (False, 1024, 1, 128, 2),
+    (False, 2048, 1, 256, 1),
 )
+_MOST_PEELED = 64  # images; peeling stops at its limit beyond
 
 
 def network(data: Dataset, hidden: int, layers: int, *, centred: bool) -> nn.Module:
@@ -52,7 +65,17 @@ def rows(data: Dataset, seed: int) -> Iterator[dict[str, Any]]:
         )
         seen = federation.observe(Defense("none"))
         originals = data.train[federation.ground_truth()].pixels
-        for name, attack in (("fc", FullyConnected()), ("peel", Peeling())):
+        attacks: dict[str, Attack] = {"fc": FullyConnected()}
+        if images <= _MOST_PEELED:
+            attacks["peel"] = Peeling(seconds=20.0)
+        attacks |= {
+            "ica:rounds=0": IndependentComponents(rounds=0),
+            "ica": IndependentComponents(),
+        }
+        used = federation.ground_truth()
+        generator = torch.Generator().manual_seed(seed)
+        strangers = data.train[strangers_to(data.train, used, generator)].pixels
+        for name, attack in attacks.items():
             yield {
                 "centred": centred,
                 "hidden": hidden,
@@ -60,12 +83,15 @@ def rows(data: Dataset, seed: int) -> Iterator[dict[str, Any]]:
                 "images": images,
                 "updates": updates,
                 "attack": name,
-                **told(attack, seen, originals),
+                **told(attack, seen, originals, strangers),
             }
 
 
-def told(attack: FullyConnected | Peeling, seen: Observation, originals: Tensor) -> dict[str, Any]:
-    """Return shares exact, decibels and seconds of one attack."""
+def told(attack: Attack, seen: Observation, originals: Tensor, strangers: Tensor) -> dict[str, Any]:
+    """Return shares exact and identified, decibels and seconds of one attack.
+
+    The floor is what photographs of others in place of what was found are identified with.
+    """
     begin = time.process_time()
     result = attack(seen)
     spent = time.process_time() - begin
@@ -75,11 +101,21 @@ def told(attack: FullyConnected | Peeling, seen: Observation, originals: Tensor)
         right.append(exact(matched, own).double())
         distances.append(psnr(matched.clamp(0, 1), own))
     share = over_updates(torch.stack(right))
+    half = len(strangers) // 2
+    found = result.images.float().clamp(0, 1)
+    others = strangers[half:][torch.arange(seen.victims * seen.images) % half]
+    known, floor = (
+        float(identified(images, originals, strangers[:half]).mean())
+        for images in (found, others.view_as(found))
+    )
     return {
         "exact": share.value,
         "exact_low": share.low,
         "exact_high": share.high,
         "whole_updates": float(torch.stack(right).all(dim=1).double().mean()),
+        "identified": known,
+        "identified_floor": floor,
+        "untold": 0 if result.untold is None else int(result.untold.sum()),
         "psnr": float(torch.cat(distances).median()),
         "cpu_seconds_an_update": spent / seen.victims,
     }
@@ -99,7 +135,7 @@ def main() -> None:
         print(
             f"{'centred' if row['centred'] else 'in [0, 1]'}, {row['layers']} × "
             f"{row['hidden']:4} units, {row['images']:3} images, "
-            f"{row['attack']:5}{row['exact']:7.1%} exact, {row['cpu_seconds_an_update']:.2f} s",
+            f"{row['attack']:13}{row['exact']:7.1%} exact, {row['cpu_seconds_an_update']:.2f} s",
             flush=True,
         )
         # Kept row by row: the last ones take minutes.

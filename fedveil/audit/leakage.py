@@ -89,6 +89,7 @@ class Row:
         loss: Float64 [V], the attacker's own, a value a batch.
         scores: Column name to [M].
         floors: Column name to [M], what images without content get from the same scorer.
+        untold: Of how many updates the attack cannot tell; what stands there is a weaker attack's.
     """
 
     attack: str
@@ -98,6 +99,7 @@ class Row:
     loss: Tensor
     scores: dict[str, Tensor]
     floors: dict[str, Tensor]
+    untold: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return the row of ``leakage.json``: means of shares, medians of the rest."""
@@ -106,6 +108,7 @@ class Row:
             "defense": self.defense,
             "adaptive": self.adaptive,
             "images": len(self.reconstructions),
+            "untold": self.untold,
         }
         for name, values in self.scores.items():
             # A round's images are recovered together, so each update is one draw.
@@ -173,6 +176,12 @@ class LeakageReport:
         for row in self.rows:
             found = row.summary()
             lines += [_line(found, wide), _floor_line(found, wide)]
+            if row.untold:
+                lines.append(
+                    f"  {row.attack} cannot tell of {row.untold} of {len(row.loss)} updates: its "
+                    "search ended without an answer or at its limit, and a weaker attack's stands "
+                    "there, which shows nothing of what there is to find"
+                )
         return "\n".join([*lines, *membership_table(self.membership)])
 
     def write(self, out: Path) -> None:
@@ -401,7 +410,8 @@ def attacked(
                 scores["recognised"] = closest.picked.flatten()
                 floor["recognised"] = torch.full_like(scores["recognised"], closest.chance)
             kind = (label, defense.label, attacker.adaptive)
-            rows.append(Row(*kind, images, result.loss, scores, floor))
+            untold = 0 if result.untold is None else int(result.untold.sum())
+            rows.append(Row(*kind, images, result.loss, scores, floor, untold))
     return LeakageReport(
         dataset=dataset.name,
         model=type(informed.model).__name__,

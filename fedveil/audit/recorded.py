@@ -542,6 +542,7 @@ def _one_after_the_other(reports: Sequence[LeakageReport]) -> LeakageReport:
                 for name in row.floors
                 if all(name in report.rows[place].floors for report in reports)
             },
+            sum(report.rows[place].untold for report in reports),
         )
         for place, row in enumerate(first.rows)
     ]

@@ -475,7 +475,7 @@ def audit_leakage(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help="dlg, idlg, rgap, lm, ig, ig-bn, fc or peel, with its options as in "
+            help="dlg, idlg, rgap, lm, ig, ig-bn, fc, peel or ica, with its options as in "
             "ig:steps=600,restarts=2; may be repeated."
         ),
     ] = None,

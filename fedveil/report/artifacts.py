@@ -84,6 +84,7 @@ class LeakageRow(_Content):
     defense: Text
     adaptive: bool
     images: Count
+    untold: Count = 0
     exact: Share
     exact_low: Share | None = None
     exact_high: Share | None = None

@@ -566,6 +566,13 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
         )
     if isinstance(least, LeakageRow) and least.images < _ENOUGH:
         return mark, "unknown", f"{least.images} images are too few to call that rare"
+    if any(isinstance(row, LeakageRow) and row.untold for row in seen):
+        return (
+            mark,
+            "unknown",
+            "the attack's search ended at its limit or without an answer, so that a low share "
+            "shows nothing",
+        )
     floor = max((row.identified_floor or 0.0 for row in seen), default=0.0)
     if floor > _FEW:
         return (

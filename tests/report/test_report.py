@@ -225,6 +225,16 @@ def test_a_low_share_is_no_success_where_the_scorer_cannot_tell(tmp_path):
     assert "images without content reach 20 %" in sentences(directory)[2]
 
 
+def test_a_search_that_ended_without_an_answer_clears_nothing(tmp_path):
+    rows = [floored(1.0, 0.01, images=100)]
+    rows.append(floored(0.0, 0.01, defense="a", adaptive=True, images=100))
+    told = make_leakage(tmp_path / "told", rows, arrays=False)
+    rows[-1] = rows[-1] | {"untold": 3}
+    untold = make_leakage(tmp_path / "untold", rows, arrays=False)
+    kinds = [marks(directory)[2][0] for directory in (told, untold)]
+    assert kinds == ["good", "unknown"]
+
+
 def test_an_undefended_attack_at_the_floor_shows_nothing_of_a_defence(tmp_path):
     rows = [floored(0.6, 0.6, images=100)]
     rows.append(floored(0.0, 0.01, defense="a", adaptive=True, images=100))

@@ -13,6 +13,7 @@ from fedveil.attacks.inversion.gradients import (
     check_model,
     infer_labels,
 )
+from fedveil.attacks.inversion.independent_components import IndependentComponents
 from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
 from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
@@ -39,6 +40,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "ig": InvertingGradients,
     "fc": FullyConnected,
     "peel": Peeling,
+    "ica": IndependentComponents,
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 for _name, _build in ATTACKS.items():
@@ -88,6 +90,7 @@ __all__ = [
     "Attack",
     "FullyConnected",
     "GradientMap",
+    "IndependentComponents",
     "Inversion",
     "InvertingGradients",
     "LearnedInverse",

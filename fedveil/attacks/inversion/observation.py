@@ -182,6 +182,9 @@ class Inversion:
             observed one, as a share of the observed one's squared length. Seen by the attacker.
         seconds: Float [V]: wall-clock seconds a victim took, shared work divided equally.
         iterations: Int64 [V]: steps spent on each victim; 0 for a closed form.
+        untold: Bool [V], of whom the attack cannot tell: its search ended without an answer or at
+            its limit, and what is given is a weaker attack's, which shows nothing of what there is
+            to find; None where there is none.
         originals: Float [V, N, C, H, W], what the images were before a known transformation, where
             the attack has a better answer to that than ``images``; None where it has not.
     """
@@ -192,6 +195,7 @@ class Inversion:
     seconds: Tensor
     iterations: Tensor
     originals: Tensor | None = None
+    untold: Tensor | None = None
 
 
 def check_declared(name: str, attack: object) -> None:

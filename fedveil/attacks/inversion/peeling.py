@@ -43,12 +43,16 @@ class Peeling:
     column is left. The gradient of the biases, the sum of the columns, gives their lengths.
 
     Where no neuron fires for one image only, as with centred inputs, what is left is searched
-    (``fedveil.attacks.inversion.sparse_columns``). Where that ends without a result, or there is
-    noise on the update, the answer is that of ``FullyConnected``.
+    (``fedveil.attacks.inversion.sparse_columns``). Where that ends without a result or at its
+    limit, or there is noise on the update, the answer is that of ``FullyConnected``, and
+    ``Inversion.untold`` says so.
 
     Source: the decomposition and the use of ReLU's zeros: Dimitrov et al., "SPEAR: Exact Gradient
     Inversion of Batches in Federated Learning", NeurIPS 2024, section 3, who sample neurons until
     some are silent for an image, in a time that doubles with every image. Peeling is ours.
+
+    Args:
+        seconds: How long to search for one victim's images at most.
 
     Shape: any batch of fewer images than the layer has neurons; any number of local steps, though
     the loss takes their sum for one step's gradient. A label goes to the image whose column it
@@ -63,6 +67,8 @@ class Peeling:
 
     uses: ClassVar = Uses(linear=True, sanitizer=True)
 
+    seconds: float = 60.0
+
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
         """Reconstruct every victim's images."""
         begin = time.perf_counter()
@@ -75,12 +81,15 @@ class Peeling:
         measure = GradientMap.of(observation, dtype=torch.float32, device=layer.weight.device)
         subspace = range_of(observation.knows, observation.shape).to(read.images)
         images, labels, losses = read.images.clone(), read.labels.clone(), read.loss.clone()
+        # One image is its quotient, whatever there is on the update.
+        untold = torch.full((observation.victims,), observation.images > 1)
         for victim in range(observation.victims):
             weight, bias = (
                 observation.gradients[f"{name}.{part}"][victim].detach().double()
                 for part in ("weight", "bias")
             )
-            found = _taken_apart(weight, bias, observation.images)
+            until = time.perf_counter() + self.seconds
+            found = _taken_apart(weight, bias, observation.images, until)
             if found is None:
                 continue
             slopes, inputs = found
@@ -88,12 +97,13 @@ class Peeling:
             inside = ((pixels > _RANGE[0]) & (pixels < _RANGE[1])).all(dim=1)
             if not bool(inside.any()):
                 continue
+            untold[victim] = False
             own = pixels[inside].reshape(1, -1, *observation.shape).cpu()
             own = subspace.images(subspace.coordinates(own))
             images[victim, : own.shape[1]] = own[0]
             # An image that was used twice has one column.
             images[victim, own.shape[1] :] = own[0, -1]
-            seen = _labels(observation.model, layer, own[0], slopes[:, inside])
+            seen = labels_of(observation.model, layer, own[0], slopes[:, inside])
             labels[victim, : len(seen)], labels[victim, len(seen) :] = seen, seen[-1]
             part = observation.select(torch.tensor([victim]))
             told = images[victim : victim + 1].float(), labels[victim : victim + 1]
@@ -107,10 +117,13 @@ class Peeling:
             loss=losses,
             seconds=torch.full((observation.victims,), seconds),
             iterations=torch.zeros(observation.victims, dtype=torch.int64),
+            untold=untold,
         )
 
 
-def _taken_apart(weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Tensor] | None:
+def _taken_apart(
+    weight: Tensor, bias: Tensor, images: int, until: float
+) -> tuple[Tensor, Tensor] | None:
     """Return slopes, float64 [out, N], and inputs, float64 [N, in], of at most ``images`` images.
 
     None where the gradient is of more images than that, or where the search ends without them.
@@ -122,7 +135,7 @@ def _taken_apart(weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Ten
     angle = max(_PARALLEL, 10 * float(values[rank] / values[rank - 1]))
     if angle > _NOISY:
         return None
-    columns = _sparse(left[:, :rank], angle)
+    columns = _sparse(left[:, :rank], angle, until)
     if columns is None:
         return None
     lengths = torch.linalg.lstsq(columns, bias[:, None]).solution[:, 0]
@@ -132,7 +145,7 @@ def _taken_apart(weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Ten
     return slopes, torch.linalg.lstsq(slopes, weight).solution
 
 
-def _sparse(left: Tensor, angle: float) -> Tensor | None:
+def _sparse(left: Tensor, angle: float, until: float) -> Tensor | None:
     """Return sparse columns [out, N] that span what the columns of ``left`` [out, N] span."""
     size = left.norm(dim=1)
     loud = size > angle * size.max()
@@ -146,7 +159,7 @@ def _sparse(left: Tensor, angle: float) -> Tensor | None:
         spaces.append(space)
         space = space @ torch.linalg.svd(row[None], full_matrices=True)[2][1:].T
     if space.shape[1] > 1:
-        columns = _searched(left, space, left[:, :0], angle)
+        columns = _searched(left, space, left[:, :0], angle, until)
         if columns is None:
             return None
     else:
@@ -159,7 +172,7 @@ def _sparse(left: Tensor, angle: float) -> Tensor | None:
         if column is not None:
             columns = torch.cat([columns, _silenced(column[:, None], angle)], dim=1)
             continue
-        searched = _searched(left, space, columns, angle)
+        searched = _searched(left, space, columns, angle, until)
         if searched is None:
             return None
         columns = searched
@@ -168,11 +181,13 @@ def _sparse(left: Tensor, angle: float) -> Tensor | None:
     return whole
 
 
-def _searched(left: Tensor, space: Tensor, known: Tensor, angle: float) -> Tensor | None:
+def _searched(
+    left: Tensor, space: Tensor, known: Tensor, angle: float, until: float
+) -> Tensor | None:
     """Return the sparse columns [out, d] of ``left @ space``, some of which may be known."""
     seen = left @ space
     heard = seen.norm(dim=1) > _SILENT * angle * left.norm(dim=1)
-    columns = climbed(seen[heard], known[heard], angle)
+    columns = climbed(seen[heard], known[heard], angle, until)
     if columns is None:
         return None
     weights = torch.linalg.lstsq(seen[heard], columns).solution
@@ -239,7 +254,7 @@ def _silenced(columns: Tensor, angle: float) -> Tensor:
     return torch.where(heard, columns, 0.0)
 
 
-def _labels(model: nn.Module, layer: nn.Linear, images: Tensor, slopes: Tensor) -> Tensor:
+def labels_of(model: nn.Module, layer: nn.Linear, images: Tensor, slopes: Tensor) -> Tensor:
     """Return for each image [N, C, H, W] the label whose slopes are the most like its own.
 
     Args:

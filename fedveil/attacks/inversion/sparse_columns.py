@@ -1,6 +1,7 @@
 """The sparsest columns that span a space, found by climbing: what peeling leaves."""
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _AS_SPARSE = 0.85  # of the median's zeros
 _LEAST = 0.1  # of the rows: any vector has as many zeros as the space allows
 
 
-def climbed(left: Tensor, known: Tensor, angle: float) -> Tensor | None:
+def climbed(left: Tensor, known: Tensor, angle: float, until: float) -> Tensor | None:
     """Return as many sparse columns as ``left`` has, which span what it spans; None if not found.
 
     A vector of the space is fixed by the d - 1 rows at which it is zero. Chains start at rows of
@@ -32,6 +33,7 @@ def climbed(left: Tensor, known: Tensor, angle: float) -> Tensor | None:
         left: Float64 [out, d], d at least 3; no row is zero.
         known: Float64 [out, K], columns that were found before.
         angle: What rounding makes of zero, as a share of a vector's largest entry.
+        until: When to stop, by ``time.perf_counter``.
     """
     left, width = torch.linalg.qr(left)[0], left.shape[1]
     if width < 3 or len(left) < 2 * width:
@@ -39,13 +41,15 @@ def climbed(left: Tensor, known: Tensor, angle: float) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     found = F.normalize(known.T @ left, dim=1)
     for number in range(_ROUNDS):
+        if time.perf_counter() > until:
+            break
         sure = found
         if len(found):
             zeros = _zeros(left, found, angle)
             least = max(_LEAST * len(left), _AS_SPARSE * float(zeros.max()))
             sure = found[zeros >= least]
         rows = _starts(left, _QUIET[number % len(_QUIET)], generator)
-        vectors = _climb(left, rows, _beyond(sure), angle, generator)
+        vectors = _climb(left, rows, _beyond(sure), angle, generator, until)
         found = _refined(left, _sparsest(left, torch.cat([found, vectors]), angle), angle)
         zeros = _zeros(left, found, angle)
         sparse = max(_LEAST * len(left), 2 * width + 4, _AS_SPARSE * float(zeros.median()))
@@ -80,13 +84,20 @@ def _beyond(found: Tensor) -> Tensor:
 
 
 def _climb(
-    left: Tensor, rows: Tensor, beyond: Tensor, angle: float, generator: torch.Generator
+    left: Tensor,
+    rows: Tensor,
+    beyond: Tensor,
+    angle: float,
+    generator: torch.Generator,
+    until: float,
 ) -> Tensor:
     """Return the vectors [chains, d] at which chains end."""
     vectors, row, zeros = _fullest(left, rows, beyond, angle)
     basis = torch.cat([rows, row[:, None]], dim=1)
     each = torch.arange(len(rows))
     for _ in range(3 * left.shape[1]):
+        if time.perf_counter() > until:
+            break
         given_up = torch.randint(rows.shape[1], (len(rows),), generator=generator)
         rows = basis[:, :-1].clone()
         rows[each, given_up] = basis[:, -1]

@@ -1,5 +1,7 @@
 """Whole batches taken out of the gradient of a first linear layer, beside exact truth."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -67,14 +69,14 @@ def test_sparse_columns_are_found_up_to_order_and_length():
     columns = torch.randn(400, 12, generator=generator, dtype=torch.float64)
     columns *= torch.rand(400, 12, generator=generator) < 0.3
     mixed = torch.linalg.qr(columns @ torch.randn(12, 12, generator=generator).double())[0]
-    found = _sparse(mixed, 3e-5)
+    found = _sparse(mixed, 3e-5, math.inf)
     alike = (F.normalize(columns, dim=0).T @ F.normalize(found, dim=0)).abs()
     assert torch.allclose(alike.amax(dim=1), torch.ones(12).double(), atol=1e-9)
     assert len(set(alike.argmax(dim=1).tolist())) == 12
     silent = ((found != 0).sum(dim=0).sort()[0] - (columns != 0).sum(dim=0).sort()[0]).abs()
     assert int(silent.max()) <= 2  # slopes that are nearly zero
     dense = torch.linalg.qr(torch.randn(400, 12, generator=generator, dtype=torch.float64))[0]
-    assert _sparse(dense, 3e-5) is None
+    assert _sparse(dense, 3e-5, math.inf) is None
 
 
 def test_the_quotient_that_most_agree_on():
@@ -124,8 +126,18 @@ def test_what_cannot_be_taken_apart_is_answered_as_by_fc(digits):
         observed(mlp(6), images),  # fewer neurons than images
     ):
         result, plain = Peeling()(seen), FullyConnected()(seen)
-        if not torch.equal(result.images, plain.images):
+        assert bool(result.untold) == torch.equal(result.images, plain.images)
+        if not result.untold:
             assert float(quality(result, images).min()) > 60  # eval: a scale, and no harm
+
+
+def test_a_search_that_is_out_of_time_says_that_it_cannot_tell(digits):
+    images = digits[:12]
+    seen = observed(mlp(64), images)
+    result = Peeling(seconds=0.0)(seen)
+    assert bool(result.untold)
+    assert torch.equal(result.images, FullyConnected()(seen).images)
+    assert not bool(Peeling()(observed(mlp(256), digits[:8])).untold)
 
 
 def test_a_known_transformation_is_searched_in(digits):

@@ -1,0 +1,315 @@
+"""Large batches parted by their images' independence, from a first linear layer's gradient."""
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedveil.attacks.inversion.fully_connected import first_linear, preparation
+from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
+from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
+from fedveil.attacks.inversion.peeling import labels_of
+from fedveil.attacks.inversion.subspace import range_of
+from fedveil.types import Shape
+
+_RANK = 1e-6  # singular values below this share of the largest are rounding
+_SILENT_SHARE = 0.8  # of the neurons that an estimate makes silent, the surest
+_CAUCHY = 2.0  # medians at which a neuron that is not silent after all has lost half of its weight
+_PASSES = 6
+_STAYS = 0.7  # cosine below which a column without its zeros has moved to where it has no business
+_SOLVED = 1e-3  # of its root mean square at all neurons: what is left at silent ones
+_GAIN = 0.5  # of what was left before; another round that leaves more brings nothing
+_TWICE = 0.99  # cosine of two columns that are one
+_RIDGE = 1e-13  # beside normal equations of rows of length 1
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndependentComponents:
+    """Part a batch by independent component analysis, then sharpen it by what a ReLU silences.
+
+    The gradient of a first linear layer's weights is ``D·X``: each row is a mixture of the batch's
+    images, which are the sources. Differences of neighbouring pixels are mixed alike, and are
+    sparse and nearly independent from image to image where the pixels themselves are neither, so
+    FastICA parts these. The gradient of the biases gives lengths and signs.
+
+    An image that is known roughly tells at which neurons it is silent, if a ReLU follows. Its
+    column of D is zero there, and is what spans the gradient's columns with those zeros, by least
+    squares that give less weight to neurons at which zero does not fit. Images whose column turns
+    into another's are parted anew among themselves. Whichever answer explains the update better is
+    given.
+
+    Source: Kariyappa et al., "Cocktail Party Attack: Breaking Aggregation-Based Privacy in
+    Federated Learning Using Independent Component Analysis", ICML 2023, section 4 (images as
+    sources of the mixtures; they descend on kurtosis, total variation and a penalty of likeness).
+    Hyvärinen & Oja, "Independent Component Analysis: Algorithms and Applications", Neural Networks
+    2000 (FastICA). Differences and sharpening are ours, the zeros those of Dimitrov et al.,
+    "SPEAR", NeurIPS 2024, section 3.
+
+    Args:
+        steps: Most steps of FastICA.
+        rounds: Most rounds of sharpening; 0 for none.
+        seed: Seeds the start of FastICA.
+
+    Shape: any batch of at most as many images as the layer has neurons; any number of local steps,
+    though the loss takes their sum for one step's gradient. Iterations are rounds of sharpening.
+
+    Raises:
+        FedveilError: On a call, as of ``FullyConnected``.
+
+    Example:
+        >>> IndependentComponents()(observation).images  # doctest: +SKIP
+    """
+
+    uses: ClassVar = Uses(linear=True)
+
+    steps: int = 200
+    rounds: int = 8
+    seed: int = 0
+
+    def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
+        """Reconstruct every victim's images."""
+        begin = time.perf_counter()
+        check_attackable(observation, attack="ica", most=None, local=True, batch_statistics=True)
+        # Sums over local steps are of the same images, and so of the same form.
+        observation = replace(observation, local=None)
+        name, layer = first_linear(observation)
+        scale, offset = preparation(observation, layer)
+        measure = GradientMap.of(observation, dtype=torch.float32, device=layer.weight.device)
+        subspace = range_of(observation.knows, observation.shape)
+        images, labels, losses, rounds = [], [], [], []
+        for victim in range(observation.victims):
+            weight, bias = (
+                observation.gradients[f"{name}.{part}"][victim].detach().double().cpu()
+                for part in ("weight", "bias")
+            )
+            mixture = _Mixture.of(
+                weight,
+                bias,
+                (layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu()),
+                (scale.cpu(), offset.cpu()),
+                observation.images,
+            )
+            part = observation.select(torch.tensor([victim]))
+            best: tuple[Tensor, Tensor, float] | None = None
+            parted = self._parted(mixture, observation.shape)
+            sharp, taken = self._sharpened(mixture, parted, observation.shape)
+            for columns in (parted, sharp)[: 1 + bool(taken)]:
+                slopes, inputs = mixture.solved(columns)
+                own = _whole((inputs - mixture.offset) / mixture.scale, observation.images)
+                own = own.nan_to_num(0.5).reshape(1, -1, *observation.shape).to(scale)
+                own = subspace.to(own).images(subspace.to(own).coordinates(own)).cpu()
+                seen = labels_of(observation.model, layer, own[0], _whole(slopes.T, len(own[0])).T)
+                loss = float(measure.distance(own.float(), seen[None], part).double().cpu()[0])
+                if best is None or loss < best[2]:
+                    best = own, seen, loss
+            assert best is not None
+            images.append(best[0])
+            labels.append(best[1])
+            losses.append(best[2])
+            rounds.append(taken)
+            if progress:
+                progress(victim + 1, observation.victims, losses[-1])
+        seconds = (time.perf_counter() - begin) / observation.victims
+        return Inversion(
+            images=torch.cat(images),
+            labels=torch.stack(labels),
+            loss=torch.tensor(losses, dtype=torch.float64),
+            seconds=torch.full((observation.victims,), seconds),
+            iterations=torch.tensor(rounds),
+        )
+
+    def _parted(self, mixture: "_Mixture", shape: Shape) -> Tensor:
+        """Return columns [r, r] in the mixture's basis, one an image, up to length and sign."""
+        return F.normalize(self._components(mixture.rows, shape), dim=0)
+
+    def _components(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Return how rows [r, C·H·W] are mixed of their independent components, [r, r]."""
+        from sklearn.decomposition import FastICA
+        from sklearn.exceptions import ConvergenceWarning
+
+        if len(rows) == 1:
+            return torch.ones(1, 1, dtype=rows.dtype)
+        analysis = FastICA(
+            n_components=len(rows),
+            whiten="unit-variance",
+            max_iter=self.steps,
+            tol=1e-4,
+            random_state=self.seed,
+        )
+        with warnings.catch_warnings():
+            # Where it stops is as good a start as any; what it is worth the loss tells.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            analysis.fit(_differences(rows, shape).T.numpy())
+        return torch.from_numpy(analysis.mixing_)
+
+    def _sharpened(self, mixture: "_Mixture", columns: Tensor, shape: Shape) -> tuple[Tensor, int]:
+        """Return columns as their zeros determine them, and in how many rounds."""
+        least, most = float("inf"), 0
+        for taken in range(self.rounds):
+            silent = mixture.silent(columns)
+            found = [
+                _fitted(mixture.heard, rows, column)
+                for rows, column in zip(silent, columns.T, strict=True)
+            ]
+            told = torch.stack([column for column, _ in found], dim=1)
+            left = torch.tensor([left for _, left in found])
+            stays = (told * columns).sum(dim=0).abs()
+            own = _distinct(told, stays)
+            solved = own & (left < _SOLVED)
+            if bool(solved.all()) and float(left.max()) >= _GAIN * least:
+                return told, taken + 1
+            least = float(left.max()) if bool(solved.all()) else float("inf")
+            columns = torch.where(solved | (own & (stays > _STAYS)), told, columns)
+            count = int(solved.sum())
+            if most <= count < len(solved) and count and (count == most or taken):
+                columns = self._parted_anew(mixture, columns, solved, shape)
+            most = count
+        return columns, self.rounds
+
+    def _parted_anew(
+        self, mixture: "_Mixture", columns: Tensor, solved: Tensor, shape: Shape
+    ) -> Tensor:
+        """Return columns whose unsolved ones are the components of what solved ones leave."""
+        known, columns = columns[:, solved], columns.clone()
+        # What is orthogonal to known columns sees none of their images.
+        beyond = torch.linalg.svd(known, full_matrices=True)[0][:, known.shape[1] :]
+        mixed = self._components(beyond.T @ mixture.rows, shape)
+        for place, start in zip(solved.logical_not().nonzero()[:, 0], mixed.T, strict=True):
+            columns[:, place] = F.normalize(beyond @ start, dim=0)
+        silent = mixture.silent(columns)
+        for place in solved.logical_not().nonzero()[:, 0].tolist():
+            columns[:, place] = _completed(mixture.heard, silent[place], columns[:, place], known)
+        return columns
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """What a layer's gradient spans.
+
+    Attributes:
+        left: Float64 [out, r], orthonormal.
+        heard: The same of the neurons that fired at all, each row of length 1.
+        rows: Float64 [r, in], so that the gradient is ``left @ rows``.
+        bias: Float64 [out], the biases' gradient.
+        weights: Float64 [heard, in], of the model that was sent.
+        thresholds: Float64 [heard], the biases of that model.
+        scale: Float64 [in]; the layer receives ``scale · pixels + offset``.
+        offset: Float64 [in].
+    """
+
+    left: Tensor
+    heard: Tensor
+    rows: Tensor
+    bias: Tensor
+    weights: Tensor
+    thresholds: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor,
+        sent: tuple[Tensor, Tensor],
+        prepared: tuple[Tensor, Tensor],
+        images: int,
+    ) -> "_Mixture":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        rank = max(1, min(images, int((values > _RANK * values[0]).sum())))
+        left = left[:, :rank]
+        size = left.norm(dim=1)
+        loud = size > _RANK * size.max()
+        return cls(
+            left,
+            left[loud] / size[loud, None],
+            values[:rank, None] * right[:rank],
+            bias,
+            sent[0][loud],
+            sent[1][loud],
+            *prepared,
+        )
+
+    def solved(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return slopes [out, r] and inputs [r, in] of columns [r, r]."""
+        mixed = self.left @ columns
+        lengths = torch.linalg.lstsq(mixed, self.bias[:, None]).solution[:, 0]
+        lengths = torch.where(lengths.abs() > _TINY, lengths, _TINY)
+        inputs = torch.linalg.lstsq(columns * lengths, self.rows).solution
+        return mixed * lengths, inputs
+
+    def silent(self, columns: Tensor) -> list[Tensor]:
+        """Return for each column the neurons most surely silent for its image, indices."""
+        _, inputs = self.solved(columns)
+        pixels = ((inputs - self.offset) / self.scale).nan_to_num(0.5).clamp(0, 1)
+        received = (pixels * self.scale + self.offset) @ self.weights.T + self.thresholds
+        fewest = min(len(self.weights), columns.shape[1] + 6)
+        return [
+            one.argsort()[: max(fewest, int(_SILENT_SHARE * float((one < 0).sum())))]
+            for one in received / self.weights.norm(dim=1)
+        ]
+
+
+def _differences(rows: Tensor, shape: Shape) -> Tensor:
+    """Return the differences of neighbouring pixels of images [r, C·H·W], [r, D]."""
+    images = rows.reshape(-1, *shape)
+    return torch.cat([images.diff(dim=2).flatten(1), images.diff(dim=3).flatten(1)], dim=1)
+
+
+def _fitted(heard: Tensor, silent: Tensor, start: Tensor) -> tuple[Tensor, float]:
+    """Return the column near ``start`` [r] that is zero at most silent neurons.
+
+    Returns:
+        The column, of length 1, and what is left of it at the silent neurons, as a share of what
+        it has at all.
+    """
+    rows, column = heard[silent], start
+    same = torch.eye(len(start), dtype=start.dtype)
+    for _ in range(_PASSES):
+        square, weights = _weighed(rows @ column)
+        normal = (rows * weights[:, None]).T @ rows / weights.sum()
+        # The start decides where zeros leave several columns; it counts less the better they fit.
+        column = torch.linalg.solve(normal + (0.01 * square + _RIDGE) * same, column)
+        column = F.normalize(column, dim=0)
+    # Not by the median of all: half of the neurons may be silent.
+    left = (rows @ column).abs().median() / (heard @ column).square().mean().sqrt()
+    return column, float(left)
+
+
+def _completed(heard: Tensor, silent: Tensor, column: Tensor, known: Tensor) -> Tensor:
+    """Return a column [r] with the multiples of known columns [r, K] that leave most zeros."""
+    rows, others = heard[silent], heard[silent] @ known
+    same = torch.eye(known.shape[1], dtype=known.dtype)
+    share = torch.zeros(known.shape[1], dtype=known.dtype)
+    for _ in range(_PASSES):
+        square, weights = _weighed(rows @ column + others @ share)
+        normal = (others * weights[:, None]).T @ others / weights.sum()
+        wanted = (others * weights[:, None]).T @ (rows @ column) / weights.sum()
+        share = -torch.linalg.solve(normal + (1e-6 * square + _RIDGE) * same, wanted)
+    return F.normalize(column + known @ share, dim=0)
+
+
+def _weighed(left: Tensor) -> tuple[float, Tensor]:
+    """Return the weighed mean square of what is left, and the weights, by Cauchy's function."""
+    scale = left.abs().median().clamp_min(1e-12)
+    weights = 1 / (1 + (left / (_CAUCHY * scale)).square())
+    return float((weights * left.square()).sum() / weights.sum()), weights
+
+
+def _distinct(columns: Tensor, stays: Tensor) -> Tensor:
+    """Return which columns [r, r] are not another's that moved less to be there, bool [r]."""
+    own = torch.ones(columns.shape[1], dtype=torch.bool)
+    alike = (columns.T @ columns).abs() > _TWICE
+    for one, other in alike.triu(diagonal=1).nonzero().tolist():
+        own[one if stays[one] < stays[other] else other] = False
+    return own
+
+
+def _whole(rows: Tensor, count: int) -> Tensor:
+    """Return as many rows as there were images: one that was used twice is there once."""
+    return rows[torch.arange(count).clamp(max=len(rows) - 1)]
