@@ -17,8 +17,10 @@ from fedveil.data import Images, parse_partition
 from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
+from fedveil.federation.answers import pixels_of
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.job import Job
+from fedveil.federation.question_images import question_images
 from fedveil.federation.server_app import load_job
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import train_locally
@@ -264,7 +266,7 @@ class AuditedRun:
         """The server's own images, where the run sends them to its clients."""
         if self.config.strategy != "protected":
             return ()
-        return (self.job.evaluation.calibration.pixels,)
+        return (pixels_of(question_images(self.job)),)
 
     def _train_honestly(self, model: nn.Module, images: Images) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -59,6 +59,7 @@ class Privacy(_Content):
     epsilon: float | None = Field(default=None, ge=0)
     delta: Share
     adjacency: Text = "one image of a client"
+    unit: Text = ""
     reason: Text = ""
 
 

@@ -94,7 +94,12 @@ def _defended(runs: Sequence[Run]) -> str:
 
 
 def _private(runs: Sequence[Run]) -> str:
-    return "DP-SGD" if any(run.summary.privacy for run in runs) else _NOTHING
+    words = [
+        "noise in what clients return" if run.summary.privacy.unit else "DP-SGD"
+        for run in runs
+        if run.summary.privacy is not None
+    ]
+    return "; ".join(dict.fromkeys(words)) or _NOTHING
 
 
 def _budget(runs: Sequence[Run]) -> str:

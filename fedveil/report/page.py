@@ -437,7 +437,7 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
 def _limits_of_run(run: Run) -> Iterator[str]:
     privacy = run.summary.privacy
     if privacy is not None and privacy.epsilon is None:
-        yield f"{run.name} trained by DP-SGD, and its ε is not known: {privacy.reason}."
+        yield f"{run.name} was promised an ε, and it is not known: {privacy.reason}."
     elif privacy is not None:
         yield (
             f"{run.name} promises ε = {privacy.epsilon:.3g} at δ = {privacy.delta:g}, for "

@@ -190,6 +190,13 @@ class TrainConfig(BaseModel):
     distillation_steps: int = setting(
         120, "Both ways", "Steps a round in which protected teaches w.", ge=1, le=1_000_000
     )
+    questions: str | None = setting(
+        None,
+        "Both ways",
+        "protected: a public dataset whose images clients answer instead of the calibration "
+        "images.",
+        min_length=1,
+    )
     answer_temperature: float = setting(
         1.0,
         "Both ways",
@@ -414,6 +421,24 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _questions_must_be_others(self) -> "TrainConfig":
+        if self.questions is None:
+            return self
+        if self.strategy != "protected":
+            raise ValueError(f"questions is of strategy protected, and this is {self.strategy}")
+        if self.label_share:
+            raise ValueError(
+                f"label-share {self.label_share:g} is of the calibration images, and questions "
+                f"{self.questions} takes their place; leave out either"
+            )
+        if self.questions.partition("@")[0] == self.dataset.partition("@")[0]:
+            raise ValueError(
+                f"questions {self.questions} is the clients' own data; leave it out to ask about "
+                "the calibration images"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _votes_must_hide_a_client(self) -> "TrainConfig":
         if self.epsilon is None or self.strategy != "protected":
             return self
@@ -509,7 +534,7 @@ _OF_TRAINING = frozenset(
         *("model", "rounds", "epochs", "batch_size", "learning_rate", "decay", "momentum", "clip"),
         *("augment", "defense", "transform", "shared_rounds", "share_unlabelled", "cap", "noise"),
         *("distillation_steps", "label_share", "answer_temperature", "temperature", "smoothing"),
-        *("bound", "average", "server_clients"),
+        *("questions", "bound", "average", "server_clients"),
         *("sigma_start", "sigma_step", "sigma_factor", "sigma_limit"),
         *("fingerprint", "norm_limit"),
     }

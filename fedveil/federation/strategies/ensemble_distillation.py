@@ -31,6 +31,7 @@ from fedveil.federation.answers import (
     pixels_of,
 )
 from fedveil.federation.job import Job
+from fedveil.federation.question_images import question_images
 from fedveil.federation.replies import WEIGHT_KEY, Update, read_replies
 from fedveil.federation.roster import Client, Refusal, Sampling, choose_unheard
 from fedveil.federation.secagg.client import ANSWERS, WORDS
@@ -215,7 +216,7 @@ class EnsembleDistillation(SeededFedAvg):
         config = job.config
         return cls(
             model=job.model,
-            unlabelled=job.evaluation.calibration.raw,
+            unlabelled=question_images(job),
             distillation=Distillation(
                 steps=config.distillation_steps,
                 label_share=config.label_share,
