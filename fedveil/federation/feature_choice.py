@@ -22,6 +22,7 @@ from fedveil.features import (
     learn_dictionary,
     project,
 )
+from fedveil.features.efficientnet import STAGE_FEATURES
 from fedveil.runs.config import TrainConfig
 
 _MOST_FILTERS = 512  # unless asked for: 4,096 features, whose sums are 67 MB
@@ -65,8 +66,16 @@ def _inner(config: TrainConfig, shape: Shape, own: Images, images: int) -> Featu
     if config.backbone is None:
         return _dictionary(config, shape, own, images)
     if config.backbone == EfficientNetLite0.name:
-        return EfficientNetLite0(shape, config.resolution)
+        return EfficientNetLite0(shape, config.resolution, config.stages or _stages(config, images))
     return OwnFeatures(shape, config.backbone)
+
+
+def _stages(config: TrainConfig, images: int) -> int:
+    """Return how many of the network's stages leave enough images for each feature."""
+    if config.components or config.epsilon:
+        return len(STAGE_FEATURES)  # what is sent are the components
+    fitting = images / config.images_per_feature
+    return max([1, *(stages for stages, count in STAGE_FEATURES.items() if count <= fitting)])
 
 
 def _dictionary(config: TrainConfig, shape: Shape, own: Images, images: int) -> Dictionary:

@@ -152,6 +152,13 @@ class TrainConfig(BaseModel):
     resolution: int = setting(
         128, "Both ways", "analytic: side in pixels of a backbone's input.", ge=32, le=512
     )
+    stages: int | None = setting(
+        None,
+        "Both ways",
+        "analytic: stages of efficientnet-lite0 that are looked at; as many as images allow.",
+        ge=1,
+        le=7,
+    )
     images_per_feature: float = setting(
         8.0, "Both ways", "analytic: images a feature that a sum must have.", ge=4, le=1e6
     )
@@ -418,6 +425,11 @@ class TrainConfig(BaseModel):
                         f"{name} is of a dictionary, and backbone {self.backbone} takes its place; "
                         "leave out either"
                     )
+        if self.stages is not None and self.backbone != "efficientnet-lite0":
+            raise ValueError(
+                f"stages are of backbone efficientnet-lite0, not of {self.backbone or 'none'}; "
+                "leave them out or name it"
+            )
         return self
 
     @model_validator(mode="after")

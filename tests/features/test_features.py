@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fedveil.analytic import AnalyticClassifier, Head, load_classifier, steepness_for
 from fedveil.data import load_dataset
@@ -178,3 +179,39 @@ def test_efficientnet_lite0_answers_as_its_publishers():
         EfficientNetLite0((3, 32, 32), 8)
     with pytest.raises(FedveilError, match="channels"):
         EfficientNetLite0((2, 32, 32))
+    with pytest.raises(FedveilError, match="8 stages are out of range: give 1 to 7"):
+        EfficientNetLite0((3, 32, 32), stages=8)
+
+
+def test_stages_of_efficientnet_are_the_rectified_channels_in_which_they_end():
+    network = EfficientNetLite0((3, 32, 32), 32, stages=3)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = network(pixels)
+    means = []
+
+    def layer(convolution, norm, values, *, stride=1, groups=1, rectify=True):
+        kernel = convolution.kernel_size[0]
+        missing = max((-(-values.shape[-1] // stride) - 1) * stride + kernel - values.shape[-1], 0)
+        near, far = missing // 2, missing - missing // 2
+        values = F.pad(values, (near, far, near, far))
+        values = F.conv2d(values, convolution.weight, stride=stride, groups=groups)
+        values = F.batch_norm(
+            values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3
+        )
+        return F.relu6(values) if rectify else values
+
+    values = layer(*network.stem, (pixels - 0.498) / 0.502, stride=2)
+    for number, block in enumerate(network.blocks):
+        wide = values if block.expand is None else layer(*block.expand, values)
+        if number in (11, 15):  # the first blocks of stages 6 and 7
+            means.append(wide.mean((2, 3)))
+        stride = 2 if number in (1, 3, 5, 11) else 1
+        deep = layer(*block.depthwise, wide, stride=stride, groups=wide.shape[1])
+        narrow = layer(*block.project, deep, rectify=False)
+        values = narrow + values if narrow.shape == values.shape else narrow
+    means.append(layer(*network.head, values).mean((2, 3)))
+    wanted = torch.cat([mean.sqrt() / mean.sqrt().norm(dim=1, keepdim=True) for mean in means], 1)
+    assert network.dimension == 3104 == 1280 + 6 * 192 + 6 * 112
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    told = MapDescription.of(network)
+    assert MapDescription.of(rebuild(told, {})) == told

@@ -266,6 +266,7 @@ def test_a_client_refuses_a_sum_that_would_show_its_images(tmp_path):
         ({"defense": "dct:keep=8"}, "for clients that train"),
         ({"backbone": "efficientnet-lite0"}, "leave out either"),
         ({"backbone": "nobody:here", "filters": None}, "could not be imported"),
+        ({"stages": 2}, "stages are of backbone efficientnet-lite0"),
         ({"backbone": "fresh", "filters": None}, "could not be imported"),
         ({"images_per_feature": 3.9}, "at least 4"),
     ],
