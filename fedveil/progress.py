@@ -30,14 +30,20 @@ class PlainLines:
         console: Where to, standard error if not given; nothing is written where it is a terminal,
             which shows a bar.
         now: A clock in seconds.
+        patient: Say nothing at all of steps that end within 30 seconds.
     """
 
     def __init__(
-        self, console: Console | None = None, now: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        patient: bool = False,
     ) -> None:
         self._console = console or Console(stderr=True)
         self._now = now
         self._last: dict[str, float] = {}
+        self._since = now() if patient else None
 
     def __call__(self, step: str, done: int, total: int | None, text: str = "") -> None:
         """Say how far a step is.
@@ -51,6 +57,8 @@ class PlainLines:
         if self._console.is_terminal:
             return
         now, last = self._now(), self._last.get(step)
+        if self._since is not None and now - self._since < _EVERY_SECONDS:
+            return
         ends = total is not None and done >= total
         if not ends and last is not None and now - last < _EVERY_SECONDS:
             return

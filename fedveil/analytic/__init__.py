@@ -2,6 +2,7 @@
 
 from fedveil.analytic.classifier import AnalyticClassifier, load_classifier, steepness_for
 from fedveil.analytic.ridge import Head, ridge
+from fedveil.analytic.rows import rows_of
 from fedveil.analytic.statistics import (
     FRACTION_BITS,
     MOST_IMAGES,
@@ -20,5 +21,6 @@ __all__ = [
     "load_classifier",
     "quantised",
     "ridge",
+    "rows_of",
     "steepness_for",
 ]

@@ -13,6 +13,7 @@ from fedveil.features.dictionary import (
     learn_dictionary,
 )
 from fedveil.features.efficientnet import EfficientNetLite0
+from fedveil.features.kept import blocks_of_features
 from fedveil.features.own import OwnFeatures
 from fedveil.features.projected import Projected, inner_tensors, project
 from fedveil.features.protocol import (
@@ -99,6 +100,7 @@ __all__ = [
     "OwnFeatures",
     "Projected",
     "Shape",
+    "blocks_of_features",
     "default_options",
     "features_of",
     "learn_dictionary",

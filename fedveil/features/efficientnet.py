@@ -84,6 +84,7 @@ class EfficientNetLite0(FeatureMap):
     """
 
     name = "efficientnet-lite0"
+    slow = True
 
     def __init__(self, shape: Shape, resolution: int = 128, stages: int = 1) -> None:
         if stages not in STAGE_FEATURES:

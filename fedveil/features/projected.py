@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
-from fedveil.features.protocol import FeatureMap, Options, features_of
+from fedveil.features.protocol import FeatureMap, Options
 
 
 class Projected(FeatureMap):
@@ -54,7 +54,11 @@ class Projected(FeatureMap):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return float32 [N, D']."""
-        return (F.normalize(self.inner(pixels), dim=1) - self.mean) @ self.components.T
+        return self.of_inner(self.inner(pixels))
+
+    def of_inner(self, rows: Tensor) -> Tensor:
+        """Return the same of what the other map gives, float32 [N, D]."""
+        return (F.normalize(rows, dim=1) - self.mean) @ self.components.T
 
 
 def inner_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,24 +67,24 @@ def inner_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def project(inner: FeatureMap, images: Tensor, dimension: int) -> Projected:
+def project(inner: FeatureMap, features: Tensor, dimension: int) -> Projected:
     """Return a map's first principal components on unlabelled images.
 
     Args:
         inner: The map.
-        images: uint8 or float in [0, 1], [N, C, H, W]; no client's.
+        features: What it gives of images that are no client's, float [N, D].
         dimension: D', at most D and N - 1.
 
     Raises:
         FedveilError: ``dimension`` out of range.
     """
-    most = min(inner.dimension, len(images) - 1)
+    most = min(inner.dimension, len(features) - 1)
     if not 1 <= dimension <= most:
         raise FedveilError(
-            f"{dimension} components are out of range: {len(images)} images of the server and "
+            f"{dimension} components are out of range: {len(features)} images of the server and "
             f"{inner.dimension} features allow 1 to {most}"
         )
-    rows = F.normalize(features_of(inner, images), dim=1).double()
+    rows = F.normalize(features, dim=1).double()
     mean = rows.mean(0)
     _, _, directions = torch.linalg.svd(rows - mean, full_matrices=False)
     return Projected(inner, mean, directions[:dimension])

@@ -32,6 +32,9 @@ class FeatureMap(nn.Module):
     name: str
     """How it is asked for: a key of ``fedveil.features.MAPS``."""
 
+    slow: bool = False
+    """Whether its features of an image are worth keeping on disk."""
+
     def __init__(self, shape: Shape, dimension: int) -> None:
         super().__init__()
         self.shape = shape

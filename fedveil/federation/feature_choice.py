@@ -17,6 +17,7 @@ from fedveil.features import (
     FeatureMap,
     OwnFeatures,
     Shape,
+    blocks_of_features,
     default_options,
     features_of,
     learn_dictionary,
@@ -50,7 +51,8 @@ def choose_features(config: TrainConfig, own: Images, *, images: int) -> Feature
         components = _private_components(config, images)
     if components is None:
         return inner
-    return project(inner, own.raw, min(components, inner.dimension, len(own) - 1))
+    features = torch.cat(list(blocks_of_features(inner, own.raw)))
+    return project(inner, features, min(components, inner.dimension, len(own) - 1))
 
 
 def _private_components(config: TrainConfig, images: int) -> int:

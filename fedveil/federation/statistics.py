@@ -10,13 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedveil.analytic import Statistics, quantised
+from fedveil.analytic import Statistics, rows_of
 from fedveil.analytic.privacy import GaussianRelease, Unit, noise_sharers
 from fedveil.data import Images
 from fedveil.errors import FedveilError
-from fedveil.features import FeatureMap, MapDescription, features_of, names_of, rebuild
+from fedveil.features import FeatureMap, MapDescription, names_of, rebuild
 from fedveil.federation.permission import check_epsilon, check_model_allowed
 from fedveil.federation.secagg.client import WORDS, Sum, announced_sum
+from fedveil.progress import PlainLines
 from fedveil.secure_random import SecureGenerator
 
 FEATURES = "features"
@@ -30,8 +31,6 @@ RATIO = "images-per-feature"
 
 LEAST_RATIO = 4.0
 """Images a feature below which no client answers: of two a sum shows many who are in it."""
-
-_IMAGES = 500  # whose features are held at once
 
 
 class StatisticsTask(BaseModel):
@@ -162,11 +161,13 @@ def _at_most(images: Images, most: int | None, seed: int) -> Images:
 
 
 def _summed(features: FeatureMap, images: Images, classes: int) -> Statistics:
-    parts = [
-        quantised(features_of(features, images.raw[start : start + _IMAGES]))
-        for start in range(0, len(images), _IMAGES)
-    ]
-    return Statistics.of(torch.cat(parts), images.labels, classes=classes)
+    lines = PlainLines(patient=True)
+    rows = rows_of(
+        features,
+        images.raw,
+        on_block=lambda done: lines("features of images:", done, len(images)),
+    )
+    return Statistics.of(rows, images.labels, classes=classes)
 
 
 def _map(description: MapDescription, record: ArrayRecord) -> FeatureMap:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedveil.analytic import AnalyticClassifier, Head, load_classifier, steepness_for
+from fedveil.analytic import AnalyticClassifier, Head, load_classifier, rows_of, steepness_for
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.features import (
@@ -16,8 +16,10 @@ from fedveil.features import (
     EfficientNetLite0,
     MapDescription,
     OwnFeatures,
+    blocks_of_features,
     features_of,
     learn_dictionary,
+    project,
     rebuild,
 )
 
@@ -215,3 +217,49 @@ def test_stages_of_efficientnet_are_the_rectified_channels_in_which_they_end():
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     told = MapDescription.of(network)
     assert MapDescription.of(rebuild(told, {})) == told
+
+
+class Counted(OwnFeatures):
+    """A slow map that counts the images it is asked about."""
+
+    slow = True
+    asked = 0
+
+    def forward(self, pixels):
+        Counted.asked += len(pixels)
+        return super().forward(pixels)
+
+
+def flat_map(shape):
+    return nn.Flatten()
+
+
+def test_features_of_a_slow_map_are_kept_by_content_block_by_block(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDVEIL_CACHE", str(tmp_path))
+    monkeypatch.setattr(Counted, "asked", 0)
+    images = photos(1_100, 4)
+    features = Counted((3, 4, 4), "tests.features.test_features:flat_map")
+    blocks = blocks_of_features(features, images)
+    next(blocks)  # and the process is killed
+    assert Counted.asked == 500
+    found = torch.cat(list(blocks_of_features(features, images)))
+    assert Counted.asked == 1_100
+    assert torch.equal(found, images.flatten(1).float() / 255)
+    projected = project(features, found, 5)
+    told = []
+    rows = rows_of(projected, images, on_block=told.append)
+    assert Counted.asked == 1_100
+    assert told == [500, 1_000, 1_100]
+    monkeypatch.setattr(Counted, "slow", False)
+    assert torch.equal(rows, rows_of(projected, images))
+    assert Counted.asked == 2_200
+    monkeypatch.setattr(Counted, "slow", True)
+    changed = images.clone()
+    changed[700] = 0
+    assert torch.equal(
+        torch.cat(list(blocks_of_features(features, changed))), changed.flatten(1).float() / 255
+    )
+    assert Counted.asked == 2_700
+    for entry in tmp_path.glob("*.safetensors"):
+        entry.write_bytes(entry.read_bytes()[:-3] + b"xyz")
+    assert torch.equal(torch.cat(list(blocks_of_features(features, images))), found)
