@@ -5,6 +5,12 @@ the images are, so they are random. Both arms take turns, several times over, an
 time are compared: on a busy machine wall-clock time says nothing.
 
     python benchmarks/attacks.py --out docs/results
+
+With --suite the attacks that search nothing are timed instead, each beside plain work on the same
+numbers in the same run: forward and backward passes of the same images by PyTorch alone, one by one
+and in batches, and numpy's singular value decomposition of the same gradient.
+
+    python benchmarks/attacks.py --suite --out docs/results
 """
 
 import argparse
@@ -14,21 +20,36 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from fedveil.attacks.inversion import InvertingGradients, Observation
+from fedveil.attacks.inversion import (
+    Attack,
+    FullyConnected,
+    IndependentComponents,
+    InvertingGradients,
+    LocalSteps,
+    Observation,
+    Peeling,
+)
+from fedveil.attacks.membership import ATTACKS as MEMBERSHIP
+from fedveil.data import Images, load_dataset
 from fedveil.files import write_atomically
 from fedveil.memory import keep_freed_memory
 from fedveil.models import build_model
 
 SHAPE = (3, 32, 32)
+CLASSES = 10
 
 
 def observation(name: str, victims: int) -> Observation:
@@ -68,19 +89,99 @@ def measure(name: str, victims: int, alone: int, steps: int, repeats: int) -> di
     return row
 
 
+def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Return the median processor time of a call, the first of which does not count."""
+    work()
+    spent = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        work()
+        spent.append(time.process_time() - begin)
+    return statistics.median(spent)
+
+
+def backward(model: nn.Module, images: Images, batch: int) -> Callable[[], None]:
+    """Return plain forward and backward passes of images, so many at once."""
+
+    def work() -> None:
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            loss = F.cross_entropy(model(part.pixels), part.labels)
+            torch.autograd.grad(loss, list(model.parameters()))
+
+    return work
+
+
+def update(model: nn.Module, images: Images, local: LocalSteps | None = None) -> Observation:
+    """Return what a server has of one client's gradient of these images."""
+    named = dict(model.named_parameters())
+    loss = F.cross_entropy(model(images.pixels), images.labels)
+    found = torch.autograd.grad(loss, list(named.values()))
+    gradients = {name: one[None] for name, one in zip(named, found, strict=True)}
+    return Observation(model, gradients, SHAPE, CLASSES, len(images), local=local)
+
+
+def suite(repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield a row an attack: its processor time beside that of plain work on the same numbers."""
+    data = load_dataset("photos")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    images = data.train[order]
+    candidates, public, used = images[:512], images[512:1024], images[:64]
+    cnn = build_model("cnn", SHAPE, CLASSES, seed=0)
+    local = LocalSteps(epochs=2, batch_size=16, learning_rate=0.01)
+    plain = {
+        "forward and backward one by one": backward(cnn, candidates, 1),
+        "forward and backward by 64": backward(cnn, candidates, 64),
+    }
+    beside = {what: cpu_seconds(work, repeats) for what, work in plain.items()}
+    for name, attack in MEMBERSHIP.items():
+        seen = update(cnn, used, local if name in ("loss", "gradient-norm") else None)
+        own = partial(attack, seen, candidates, public)
+        yield timed(name, "512 candidates, cnn", cpu_seconds(own, repeats), beside)
+    for batch, hidden in ((16, 512), (64, 1024)):
+        torch.manual_seed(0)
+        wide = torch.Size(SHAPE).numel()
+        mlp = nn.Sequential(
+            nn.Flatten(), nn.Linear(wide, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
+        )
+        seen = update(mlp, images[:batch])
+        matrix = seen.gradients["1.weight"][0].double().numpy()
+        decompose = partial(np.linalg.svd, matrix, full_matrices=False)
+        beside = {
+            "forward and backward": cpu_seconds(backward(mlp, images[:batch], batch), repeats),
+            "numpy's SVD": cpu_seconds(decompose, repeats),
+        }
+        attacks: dict[str, Attack] = {"ica": IndependentComponents()}
+        if batch == 16:
+            attacks = {"fc": FullyConnected(), "peel": Peeling(seconds=20.0), **attacks}
+        for name, one in attacks.items():
+            setting = f"a batch of {batch}, {hidden} units"
+            yield timed(name, setting, cpu_seconds(partial(one, seen), repeats), beside)
+
+
+def timed(name: str, setting: str, spent: float, beside: dict[str, float]) -> dict[str, Any]:
+    """Return a row: seconds, and how many times what stands beside it that is."""
+    ratios = {what: spent / seconds for what, seconds in beside.items()}
+    return {"attack": name, "setting": setting, "cpu_seconds": spent, "times": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--victims", type=int, default=64)
     parser.add_argument("--alone", type=int, default=4, help="victims of the slow arm")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--suite", action="store_true", help="attacks that search nothing")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     keep_freed_memory()
     rows = []
-    for name in ("lenet", "cnn", "resnet-gn"):
+    for row in suite(args.repeats) if args.suite else ():
+        rows.append(row)
+        print(row, flush=True)
+    for name in () if args.suite else ("lenet", "cnn", "resnet-gn"):
         rows.append(measure(name, args.victims, args.alone, args.steps, args.repeats))
         print(rows[-1], flush=True)
     report = {
@@ -94,7 +195,8 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         content = (json.dumps(report, indent=1) + "\n").encode()
-        write_atomically(args.out / "attacks.json", content)
+        file = "attacks-suite.json" if args.suite else "attacks.json"
+        write_atomically(args.out / file, content)
 
 
 if __name__ == "__main__":

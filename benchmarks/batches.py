@@ -39,7 +39,6 @@ ROWS = (
     (False, 1024, 1, 64, 4),
     (True, 1024, 1, 64, 4),
     (False, 1024, 1, 128, 2),
-    (False, 2048, 1, 256, 1),
 )
 _MOST_PEELED = 64  # images; peeling stops at its limit beyond
 
