@@ -38,13 +38,14 @@ def test_no_image_has_a_norm_above_one_after_rounding(dimension, images, scale, 
 
 def test_sums_are_those_of_whole_numbers():
     features, labels = made(300, 600, 3)  # more columns than one block of the Gram
-    rows = quantised(features).numpy().astype(object)
-    unit = np.eye(3, dtype=object)[labels.numpy()]
+    rows = quantised(features).numpy().astype(np.int64)
+    assert abs(rows).max() <= 2**15  # so that no sum of 300 products passes 63 bits
+    unit = np.eye(3, dtype=np.int64)[labels.numpy()]
     gram, moments = rows.T @ rows, rows.T @ unit
     found = sums(features, labels, 3)
-    upper = gram[np.triu_indices(600)].astype(np.int64)
+    upper = gram[np.triu_indices(600)]
     counts = labels.bincount(minlength=3).numpy()
-    whole = np.concatenate([upper, moments.astype(np.int64).ravel(), counts])
+    whole = np.concatenate([upper, moments.ravel(), counts])
     assert torch.equal(found.words, torch.from_numpy(whole))
     assert found.images == 300
     assert np.array_equal(found.gram.numpy(), gram.astype(np.float64) * UNIT**2)

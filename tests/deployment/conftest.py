@@ -96,6 +96,17 @@ class Federation:
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
+    @property
+    def ports(self):
+        """Those of the SuperLink, the gate and the shelf."""
+        deployment = Deployment.open(self.home)
+        superlink = int(deployment.superlink.rpartition(":")[2])
+        return superlink, deployment.port, deployment.shelf_port
+
+    def greeted(self, number):
+        """Return how often a node was told its number, which it is when it is let in."""
+        return self.log(f"node-{number}").count("SuperNode ID:")
+
     def log(self, name):
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
@@ -142,11 +153,15 @@ def deployed(root, *, nodes, policy=None):
     try:
         for part in ("shelf", "superlink", "gate"):
             federation.start_part(part)
-        federation.until(lambda: all(status(home).parts.values()))
+        federation.until(lambda: not any(map(_free, federation.ports)))
         register(home)
         for number in range(nodes):
             federation.start_node(number)
-        federation.until(lambda: all(node.status == "online" for node in status(home).nodes))
+        # To ask for all states takes two processes each time, and the cores that the nodes need.
+        federation.until(lambda: all(federation.greeted(number) for number in range(nodes)))
+        found = status(home)
+        assert all(found.parts.values())
+        assert {node.status for node in found.nodes} == {"online"}
         yield federation
     finally:
         for name in list(federation.processes):

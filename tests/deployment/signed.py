@@ -43,7 +43,7 @@ def ask(port, name, body, authority, head, *, timeout=30):
         return error.code, error.read()
 
 
-def heartbeat(number):
-    """Return a heartbeat of a node."""
+def heartbeat(number, *, interval=30):
+    """Return a heartbeat of a node, which promises the next in so many seconds."""
     node = Node(node_id=number)
-    return SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
+    return SendNodeHeartbeatRequest(node=node, heartbeat_interval=interval).SerializeToString()

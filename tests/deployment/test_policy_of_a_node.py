@@ -6,8 +6,10 @@ import subprocess
 import pytest
 
 from fedveil.deployment.clientapp import LEDGER
-from fedveil.deployment.control import status
+from fedveil.deployment.control import register, status
+from fedveil.deployment.layout import Deployment
 from fedveil.deployment.ledger import Ledger
+from tests.deployment import signed
 from tests.deployment.conftest import deployed, train_command
 
 APP = "@fedveil/fedveil-run==1.0.0"
@@ -33,6 +35,15 @@ def _train(federation, out, *options):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
+def _give_up(federation, node):
+    """Let Flower miss the node's heartbeats after 20 seconds, its least, instead of a minute."""
+    (number,) = register(federation.home).values()
+    beat = signed.heartbeat(number, interval=10)
+    port, authority = Deployment.open(federation.home).port, federation.home / "ca.crt"
+    head = signed.headers(node / "node.key")
+    assert signed.ask(port, "send-node-heartbeat", beat, authority, head)[0] == 200
+
+
 def test_a_node_refuses_what_exceeds_its_policy_and_remembers_what_it_spent(federation, tmp_path):
     node = federation.home / "nodes" / "node-0"
     out = tmp_path / "run"
@@ -48,8 +59,9 @@ def test_a_node_refuses_what_exceeds_its_policy_and_remembers_what_it_spent(fede
     assert len(list((node / "state/images").rglob("*.png"))) == 1438
 
     federation.kill("node-0")
+    _give_up(federation, node)
     federation.start_node(0)
-    federation.until(lambda: federation.log("node-0").count("SuperNode ID:") > 1)
+    federation.until(lambda: federation.greeted(0) > 1)
     done = _train(federation, tmp_path / "again", "--rounds=1")
     assert done.returncode == 2
     assert told in done.stderr
