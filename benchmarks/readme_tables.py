@@ -244,6 +244,34 @@ def _copies_lines() -> list[str]:
     ]
 
 
+def analytic_partitions(_words: Mapping[str, str]) -> list[str]:
+    """A public backbone's features in closed form beside FedAvg of the same head, by partition."""
+    found = _results("analytic-partitions")["partitions"]
+    arms = ("analytic", "fedavg_of_the_head", "server_alone", "one_client_alone")
+    lines = ["| | sums | FedAvg of the head | server alone | one client alone |"]
+    lines.append("|---|---|---|---|---|")
+    for scheme in dict.fromkeys(row["partition"] for row in found):
+        rows = [row for row in found if row["partition"] == scheme]
+        cells = " | ".join(_mean_and_range([row[arm] for row in rows]) for arm in arms)
+        lines.append(f"| {scheme} | {cells} |")
+    return lines
+
+
+def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
+    """What w is worth under noise."""
+    found = _results("analytic-partitions")["noise"]
+    lines = ["| ε | components | w |", "|---|---|---|"]
+    for epsilon in dict.fromkeys(row["epsilon"] for row in found):
+        rows = [row for row in found if row["epsilon"] == epsilon]
+        accuracy = _mean_and_range([row["accuracy"] for row in rows])
+        lines.append(f"| {epsilon:g} | {rows[0]['components']} | {accuracy} |")
+    return lines
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.1%} [{min(values):.1%}, {max(values):.1%}]"
+
+
 _OUTCOMES = {"trained": "trains", "attacked": "attacked", "refused": "said"}
 
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
@@ -256,6 +284,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "batches": batches,
     "many-rounds": many_rounds,
     "suite": suite,
+    "analytic-partitions": analytic_partitions,
+    "analytic-epsilon": analytic_epsilon,
 }
 WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {

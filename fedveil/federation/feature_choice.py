@@ -48,14 +48,14 @@ def choose_features(config: TrainConfig, own: Images, *, images: int) -> Feature
     inner = _inner(config, (channels, height, width), own, images)
     components = config.components
     if components is None and config.epsilon is not None:
-        components = _private_components(config, images)
+        components = private_components(config, images)
     if components is None:
         return inner
     features = torch.cat(list(blocks_of_features(inner, own.raw)))
     return project(inner, features, min(components, inner.dimension, len(own) - 1))
 
 
-def _private_components(config: TrainConfig, images: int) -> int:
+def private_components(config: TrainConfig, images: int) -> int:
     """Return of how many features noise leaves the most: more images bear more of them."""
     assert config.epsilon is not None
     release = GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
