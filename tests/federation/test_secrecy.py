@@ -24,6 +24,7 @@ TOLD = {
     "clip",
     "decay",
     "augment",
+    "repeat",
     "defense",
     "seed",
     "server-round",
