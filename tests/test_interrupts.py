@@ -33,7 +33,8 @@ def test_a_request_that_comes_while_held_is_answered_after(sigterm):
     def fork_like():
         nonlocal reached
         with held():
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To this thread: one to the process may be taken by another, whenever that wakes up.
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             reached = True
 
     with pytest.raises(Terminated):
