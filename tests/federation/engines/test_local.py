@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -376,7 +377,7 @@ def test_ctrl_c_while_a_worker_is_forked_is_not_lost():
     def interrupt():
         forks.append(os.getpid())
         if len(forks) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     os.register_at_fork(before=interrupt)
     try:
