@@ -63,6 +63,12 @@ class Privacy(_Content):
     reason: Text = ""
 
 
+class Returned(_Content):
+    """What clients return that is no update of a model, as the server saw it."""
+
+    server_sees: Text = ""
+
+
 class RunSummary(_Content):
     """``summary.json`` of a training run."""
 
@@ -76,6 +82,8 @@ class RunSummary(_Content):
     sends: Literal["model", "capped", "untrained"] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     privacy: Privacy | None = None
+    analytic: Returned | None = None
+    answers: Returned | None = None
 
 
 class LeakageRow(_Content):
@@ -273,6 +281,13 @@ class Run:
             return "untrained"
         noisy = settings.strategy in ("noise-pair", "noise-delta") and settings.cap is not None
         return "capped" if noisy else "model"
+
+    @property
+    def returned(self) -> str | None:
+        """What clients returned where it was no update of a model; None where it was one."""
+        if self.summary.analytic is not None:
+            return "sums over their images"
+        return None if self.summary.answers is None else "answers to the server's images"
 
     @property
     def best_copy(self) -> float:

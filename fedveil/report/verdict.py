@@ -76,7 +76,12 @@ def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
     for run in artifacts.runs:
         own = run.summary.configuration
         defense = (own.model_extra or {}).get("defense", "none")
-        if looked and (own.model, own.dataset) not in looked:
+        if run.returned is not None:
+            missing = (
+                f"clients of {run.name} returned {run.returned}, and what was attacked are updates "
+                "of a model, which show nothing about that run"
+            )
+        elif looked and (own.model, own.dataset) not in looked:
             model, dataset = next(iter(sorted(looked, key=str)))
             missing = (
                 f"{run.name} trained {own.model} on {own.dataset}, and what was attacked is "

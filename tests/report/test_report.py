@@ -568,6 +568,8 @@ def test_the_worst_comes_first(tmp_path):
     [
         ({"model": "cnn"}, {"model": "lenet"}, "which shows nothing about that run"),
         ({"model": "lenet", "defense": "prune:share=0.9"}, {"model": "lenet"}, "was not attacked"),
+        ({"strategy": "analytic", "model": "cnn"}, {"model": "cnn"}, "returned sums over"),
+        ({"strategy": "protected", "model": "cnn"}, {"model": "cnn"}, "returned answers to"),
     ],
 )
 def test_what_was_attacked_elsewhere_clears_no_run(tmp_path, run, audit, words):
@@ -578,8 +580,18 @@ def test_what_was_attacked_elsewhere_clears_no_run(tmp_path, run, audit, words):
     leaked = make_leakage(tmp_path / "leak", rows, arrays=False, dataset="digits", **audit)
     assert marks(leaked)[2][0] == "good"
     both = (make_run(tmp_path / "run", **run), leaked)
+    says_what_came_back(tmp_path / "run", run.get("strategy"))
     assert marks(*both)[2][0] == "unknown"
     assert words in sentences(*both)[2]
+
+
+def says_what_came_back(path, strategy):
+    key = {"analytic": "analytic", "protected": "answers"}.get(strategy)
+    if key is None:
+        return
+    summary = json.loads((path / "summary.json").read_text())
+    told = {"server_sees": "sums of a round's clients"}
+    (path / "summary.json").write_text(json.dumps(summary | {key: told}))
 
 
 def test_the_table_of_controls_names_control_evidence_and_limit(tmp_path):
