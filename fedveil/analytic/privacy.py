@@ -55,12 +55,8 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 
 
 @dataclass(frozen=True)
-class GaussianRelease:
-    """Sums that are released once, with normal noise.
-
-    An image adds φφᵀ, of Frobenius norm 1 at most, and φyᵀ, of the same: √2 together. A client
-    adds as much for each of the images it may sum. The numbers of images of each class are not
-    released.
+class Release:
+    """Something that clients return once, with normal noise, and what that promises.
 
     Attributes:
         epsilon: ε, above 0.
@@ -84,14 +80,31 @@ class GaussianRelease:
             raise FedveilError(f"privacy unit {self.unit!r} is unknown; known: image, client")
 
     @property
+    def multiplier(self) -> float:
+        """Noise on a release of sensitivity 1."""
+        return gaussian_sigma(self.epsilon, self.delta)
+
+    def spent(self, releases: int) -> float:
+        """Return ε of several such releases of the same images or client."""
+        return gaussian_epsilon(self.multiplier / math.sqrt(max(releases, 1)), self.delta)
+
+    @property
     def adjacency(self) -> str:
         """What two neighbouring data sets are."""
         return ADJACENCY[self.unit]
 
-    @property
-    def multiplier(self) -> float:
-        """Noise on a release of sensitivity 1."""
-        return gaussian_sigma(self.epsilon, self.delta)
+
+@dataclass(frozen=True)
+class GaussianRelease(Release):
+    """Sums that are released once, with normal noise.
+
+    An image adds φφᵀ, of Frobenius norm 1 at most, and φyᵀ, of the same: √2 together. A client
+    adds as much for each of the images it may sum. The numbers of images of each class are not
+    released.
+
+    Raises:
+        FedveilError: A number out of range.
+    """
 
     def scale(self, most_images: int) -> float:
         """Return the standard deviation σ of the noise on the sums' entries, in units of φ = 1.
@@ -104,10 +117,6 @@ class GaussianRelease:
         """
         sensitivity = math.sqrt(2) * (most_images if self.unit == "client" else 1)
         return self.multiplier * sensitivity
-
-    def spent(self, releases: int) -> float:
-        """Return ε of several such releases of the same images."""
-        return gaussian_epsilon(self.multiplier / math.sqrt(max(releases, 1)), self.delta)
 
     def noised(
         self, sums: Statistics, generator: SecureGenerator, *, most_images: int, sharers: int

@@ -194,9 +194,16 @@ def asked_about(own: Tensor, questions: Tensor) -> Tensor:
     Returns:
         bool [M].
     """
-    one, other = (pixels_of(images).flatten(1) - 0.5 for images in (own, questions))
-    squares = one.square().sum(1)[:, None] + other.square().sum(1) - 2 * one @ other.T
-    return (squares < _ALIKE**2 * one.shape[1]).any(dim=1)
+    other = pixels_of(questions).flatten(1) - 0.5
+    lengths = other.square().sum(1)
+
+    def alike(images: Tensor) -> Tensor:
+        one = pixels_of(images).flatten(1) - 0.5
+        squares = one.square().sum(1)[:, None] + lengths - 2 * one @ other.T
+        return (squares < _ALIKE**2 * one.shape[1]).any(dim=1)
+
+    # As many questions as a server may ask fill no memory, however many images are compared.
+    return torch.cat([alike(images) for images in torch.split(own, _BATCH)])
 
 
 def encoded(logits: Tensor, weight: float, temperature: float = 1.0) -> Tensor:

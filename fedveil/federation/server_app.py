@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
-from fedveil.analytic.privacy import NOISE_FROM
+from fedveil.analytic.privacy import NOISE_FROM, Release
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -36,7 +36,6 @@ from fedveil.federation.strategies.ensemble_distillation import EnsembleDistilla
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_answers, try_out, try_sums
-from fedveil.federation.votes import NoisyRelease
 from fedveil.models import check_sendable
 from fedveil.runs.archive import Archive
 from fedveil.runs.config import STRATEGIES, TrainConfig
@@ -468,7 +467,7 @@ def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str
 
 
 def privacy_of_sums(
-    release: NoisyRelease, releases: Sequence[Mapping[int, int | None]]
+    release: Release, releases: Sequence[Mapping[int, int | None]]
 ) -> dict[str, Any]:
     """Return (ε, δ) of noisy sums or votes for each client that was asked, as often as it was.
 

@@ -1,14 +1,13 @@
 """Differential privacy of clients' votes on the server's images."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedveil.analytic.privacy import gaussian_epsilon, gaussian_sigma, noise_sharers
+from fedveil.analytic.privacy import Release, Unit, noise_sharers
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -20,36 +19,8 @@ _FAR = 10.0  # standard deviations beyond which a normal value is once in 10²³
 _LARGEST = 2.0 ** (61 - VOTE_BITS)
 
 
-class NoisyRelease(Protocol):
-    """Noise in what a client returns once, and the differential privacy that it gives."""
-
-    @property
-    def delta(self) -> float:
-        """δ of it."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """Whom it protects: an ``image`` or a ``client``."""
-        ...
-
-    @property
-    def adjacency(self) -> str:
-        """What two neighbouring data sets are."""
-        ...
-
-    @property
-    def multiplier(self) -> float:
-        """Noise on a release of sensitivity 1."""
-        ...
-
-    def spent(self, releases: int) -> float:
-        """Return ε of several such releases of the same client."""
-        ...
-
-
 @dataclass(frozen=True)
-class VoteRelease:
+class VoteRelease(Release):
     """Clients' votes that are released once, with normal noise.
 
     A client names one class for each of N images. Whatever its images are replaced by, at most N
@@ -61,41 +32,23 @@ class VoteRelease:
     with PATE", ICLR 2018, section 4.1, without its selection of images and on all of them at once;
     how much, Balle and Wang, ICML 2018.
 
-    Attributes:
-        epsilon: ε, above 0.
-        delta: δ, in (0, 1).
-
     Raises:
         FedveilError: A number out of range.
     """
 
-    epsilon: float
-    delta: float = 1e-5
-
-    unit: ClassVar[str] = "client"
-    adjacency: ClassVar[str] = (
-        "one client's images replaced by any others, or its votes left out; who takes part, and "
-        "with how many images, is taken as public"
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon <= 1000:
-            raise FedveilError(f"epsilon={self.epsilon} is out of range: give above 0, to 1000")
-        if not 0 < self.delta < 1:
-            raise FedveilError(f"delta={self.delta} is out of range: give above 0 and below 1")
+    unit: Unit = field(default="client", init=False)
 
     @property
-    def multiplier(self) -> float:
-        """Noise on a release of sensitivity 1."""
-        return gaussian_sigma(self.epsilon, self.delta)
+    def adjacency(self) -> str:
+        """What two neighbouring data sets are."""
+        return (
+            "one client's images replaced by any others, or its votes left out; who takes part, "
+            "and with how many images, is taken as public"
+        )
 
     def scale(self, questions: int) -> float:
         """Return the standard deviation σ of the noise on each count of votes that is enough."""
         return self.multiplier * math.sqrt(2 * questions)
-
-    def spent(self, releases: int) -> float:
-        """Return ε of several such releases of the same client."""
-        return gaussian_epsilon(self.multiplier / math.sqrt(max(releases, 1)), self.delta)
 
     def noise(self, questions: int, *, clients: int, asked: int | None) -> float:
         """Return the standard deviation of the noise in a sum of votes.
