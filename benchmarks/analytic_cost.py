@@ -12,12 +12,10 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ os.environ |= {
 import numpy as np
 import torch
 from sklearn.feature_extraction.image import extract_patches_2d
+from timed import cpu_seconds
 from torch import Tensor
 from torch.nn import functional as F
 from written import write_result
@@ -43,17 +42,6 @@ from fedveil.models import build_model
 
 FILTERS = 32
 REPEATS = 5
-
-
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """Return the median processor time of a call, the first of which does not count."""
-    work()
-    spent = []
-    for _ in range(REPEATS):
-        begin = time.process_time()
-        work()
-        spent.append(time.process_time() - begin)
-    return statistics.median(spent)
 
 
 def plain_features(dictionary: Dictionary, pixels: Tensor) -> Tensor:
@@ -99,9 +87,9 @@ def features_row(pixels: Tensor) -> dict[str, Any]:
     options = default_options((3, 32, 32), 128, mirrored=False)
     dictionary = learn_dictionary(pixels, options, seed=0)
     some = images[:100]
-    ours = cpu_seconds(lambda: features_of(dictionary, some))
-    plain = cpu_seconds(lambda: plain_features(dictionary, some))
-    scikit = cpu_seconds(lambda: scikit_features(dictionary, some))
+    ours = cpu_seconds(lambda: features_of(dictionary, some), REPEATS)
+    plain = cpu_seconds(lambda: plain_features(dictionary, some), REPEATS)
+    scikit = cpu_seconds(lambda: scikit_features(dictionary, some), REPEATS)
     return {
         "filters": options.filters,
         "images": len(some),
@@ -116,8 +104,8 @@ def sums_row(dimension: int) -> dict[str, Any]:
     rows = torch.randint(-300, 300, (2_000, dimension), dtype=torch.int16)
     labels = torch.randint(10, (len(rows),))
     doubles = rows.double()
-    ours = cpu_seconds(lambda: Statistics.of(rows, labels, classes=10))
-    floor = cpu_seconds(lambda: doubles.T @ doubles) / 2
+    ours = cpu_seconds(lambda: Statistics.of(rows, labels, classes=10), REPEATS)
+    floor = cpu_seconds(lambda: doubles.T @ doubles, REPEATS) / 2
     row = {"features": dimension, "images": len(rows), "cpu_seconds": ours}
     return row | {"times_half_a_product": ours / floor}
 
@@ -135,9 +123,10 @@ def to_the_same_accuracy(client: Images, out: Path, rounds: int) -> dict[str, An
     dictionary = learn_dictionary(client.raw, options, seed=0)
     steps = LocalTraining(epochs=1, batch_size=10, learning_rate=0.05, clip=5.0)
     generator = torch.Generator().manual_seed(0)
-    epoch = cpu_seconds(lambda: train_locally(model, client, steps, generator=generator))
+    epoch = cpu_seconds(lambda: train_locally(model, client, steps, generator=generator), REPEATS)
     sums = cpu_seconds(
-        lambda: Statistics.of(rows_of(dictionary, client.raw), client.labels, classes=10)
+        lambda: Statistics.of(rows_of(dictionary, client.raw), client.labels, classes=10),
+        REPEATS,
     )
     layout, tensors = Layout(options.dimension, 10), dictionary.sent().values()
     told = sum(4 * value.numel() for value in tensors)

@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 import torch
+from timed import cpu_seconds
 from torch import nn
 from torch.nn import functional as F
 
@@ -87,17 +88,6 @@ def measure(name: str, victims: int, alone: int, steps: int, repeats: int) -> di
         row[f"{clock}_ms_one_by_one"] = 1e3 * single
         row[f"{clock}_times"] = single / batch
     return row
-
-
-def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Return the median processor time of a call, the first of which does not count."""
-    work()
-    spent = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        spent.append(time.process_time() - begin)
-    return statistics.median(spent)
 
 
 def backward(model: nn.Module, images: Images, batch: int) -> Callable[[], None]:

@@ -44,3 +44,19 @@ def test_there_are_as_many_filters_as_leave_eight_images_a_feature(images, filte
     assert isinstance(features, Dictionary)
     assert features.settings.filters == filters
     assert not features.settings.mirrored
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "dimension"),
+    [
+        (100, {}, 1280),
+        (8 * 3584, {}, 3584),
+        (8 * 3584 - 1, {}, 3104),
+        (10**6, {}, 4064),
+        (10**6, {"stages": 2}, 2432),
+        (16 * 3584, {"images_per_feature": 16}, 3584),
+    ],
+)
+def test_as_many_stages_of_the_backbone_are_looked_at_as_images_allow(images, settings, dimension):
+    config = TrainConfig.check({"backbone": "efficientnet-lite0", **settings})
+    assert choose_features(config, corners(4), images=images).dimension == dimension

@@ -6,6 +6,7 @@ from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
+from fedveil.audit.metrics import match
 from fedveil.models import LeNet
 from fedveil.secure_random import SecureGenerator
 
@@ -39,6 +40,18 @@ def observe(model, images, labels, *, knows=None, batch=1):
         name: torch.stack([update[i] for update in updates]) for i, name in enumerate(names)
     }
     return Observation(model, gradients, tuple(images.shape[1:]), CLASSES, batch, knows)
+
+
+def observe_batch(model, images, **changes):
+    """What a server has of a client that trained on a batch once."""
+    one = observe(model, images.pixels, images.labels, batch=len(images))
+    return dataclasses.replace(one, **changes)
+
+
+def quality(result, images):
+    """Decibels of each image of a batch, whatever order they came back in."""
+    own = match(result.images[0].float(), images.pixels).clamp(0, 1)
+    return psnr(own, images.pixels)
 
 
 def sanitised(seen, sanitizer):

@@ -14,12 +14,13 @@ from fedveil.attacks.inversion import (
     build_attack,
 )
 from fedveil.attacks.inversion.independent_components import _completed, _differences, _fitted
-from fedveil.audit.metrics import match, psnr
 from fedveil.data import Images
 from fedveil.defenses import BlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models import CNN
 from fedveil.models.normalise import Normalise
+from tests.attacks.inversion.conftest import observe_batch as observed
+from tests.attacks.inversion.conftest import quality
 
 SHAPE, CLASSES = (3, 32, 32), 10
 
@@ -46,18 +47,6 @@ def mlp(hidden, activation=nn.ReLU, *, centred=True):
         wide = torch.Size(SHAPE).numel()
         first += [nn.Flatten(), nn.Linear(wide, hidden), activation()]
         return nn.Sequential(*first, nn.Linear(hidden, CLASSES))
-
-
-def observed(model, images, **changes):
-    loss = F.cross_entropy(model(images.pixels), images.labels)
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    update = {name: g[None] for name, g in zip(named, gradients, strict=True)}
-    return Observation(model, update, SHAPE, CLASSES, len(images), **changes)
-
-
-def quality(result, images):
-    return psnr(match(result.images[0].float(), images.pixels).clamp(0, 1), images.pixels)
 
 
 @pytest.mark.parametrize("centred", [True, False])

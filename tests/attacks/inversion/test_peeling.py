@@ -15,6 +15,8 @@ from fedveil.defenses import BlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models import CNN
 from fedveil.models.normalise import Normalise
+from tests.attacks.inversion.conftest import observe_batch as observed
+from tests.attacks.inversion.conftest import quality
 
 SHAPE, CLASSES = (1, 8, 8), 10
 
@@ -36,18 +38,6 @@ def mlp(hidden, *, depth=1, activation=nn.ReLU, batch_norm=False):
         for _ in range(depth - 1):
             layers += [nn.Linear(hidden, hidden), activation()]
         return nn.Sequential(*layers, nn.Linear(hidden, CLASSES))
-
-
-def observed(model, images, **changes):
-    loss = F.cross_entropy(model(images.pixels), images.labels)
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    update = {name: g[None] for name, g in zip(named, gradients, strict=True)}
-    return Observation(model, update, SHAPE, CLASSES, len(images), **changes)
-
-
-def quality(result, images):
-    return psnr(match(result.images[0].float(), images.pixels).clamp(0, 1), images.pixels)
 
 
 @pytest.mark.parametrize(("count", "hidden", "depth"), [(1, 64, 1), (8, 256, 1), (16, 512, 3)])

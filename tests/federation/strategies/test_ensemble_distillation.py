@@ -211,6 +211,9 @@ def test_who_is_asked_about_an_image_of_its_own_answers_as_if_it_had_not_got_it(
     near[0, 0, 0, 0] ^= 1
     assert asked_about(job.dataset.train.raw[mine], torch.cat([near, others])).sum() == 3
     assert not asked_about(own, others).any()
+    whole = job.dataset.train.raw
+    places = torch.tensor([0, 249, 250, len(whole) - 1])
+    assert set(places.tolist()) <= set(asked_about(whole, whole[places]).nonzero()[:, 0].tolist())
 
     from fedveil.federation.answers import QuestionTask, digest_of
 
