@@ -55,7 +55,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 
 
 @dataclass(frozen=True)
-class Release:
+class NoisyRelease:
     """Something that clients return once, with normal noise, and what that promises.
 
     Attributes:
@@ -95,7 +95,7 @@ class Release:
 
 
 @dataclass(frozen=True)
-class GaussianRelease(Release):
+class GaussianRelease(NoisyRelease):
     """Sums that are released once, with normal noise.
 
     An image adds φφᵀ, of Frobenius norm 1 at most, and φyᵀ, of the same: √2 together. A client

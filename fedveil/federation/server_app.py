@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
-from fedveil.analytic.privacy import NOISE_FROM, Release
+from fedveil.analytic.privacy import NOISE_FROM, NoisyRelease
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -467,7 +467,7 @@ def _no_epsilon(privacy: DPSGD, held: Mapping[int, Sequence[int | None]]) -> str
 
 
 def privacy_of_sums(
-    release: Release, releases: Sequence[Mapping[int, int | None]]
+    release: NoisyRelease, releases: Sequence[Mapping[int, int | None]]
 ) -> dict[str, Any]:
     """Return (ε, δ) of noisy sums or votes for each client that was asked, as often as it was.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedveil.analytic.privacy import Release, Unit, noise_sharers
+from fedveil.analytic.privacy import NoisyRelease, Unit, noise_sharers
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -20,7 +20,7 @@ _LARGEST = 2.0 ** (61 - VOTE_BITS)
 
 
 @dataclass(frozen=True)
-class VoteRelease(Release):
+class VoteRelease(NoisyRelease):
     """Clients' votes that are released once, with normal noise.
 
     A client names one class for each of N images. Whatever its images are replaced by, at most N

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from fedveil.analytic.privacy import Release
+from fedveil.analytic.privacy import NoisyRelease
 from fedveil.copies.batch_statistics import reestimate_batch_norm
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import NoiseKey
@@ -177,7 +177,7 @@ class SeededFedAvg(FedAvg):
         return build_model(config.model, dataset.shape, len(dataset.classes), seed=config.seed)
 
     @classmethod
-    def release_of(cls, config: TrainConfig) -> Release | None:
+    def release_of(cls, config: TrainConfig) -> NoisyRelease | None:
         """Return the noise in what clients return, as the settings ask for it; here none.
 
         Args:
