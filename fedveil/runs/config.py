@@ -1,5 +1,6 @@
 """Every setting of a training run, checked before anything is written."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -572,8 +573,8 @@ def _of_secure_sums(settings: Mapping[str, Any], *, fraction: float) -> dict[str
     """
     clients = settings.get("clients", TrainConfig.model_fields["clients"].default)
     try:
-        asked = int(float(clients) * float(settings.get("fraction") or fraction) + 1e-9)
-    except (TypeError, ValueError):
+        asked = math.floor(float(clients) * float(settings.get("fraction") or fraction) + 1e-9)
+    except (TypeError, ValueError, OverflowError):
         return {}  # pydantic says so
     secure = settings.get("secure_aggregation", asked >= _FEWEST_TO_SUM)
     found: dict[str, Any] = {"secure_aggregation": secure}

@@ -1,5 +1,6 @@
 """A small slice of the fuzzing in every test run, and whether the fuzzer itself would notice."""
 
+import math
 import os
 import resource
 import time
@@ -9,7 +10,7 @@ from contextlib import suppress
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
@@ -103,6 +104,9 @@ SPECIFICATIONS = st.text(max_size=40) | st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(NAMES, ANYTHING, max_size=5))
+@example({"fraction": 1e306, "clients": 1_000})  # their product is infinite
+@example({"fraction": math.nan})
+@example({"clients": 10**400})
 def test_any_settings(content):
     with suppress(FedveilError):
         TrainConfig.check(content)
