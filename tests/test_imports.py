@@ -24,7 +24,7 @@ NEVER = {
     "federation": {"audit", "studies", "report"},
     "audit": {"studies", "report"},
 }
-ONLY = {"report": {"report", "results", "files", "errors", "fedveil"}}
+ONLY = {"report": {"report", "results", "files", "errors", "wording", "fedveil"}}
 OWNERS = {"typer": {"cli"}, "click": {"cli"}, "rich": {"cli", "progress"}}
 
 

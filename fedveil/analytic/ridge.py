@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedveil.analytic.statistics import Statistics
 from fedveil.errors import FedveilError
+from fedveil.wording import quantity
 
 # Powers of two around the mean eigenvalue of G that are tried as λ.
 _LOWEST, _HIGHEST, _PER_OCTAVE = -26, 6, 4
@@ -53,7 +54,7 @@ def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
     """
     images = statistics.images
     if images < 2:
-        raise FedveilError(f"{images} images are in the sums; a ridge needs at least 2")
+        raise FedveilError(f"the sums hold {quantity(images, 'image')}; a ridge needs at least 2")
     if penalty is not None and not 0 < penalty < math.inf:
         raise FedveilError(f"a penalty of {penalty} is out of range: give a number above 0")
     counts, moments = statistics.counts.double(), statistics.moments

@@ -32,6 +32,7 @@ from fedveil.models import build_model
 from fedveil.progress import PlainLines
 from fedveil.runs.directory import RunDirectory, versions
 from fedveil.runs.state_files import load_checkpoint
+from fedveil.wording import quantity
 
 _FEWEST = 20
 _EXPOSED = 10
@@ -214,8 +215,8 @@ def audit_egress(
     """
     if min(len(used), len(unused)) < _FEWEST:
         raise FedveilError(
-            f"{len(used)} images were trained on and {len(unused)} not; an egress audit needs at "
-            f"least {_FEWEST} of each"
+            f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}; an egress audit "
+            f"needs at least {_FEWEST} of each"
         )
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = torch.randperm(len(used), generator=generator)

@@ -35,6 +35,7 @@ from fedveil.files import write_results
 from fedveil.models import build_model
 from fedveil.progress import ProgressBars, say
 from fedveil.runs.state_files import load_checkpoint
+from fedveil.wording import quantity
 
 _DRAWN = 16
 _PUBLIC = 2_000  # test images that an inverse learns from
@@ -178,9 +179,10 @@ class LeakageReport:
             lines += [_line(found, wide), _floor_line(found, wide)]
             if row.untold:
                 lines.append(
-                    f"  {row.attack} cannot tell of {row.untold} of {len(row.loss)} updates: its "
-                    "search ended without an answer or at its limit, and a weaker attack's stands "
-                    "there, which shows nothing of what there is to find"
+                    f"  {row.attack} cannot tell of {row.untold} of "
+                    f"{quantity(len(row.loss), 'update')}: its search ended without an "
+                    "answer or at its limit, and a weaker attack's stands there, "
+                    "which shows nothing of what there is to find"
                 )
         return "\n".join([*lines, *membership_table(self.membership)])
 

@@ -31,6 +31,7 @@ from fedveil.errors import FedveilError
 from fedveil.progress import say
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
+from fedveil.wording import quantity
 
 _PLAIN = Defense("none")
 _OFF_THE_GRID = 0.01  # of a byte
@@ -200,7 +201,7 @@ def of_one_client(exchanges: Sequence[Exchange], victim: int) -> tuple[Exchange,
     clients = sorted({exchange.client for exchange in exchanges})
     if not 0 <= victim < len(clients):
         raise FedveilError(
-            f"--victim {victim}: {len(clients)} clients were recorded "
+            f"--victim {victim}: recorded were {quantity(len(clients), 'client')} "
             f"({', '.join(map(str, clients[:10]))}); give 0 to {len(clients) - 1}"
         )
     return tuple(exchange for exchange in exchanges if exchange.client == clients[victim])
@@ -213,7 +214,7 @@ def alike(exchanges: Sequence[Exchange]) -> tuple[tuple[Exchange, ...], str | No
     if len(kept) == len(exchanges):
         return kept, None
     left = [exchange.server_round for exchange in exchanges if exchange.examples != count]
-    return kept, f"rounds {left} are left out: they are of other than {count} images"
+    return kept, f"rounds {left} are left out: they are of other than {quantity(count, 'image')}"
 
 
 def truth_of(exchanges: Sequence[Exchange], data: Dataset, given: Images | None) -> Truth:
@@ -264,7 +265,8 @@ def _images(exchange: Exchange, given: Images | None, number: int) -> Tensor:
         )
     if len(own) != exchange.examples:
         raise FedveilError(
-            f"round {exchange.server_round}: the client says {exchange.examples} images, and "
+            f"round {exchange.server_round}: the client says "
+            f"{quantity(exchange.examples, 'image')}, and "
             f"{len(own)} are there; augmented images cannot be told apart, so record without "
             "augmentation, or name the images by --truth FILE, round after round"
         )

@@ -29,6 +29,7 @@ from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.types import Weights
+from fedveil.wording import quantity
 
 _LATE = 5  # thieves come from the last fifth of the rounds: they hold the best copies
 _UNLABELLED = 2_000
@@ -120,7 +121,8 @@ class AuditedRun:
                     )
         raise FedveilError(
             f"{self.directory.path}: clients of strategy analytic received no model. Its archive "
-            f"was read whole: in {len(self.archive.rounds)} rounds they were sent the feature map "
+            f"was read whole: in {quantity(len(self.archive.rounds), 'round')} they were sent the "
+            "feature map "
             f"({', '.join(sorted(features)) or 'its name'}) and nothing else, so a thief who "
             "trains alone with the same map has all that any thief has, and the advantage is 0"
         )

@@ -38,6 +38,7 @@ from fedveil.runs.directory import RunDirectory, versions
 from fedveil.runs.secrets import MODEL
 from fedveil.runs.state_files import read_state
 from fedveil.types import Weights
+from fedveil.wording import quantity
 
 ALPHA = 1e-6
 """Chance to accuse anybody innocent, over all tests of one leaked model."""
@@ -177,10 +178,10 @@ class Trace:
             f"{'client':>8}{'z':>9}{'p':>11}  {'verdict':9}rounds of the copies in the leak",
             *(_line(suspect, "named") for suspect in named),
             *(_line(suspect, "not named") for suspect in others[:_UNNAMED_SHOWN]),
-            f"{len(named)} of {len(self.suspects)} clients named. The chance to name anybody "
-            f"innocent is at most {self.alpha:g} ({self.tests} tests). Keys that nobody got: "
-            f"{decoys['keys']}, z {decoys['mean']:+.2f} ± {decoys['sd']:.2f}, at most "
-            f"{decoys['max']:.1f}.",
+            f"{len(named)} of {quantity(len(self.suspects), 'client')} named. The chance to name "
+            f"anybody innocent is at most {self.alpha:g} ({quantity(self.tests, 'test')}). "
+            f"Keys that nobody got: {decoys['keys']}, "
+            f"z {decoys['mean']:+.2f} ± {decoys['sd']:.2f}, at most {decoys['max']:.1f}.",
         ]
         if is_w:
             lines.append(_IS_W)

@@ -25,6 +25,7 @@ from fedveil.federation.strategies.fedsgd import (
 )
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
+from fedveil.wording import quantity
 
 FEWEST_FOLLOWED = 4
 """Clients, the victim with them, of whom the others tell how scores vary."""
@@ -291,7 +292,7 @@ def ground_truth(data: Dataset, watching: Watching) -> Tensor:
         if len(shares[victim]) < watching.rounds * watching.batch:
             raise FedveilError(
                 f"--images {watching.images} is too many: client {victim} of {watching.clients} "
-                f"has {len(shares[victim])} images; ask for fewer, or for fewer clients"
+                f"has {quantity(len(shares[victim]), 'image')}; ask for fewer, or for fewer clients"
             )
     used = [
         shares[victim][

@@ -18,6 +18,7 @@ from fedveil.cli.settings import with_settings
 from fedveil.cli.transform import transform
 from fedveil.errors import FedveilError
 from fedveil.files import UNFINISHED, check_directory
+from fedveil.wording import quantity
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
     from fedveil.runs.directory import RunDirectory
@@ -175,8 +176,8 @@ def _finish_training(directory: "RunDirectory") -> None:
     for warning in filter(None, (_of_no_use(summary), _collapsed(directory, summary))):
         typer.echo(warning, err=True)
     typer.echo(
-        f"w{_of_round(summary)}: {summary['accuracy']:.2%} on {summary['report_images']} images it "
-        "never met"
+        f"w{_of_round(summary)}: {summary['accuracy']:.2%} on "
+        f"{quantity(summary['report_images'], 'image')} it never met"
     )
     typer.echo(_received(summary, kept_cap(directory.config)))
     if seen := _seen_of_clients(summary):
@@ -190,7 +191,7 @@ def _received(summary: dict[str, Any], cap: float | None) -> str:
     passed = ""
     if cap is not None:
         over, rounds = summary["rounds_over_cap"], summary["configuration"]["rounds"]
-        passed = f" (cap {cap:.0%}, passed in {over} of {rounds} rounds)"
+        passed = f" (cap {cap:.0%}, passed in {over} of {quantity(rounds, 'round')})"
     return f"best copy any client received: {summary['copies_max']:.2%}{passed}"
 
 

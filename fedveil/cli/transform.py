@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fedveil.errors import FedveilError
+from fedveil.wording import quantity
 
 
 def transform(
@@ -38,4 +39,4 @@ def transform(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             tell=lambda sentence: bar.console.print(f"{src}: {sentence}", markup=False),
         )
-    console.print(f"{count} images written to {dst}")
+    console.print(f"{quantity(count, 'image')} written to {dst}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedveil.data import cache
 from fedveil.errors import FedveilError
+from fedveil.wording import quantity
 
 _Indices = NDArray[np.int64]
 
@@ -155,12 +156,13 @@ def _check(images: int, clients: int, scheme: Partition, seed: int) -> None:
         raise FedveilError(f"the seed is {seed}; it must be at least 0.")
     if clients > images:
         raise FedveilError(
-            f"{clients} clients cannot share {images} training images: each needs at least one. "
-            f"Use at most {images} clients (--clients {images}), or a larger dataset."
+            f"{clients} clients cannot share {quantity(images, 'training image')}: each needs at "
+            f"least one. Use at most {quantity(images, 'client')} (--clients {images}), or a "
+            "larger dataset."
         )
     if isinstance(scheme, Shards) and clients * scheme.per_client > images:
         raise FedveilError(
-            f"{clients} clients with {scheme.per_client} shards each need "
+            f"{quantity(clients, 'client')} with {quantity(scheme.per_client, 'shard')} each need "
             f"{clients * scheme.per_client} images, but there are {images}. Use fewer clients "
             f"(--clients), or --partition "
             f"shards:{images // clients}."

@@ -14,6 +14,7 @@ from fedveil.errors import FedveilError
 from fedveil.federation.engines.deployed import ENVIRONMENT, write_app
 from fedveil.files import check_directory, write_atomically
 from fedveil.runs.config import is_loopback
+from fedveil.wording import quantity
 
 _SECRET = 0o600
 _SCRIPT = 0o755
@@ -237,7 +238,7 @@ def _readme(home: Path, deployment: Deployment, app: str) -> str:
         "    --strategy noise-delta --cap 0.6 --rounds 20 --out "
         f"{shlex.quote(str(home / 'runs' / 'first'))}"
     )
-    return f"""# A fedveil federation of {deployment.nodes} nodes
+    return f"""# A fedveil federation of {quantity(deployment.nodes, "node")}
 
 Server: {deployment.host}, port {deployment.port}. Written by `fedveil deploy init`.
 

@@ -11,6 +11,7 @@ from fedveil.defenses.specs import parse_defense
 from fedveil.deployment.policy import POLICY, Policy
 from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
+from fedveil.wording import quantity
 
 _COPY = "state/images"
 _MADE_OF = "state/images.json"
@@ -49,7 +50,7 @@ def admitted_images(node: Path, source: Path, *, tell: Callable[[str], None]) ->
     shutil.rmtree(copy, ignore_errors=True)
     count = transform_folder(source, copy, transform, tell=lambda line: tell(f"{source}: {line}"))
     write_atomically(note, json.dumps(made_of).encode())
-    tell(f"{source}: {count} images, transformed by {policy.transform}, are in {copy}")
+    tell(f"{source}: {copy} has {quantity(count, 'image')}, transformed by {policy.transform}")
     return copy
 
 

@@ -16,6 +16,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedveil.errors import FedveilError
+from fedveil.wording import quantity
 
 _MOST_CLIENTS = 1_000_000
 _MOST_EXAMPLES = 2**53  # up to which a float64 counts exactly
@@ -112,7 +113,7 @@ def query_roster(
         reasons = {str(reply.error.reason) for reply in replies if reply.has_error()}
         reasons |= {f"node {refusal.node}: {refusal.reason}" for refusal in refusals}
         raise FedveilError(
-            f"none of {len(messages)} clients gave a usable answer to the first query"
+            f"none of {quantity(len(messages), 'client')} gave a usable answer to the first query"
             + (f": {'; '.join(sorted(reasons))}" if reasons else f" within {timeout:g} seconds")
         )
     return tuple(sorted(clients, key=lambda client: client.partition))
@@ -165,8 +166,8 @@ def _wait_for_nodes(grid: Grid, min_clients: int, timeout: float) -> None:
     while (connected := len(list(grid.get_node_ids()))) < min_clients:
         if time.monotonic() > deadline:
             raise FedveilError(
-                f"{connected} of {min_clients} clients connected within {timeout:g} seconds; start "
-                "the others, or ask for fewer with --clients"
+                f"{connected} of {quantity(min_clients, 'client')} connected within {timeout:g} "
+                "seconds; start the others, or ask for fewer with --clients"
             )
         time.sleep(0.05)
 
@@ -200,8 +201,8 @@ def sample_clients(
     """
     if len(clients) < least:
         raise FedveilError(
-            f"{len(clients)} clients take part, and min_train_nodes={least} asks for more in every "
-            "round: start the others, or lower it"
+            f"the roster has {quantity(len(clients), 'client')}, and min_train_nodes={least} asks "
+            "for more in every round: start the others, or lower it"
         )
     generator = random.Random(f"fedveil sampling {seed} {round_number}")
     return generator.sample(list(clients), max(round_size(len(clients), fraction), least))
@@ -224,8 +225,8 @@ def choose_unheard(
     left = [client for client in clients if client.partition not in heard]
     if not left:
         raise FedveilError(
-            f"round {round_number}: all {len(clients)} clients are in the sum already, and each is "
-            "asked once; add rounds when more have joined"
+            f"round {round_number}: every one of {quantity(len(clients), 'client')} is in the sum "
+            "already, and each is asked once; add rounds when more have joined"
         )
     count = min(round_size(len(clients), sampling.fraction), len(left))
     return sample_clients(

@@ -48,6 +48,7 @@ from fedveil.runs.directory import (
     versions,
 )
 from fedveil.types import Weights
+from fedveil.wording import quantity
 
 SEEN_ALONE = "each client's own sums"
 """What the server sees of an analytic run's clients without secure aggregation."""
@@ -166,7 +167,7 @@ def outlook(job: Job) -> str:
         f"{len(job.evaluation.calibration):,} images to calibrate on, "
         f"{len(job.evaluation.report):,} to report on"
     )
-    asking = f"{asked:,} of {config.clients:,} clients a round"
+    asking = f"{asked:,} of {quantity(config.clients, 'client')} a round"
     round_ = asking if asked == config.clients else f"{asking} (--fraction 1 asks all)"
     if config.engine == "deployed":
         return f"{len(data.classes)} classes; {round_}; {split}"
@@ -407,7 +408,7 @@ def answers_in_words(strategy: EnsembleDistillation, config: TrainConfig) -> dic
         "answer_bytes": 8 * len(strategy.unlabelled) * strategy.classes,
         "clients": len(set(strategy.outcome.heard.tolist())),
         "noise": strategy.outcome.noise,
-        "server_sees": f"{shared} rounds of models, then {sees}" if shared else sees,
+        "server_sees": f"{quantity(shared, 'round')} of models, then {sees}" if shared else sees,
     }
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedveil.report.artifacts import Artifacts, Run
-from fedveil.report.verdict import percent, points, verdict
+from fedveil.report.verdict import attacked_run, percent, points, verdict, worst_theft
+from fedveil.wording import quantity
 
 _NOTHING = "none in what was given"
 
@@ -73,7 +74,8 @@ def _kept(runs: Sequence[Run]) -> str:
         if run.sends == "untrained":
             words.append(f"nothing that was learnt is sent ({strategy})")
         elif shared:
-            words.append(f"what {shared} rounds of plain averaging gave is sent ({strategy})")
+            first = quantity(shared, "round") if isinstance(shared, int) else f"{shared} rounds"
+            words.append(f"what {first} of plain averaging gave is sent ({strategy})")
         elif run.cap is not None:
             words.append(f"copies under a cap of {percent(run.cap)} ({strategy})")
         else:
@@ -117,11 +119,12 @@ def _budget(runs: Sequence[Run]) -> str:
 
 
 def _theft(artifacts: Artifacts) -> str:
-    rows = [row for audit in artifacts.thefts for row in audit.rows]
-    if not rows:
+    if not artifacts.thefts:
         return ""
-    worst = max(rows, key=lambda row: row.advantage)
+    audit, worst = worst_theft(artifacts.thefts)
+    tried = quantity(sum(len(one.rows) for one in artifacts.thefts), "theft")
     return (
-        f"of {len(rows)} thefts tried the best gains {points(worst.advantage)} on training alone "
-        f"({percent(worst.accuracy)} against {percent(worst.alone)}, {worst.attack})"
+        f"of {tried} tried the best gains {points(worst.advantage)} on training alone, from the "
+        f"copies of {attacked_run(audit)} ({percent(worst.accuracy)} against "
+        f"{percent(worst.alone)}, {worst.attack})"
     )

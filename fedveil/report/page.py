@@ -34,6 +34,7 @@ from fedveil.report.controls import controls
 from fedveil.report.gallery import IMAGES, ROWS, Strip, gallery
 from fedveil.report.svg import Axis, Chart, Series, counts, draw, legend, shares
 from fedveil.report.verdict import percent, points, ranked, without_floor
+from fedveil.wording import quantity
 
 _LISTED_ROUNDS = 200
 _LISTED_ROWS = 500
@@ -173,7 +174,12 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "points": points, "number": _number}
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "number": _number,
+        "quantity": quantity,
+    }
     return environment.from_string(_resource("report.html.j2"))
 
 
@@ -208,8 +214,8 @@ def _run_view(number: int, run: Run) -> RunView:
     chart = Chart(
         title=f"Accuracy over the rounds: {run.name}",
         description=(
-            f"After {run.summary.round or len(run.rounds)} rounds the owner's model has "
-            f"{percent(run.summary.accuracy)} accuracy; the best copy of any round had "
+            f"After {quantity(run.summary.round or len(run.rounds), 'round')} the owner's model "
+            f"has {percent(run.summary.accuracy)} accuracy; the best copy of any round had "
             f"{percent(run.best_copy)}."
         ),
         x=counts("round", len(run.rounds)),
@@ -327,7 +333,8 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
     chart = Chart(
         title=f"Accuracy against leakage: {frontier.name}",
         description=(
-            f"{len(worst)} settings of {len({row.family for row in worst})} defences, each under "
+            f"{quantity(len(worst), 'setting')} of "
+            f"{quantity(len({row.family for row in worst}), 'defence')}, each under "
             "the attack that did best; better settings are further up and further left."
         ),
         x=shares("share of images matched to their originals"),
@@ -415,8 +422,8 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
     fewest = min(run.summary.report_images for run in runs)
     margin = 100 * 1.96 * (0.25 / max(fewest, 1)) ** 0.5
     yield (
-        f"Accuracies of runs come from {fewest:,} images or more, so each may be off by up to "
-        f"{margin:.1f} points by the choice of images alone (95 %)."
+        f"Accuracies of runs come from {quantity(fewest, 'image')} or more, so each may be off by "
+        f"up to {margin:.1f} points by the choice of images alone (95 %)."
     )
     if any(run.cap is not None for run in runs):
         yield (
@@ -455,9 +462,9 @@ def _limits_of_leakage(artifacts: Artifacts, leakages: Sequence[LeakageView]) ->
     fewest = min(row.images for view in leakages for row in view.audit.rows)
     if fewest < 100:
         yield (
-            f"A leakage audit attacked only {fewest} images; its shares are as rough as their "
-            "intervals say. Where all or none of them were hit, resampling shows no spread, and "
-            f"the true share may still be off by {percent(min(1.0, 3 / max(fewest, 1)))} (95 %)."
+            f"A leakage audit attacked only {quantity(fewest, 'image')}; shares are as rough as "
+            "their intervals say. Where all or none of them were hit, resampling shows no spread, "
+            f"and the true share may be off by {percent(min(1.0, 3 / max(fewest, 1)))} (95 %)."
         )
     if bare := without_floor((*artifacts.leakages, *artifacts.frontiers)):
         yield (

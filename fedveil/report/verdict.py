@@ -8,6 +8,7 @@ named is the strongest of those tried, not of those that exist.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from fedveil.report.artifacts import (
@@ -21,8 +22,10 @@ from fedveil.report.artifacts import (
     MembershipRow,
     Points,
     Run,
+    TheftAudit,
     TheftRow,
 )
+from fedveil.wording import quantity
 
 _Leaked = LeakageRow | FrontierRow
 
@@ -37,6 +40,8 @@ _RARE = 0.025
 _COUNTED = 10_000
 _CHANCE = 0.01
 _GUESSING = 0.5
+_NAMED = 3
+_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,6 @@ class Finding:
 
 def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
     """Return what was found of the copies, of theft and of clients' images, in this order."""
-    theft = [row for audit in artifacts.thefts for row in audit.rows]
     audited: list[_Leaked] = [row for audit in artifacts.leakages for row in audit.rows]
     grid: list[_Leaked] = [row for frontier in artifacts.frontiers for row in frontier.rows]
     # The two are different experiments; one sentence cannot speak of both.
@@ -66,7 +70,7 @@ def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
     images = _of_leakage(leakage)
     if audited:
         images = _of_other_models(images, artifacts)
-    return _of_copies(artifacts.runs), _of_theft(theft), images
+    return _of_copies(artifacts.runs), _of_theft(artifacts.thefts, artifacts.runs), images
 
 
 def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
@@ -305,7 +309,7 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
             topic,
             "Cap passed",
             "bad",
-            f"In {over} of {rounds} rounds of {which} a copy passed the accuracy cap "
+            f"In {over} of {quantity(rounds, 'round')} of {which} a copy passed the accuracy cap "
             f"({measured}), while the owner's model reached {owner}; even a cap that "
             f"holds {limits}.",
         )
@@ -314,10 +318,14 @@ def _of_copies(runs: Sequence[Run]) -> Finding:
         topic,
         f"Cap held in {len(capped)} of {len(capped) + len(bare)} runs" if bare else "Cap held",
         "unknown" if bare else "good",
-        f"In all {rounds} rounds of {which} every copy stayed at or below the accuracy cap "
-        f"({measured}, on {images:,} images a round that the noise was not set on), "
+        f"In {_every_round(rounds)} of {which} every copy stayed at or below the accuracy cap "
+        f"({measured}, on {quantity(images, 'image')} a round that the noise was not set on), "
         f"while the owner's model reached {owner}; such a cap {limits}.{_unlearnt(runs)}",
     )
+
+
+def _every_round(count: int) -> str:
+    return "the one round" if count == 1 else f"all {count:,} rounds"
 
 
 def _untrained(topic: str, runs: Sequence[Run]) -> Finding:
@@ -360,9 +368,9 @@ def _images_a_round(run: Run) -> int:
     return min(run.summary.configuration.report_images, run.summary.report_images)
 
 
-def _of_theft(rows: Sequence[TheftRow]) -> Finding:
+def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
     topic = "Theft of the model"
-    if not rows:
+    if not audits:
         return Finding(
             topic,
             "Not measured",
@@ -370,16 +378,19 @@ def _of_theft(rows: Sequence[TheftRow]) -> Finding:
             "What a client can make of the copies it received was not measured here, and a low "
             "accuracy of the copies does not show that theft fails.",
         )
-    worst = max(rows, key=lambda row: row.advantage)
-    how = f"“{worst.attack}” with {worst.labels:,} labelled images and {_thieves(worst.colluders)}"
-    outcome = f"{percent(worst.accuracy)} where training alone on them gives {percent(worst.alone)}"
+    audit, worst = worst_theft(audits)
+    how = f"“{worst.attack}” with {_labels(worst.labels)} and {_thieves(worst.colluders)}"
+    outcome = f"{percent(worst.accuracy)} where training alone gives {percent(worst.alone)}"
+    left = _unattacked(audits, runs)
     if worst.advantage <= 0:
+        tried = quantity(sum(len(one.rows) for one in audits), "theft")
         return Finding(
             topic,
             "No gain found",
-            "good",
-            f"None of the {len(rows)} thefts tried gained on training alone: the best, {how}, "
-            f"reached {outcome}, and a thief who tries something else may do better.",
+            "unknown" if left else "good",
+            f"Of {tried} tried on the copies of {', '.join(map(attacked_run, audits))} none gained "
+            f"on training alone: the best, {how}, reached {outcome}, and a thief who tries "
+            f"something else may do better{left}.",
         )
     spread = ""
     low, high = worst.advantage_low, worst.advantage_high
@@ -390,9 +401,49 @@ def _of_theft(rows: Sequence[TheftRow]) -> Finding:
         topic,
         f"Gains {points(worst.advantage)}",
         "bad",
-        f"A thief gains up to {points(worst.advantage)}{spread}: of the thefts tried, {how} "
-        f"reached {outcome}, and a thief who tries something else may gain more.",
+        f"A thief gains up to {points(worst.advantage)}{spread} from the copies of "
+        f"{attacked_run(audit)}: of the thefts tried, {how} reached {outcome}, and a thief who "
+        f"tries something else may gain more{left}.",
     )
+
+
+def worst_theft(audits: Sequence[TheftAudit]) -> tuple[TheftAudit, TheftRow]:
+    """Return the theft that gains most on training alone, and the audit that found it.
+
+    Args:
+        audits: At least one.
+    """
+    pairs = [(audit, row) for audit in audits for row in audit.rows]
+    return max(pairs, key=lambda pair: pair[1].advantage)
+
+
+def attacked_run(audit: TheftAudit) -> str:
+    """Return which run's copies a theft audit attacked; audits of earlier versions do not say."""
+    return str(audit.settings.get("run") or f"a run that {audit.name} does not name")[:_LONGEST]
+
+
+def _unattacked(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> str:
+    """Say which runs' copies no theft was tried on; what fails elsewhere clears nothing there."""
+    names = [
+        run.name
+        for run in runs
+        if run.sends != "untrained" and not any(_is_of(audit, run) for audit in audits)
+    ]
+    if not names:
+        return ""
+    others = " and others" if len(names) > _NAMED else ""
+    return f"; on the copies of {', '.join(names[:_NAMED])}{others} none was tried"
+
+
+def _is_of(audit: TheftAudit, run: Run) -> bool:
+    """Say whether an audit is of a run: one path must end in the other, wherever each was begun."""
+    one, other = PurePath(attacked_run(audit)).parts, PurePath(run.name).parts
+    shared = min(len(one), len(other))
+    return shared > 0 and one[-shared:] == other[-shared:]
+
+
+def _labels(count: int) -> str:
+    return "no label" if count == 0 else quantity(count, "labelled image")
 
 
 def of_egress(audits: Sequence[EgressAudit]) -> tuple[Finding, ...]:
@@ -570,7 +621,7 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
             ("attacks that hardly succeed without a defence show nothing about one"),
         )
     if isinstance(least, LeakageRow) and least.images < _ENOUGH:
-        return mark, "unknown", f"{least.images} images are too few to call that rare"
+        return mark, "unknown", f"of {quantity(least.images, 'image')} nothing can be called rare"
     if any(isinstance(row, LeakageRow) and row.untold for row in seen):
         return (
             mark,
@@ -599,7 +650,7 @@ def _rebuilt(row: _Leaked) -> str:
     if isinstance(row, LeakageRow) and row.defense == "none":
         return (
             f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "
-            f"{row.images:,} image{'' if row.images == 1 else 's'} exactly and {known}"
+            f"{quantity(row.images, 'image')} exactly and {known}"
         )
     cost = ""
     if isinstance(row, FrontierRow):

@@ -221,4 +221,4 @@ def test_images_pass_through_the_policy_before_any_app_sees_them(tmp_path):
     assert (copy / "a" / "1.png").stat().st_mtime_ns == before, "nothing changed, nothing is made"
     Image.effect_noise((16, 16), 90).save(source / "a" / "2.png")
     assert (admitted_images(node, source, tell=told.append) / "a" / "2.png").exists()
-    assert "1 images, transformed by dct:keep=1" in told[0]
+    assert "1 image, transformed by dct:keep=1" in told[0]

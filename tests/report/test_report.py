@@ -120,7 +120,7 @@ def test_the_strongest_theft_is_named_by_its_gain_not_its_accuracy(tmp_path):
     found = sentences(make_theft(tmp_path / "theft"))
     assert "gains up to 20.0 points (95 % interval 18.0 to 22.0)" in found[1]
     assert "“retrain the first layer” with 10 labelled images and one client" in found[1]
-    assert "80 % where training alone on them gives 60 %" in found[1]
+    assert "80 % where training alone gives 60 %" in found[1]
     assert "may gain more" in found[1]
 
 
@@ -128,8 +128,31 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     rows = [theft_row(accuracy=0.5), theft_row("direct use", accuracy=0.4)]
     directory = make_theft(tmp_path / "theft", rows)
     assert marks(directory)[1] == ("good", "No gain found")
-    assert "None of the 2 thefts tried gained" in sentences(directory)[1]
+    assert "Of 2 thefts tried on the copies of a run that" in sentences(directory)[1]
     assert "may do better" in sentences(directory)[1]
+
+
+def test_a_theft_names_its_run_and_clears_no_other(tmp_path):
+    none = [theft_row(accuracy=0.5, labels=0)]
+    one, other = (make_run(tmp_path / name) for name in ("one", "other"))
+    audit = make_theft(tmp_path / "theft", none, run="elsewhere/" + one.name)
+    assert marks(audit)[1] == ("good", "No gain found")
+    told = make_theft(tmp_path / "told", none, run=str(one))
+    assert marks(one, told)[1] == ("good", "No gain found")
+    assert f"Of 1 theft tried on the copies of {one} none" in sentences(one, told)[1]
+    assert "with no label" in sentences(one, told)[1]
+    assert marks(one, other, told)[1] == ("unknown", "No gain found")
+    assert f"on the copies of {other} none was tried" in sentences(one, other, told)[1]
+    gains = make_theft(tmp_path / "gains", run=str(other))
+    assert f"from the copies of {other}:" in sentences(one, other, gains)[1]
+    assert f"from the copies of {other} (" in controls(read_artifacts([gains]))[1].evidence
+
+
+def test_numbers_agree_with_their_nouns(tmp_path):
+    run = make_run(tmp_path / "run", copies=(0.5,), images=1)
+    page = plain(build_page(read_artifacts([run]), title="t", now=NOW))
+    assert "In the one round of the run every copy" in page
+    assert not re.search(r"\b1 (rounds|images|copies|thefts|clients|settings)\b", page)
 
 
 def test_a_naive_attack_that_fails_is_no_defence_that_works(tmp_path):
@@ -175,7 +198,7 @@ def test_the_best_of_several_defences_is_the_one_whose_strongest_attack_gets_lea
     ("plain_rate", "images", "kind", "words"),
     [
         (1.0, 100, "good", "stronger attacks may exist"),
-        (1.0, 8, "unknown", "8 images are too few to call that rare"),
+        (1.0, 8, "unknown", "of 8 images nothing can be called rare"),
         (0.02, 100, "unknown", "show nothing about one"),
         (None, 100, "unknown", "whether these attacks succeed at all"),
     ],
@@ -390,7 +413,8 @@ runs = st.builds(
     share,
 )
 thefts = st.builds(
-    lambda rows: TheftAudit("theft", {}, tuple(rows)),
+    lambda settings, rows: TheftAudit("theft", settings, tuple(rows)),
+    st.sampled_from([{}, {"run": "run"}, {"run": "/elsewhere/run"}]),
     st.lists(
         st.builds(
             lambda a, g: TheftRow(
@@ -449,7 +473,9 @@ def test_a_verdict_never_says_more_than_was_measured(artifacts):
     if capped:
         assert "not bound theft" in copies.sentence
     gains = [row.advantage for audit in artifacts.thefts for row in audit.rows]
-    assert (theft.kind == "good") == (bool(gains) and max(gains) <= 0)
+    attacked = any("run" in audit.settings for audit in artifacts.thefts)
+    known = attacked or not artifacts.runs
+    assert (theft.kind == "good") == (bool(gains) and max(gains) <= 0 and known)
     rows = [row for audit in artifacts.leakages for row in audit.rows]
     if (
         images.kind == "good"

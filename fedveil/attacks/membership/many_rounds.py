@@ -10,6 +10,7 @@ from torch import Tensor
 from fedveil.attacks.inversion.observation import Observation
 from fedveil.data.images import Images
 from fedveil.errors import FedveilError
+from fedveil.wording import quantity
 
 _FEWEST = 3
 _TINY = 1e-12
@@ -57,8 +58,8 @@ class ManyRounds:
         fewest = min((seen.victims for seen in rounds), default=0)
         if fewest <= _FEWEST:
             raise FedveilError(
-                f"{len(rounds)} rounds of {fewest} clients say nothing of how scores vary: give at "
-                f"least one round, of the victim and {_FEWEST} others"
+                f"{quantity(len(rounds), 'round')} of {quantity(fewest, 'client')} cannot tell how "
+                f"scores vary: give at least one round, of the victim and {_FEWEST} others"
             )
         scores = (self.base(seen, candidates, public).double().cpu() for seen in rounds)
         return self.combined([*scores])

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from fedveil.errors import FedveilError
 from fedveil.sealing import derive_key
+from fedveil.wording import quantity
 
 MASKED = "masked"
 """Name of the one array of a masked answer, int32 [D + 1]: the change, and the loss."""
@@ -434,7 +435,8 @@ def _weight(metrics: MetricRecord, total: float, most: int) -> float:
     counted = min(examples, most)
     if counted > total:
         raise FedveilError(
-            f"this client counts for {counted} images, and the round is said to hold {total:g}"
+            f"this client counts for {quantity(counted, 'image')}, and the round is said to "
+            f"hold {total:g}"
         )
     return counted / total
 

@@ -47,6 +47,7 @@ from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import StrategyState
 from fedveil.types import Weights
+from fedveil.wording import quantity
 
 _STATISTICS_IMAGES = 500
 
@@ -363,7 +364,8 @@ class SeededFedAvg(FedAvg):
         if not updates:
             reasons = "; ".join(self.refused) or "nobody answered in time"
             raise FedveilError(
-                f"round {round_number}: no usable answer from {len(asked)} clients ({reasons})"
+                f"round {round_number}: no usable answer from {quantity(len(asked), 'client')} "
+                f"({reasons})"
             )
         unit = "images" if self.weighted_by_key == WEIGHT_KEY else self.weighted_by_key
         updates, self.bounded = bounded(updates, self._bound(updates), unit=unit)
