@@ -2,20 +2,20 @@
 
     python benchmarks/analytic_partitions.py --out docs/results
 
-CIFAR-10, 100 clients, EfficientNet-Lite0. For three partitions: the sums of all clients; FedAvg of
-a softmax on the same features, standardised by the server's images, 50 rounds of ten clients, an
-epoch of batches of 10, the learning rate chosen on a tenth of the training images; the server's
+CIFAR-10, 100 clients, EfficientNet-Lite0 on images and their mirror images. For three partitions:
+the sums of all clients; FedAvg of a softmax on the same features, standardised by the server's
+images, 50 rounds of ten clients, an epoch of batches of 10, the learning rate chosen on a tenth of the training images; the server's
 images alone; one client alone. Then sums under noise for several epsilon. The server has 2,000
 test images, drawn by the seed; accuracies are of the other 8,000.
 
-Features are kept between runs (``FEDVEIL_CACHE``): the first takes an hour and a half of one core.
+Features are kept between runs (``FEDVEIL_CACHE``): the first takes three hours of one core.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from fedveil.analytic.privacy import GaussianRelease, noise_sharers
 from fedveil.analytic.ridge import Head, noisy_ridge
 from fedveil.data import Images, load_dataset
 from fedveil.data.partition import parse_partition, partition
-from fedveil.features import EfficientNetLite0, FeatureMap, blocks_of_features, project
+from fedveil.features import EfficientNetLite0, FeatureMap, Mirrored, blocks_of_features, project
 from fedveil.federation.feature_choice import private_components
 from fedveil.runs.config import TrainConfig
 from fedveil.secure_random import SecureGenerator
@@ -44,30 +44,51 @@ RATES = (3.0, 10.0, 30.0, 100.0)
 
 @dataclass(frozen=True)
 class Features:
-    """Rows of int16 [N, D] and labels of one set of images."""
+    """Rows of int16 [N, 2·D] and labels of one set of images.
+
+    The two halves of a row are half sum and half difference of what an image and its mirror image
+    give; ``views`` is 1 where there is no second half.
+    """
 
     rows: Tensor
     labels: Tensor
+    views: int = 1
 
     def of(self, chosen: Tensor) -> "Features":
         """Return some of them."""
-        return Features(self.rows[chosen], self.labels[chosen])
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.rows.shape[1] // self.views
 
     @property
     def sums(self) -> Statistics:
         """What a client that has them returns."""
-        return Statistics.of(self.rows, self.labels, classes=10)
+        return Statistics.of(self.rows, self.labels, classes=10, dimension=self.dimension)
+
+    @property
+    def head(self) -> Head:
+        """The ridge of their sums."""
+        return ridge(self.sums, views=self.views)
 
     @property
     def inputs(self) -> Tensor:
-        """Float32 [N, D], of norm 1."""
-        return self.rows.float() * 2.0**-FRACTION_BITS
+        """What an image is told by, float32 [N, D]."""
+        return self.rows[:, : self.dimension].float() * 2.0**-FRACTION_BITS
+
+    @property
+    def difference(self) -> Tensor:
+        """By how much the image itself differs from that, float32 [N, D]; zeros of one view."""
+        rest = self.rows[:, self.dimension :].float() * 2.0**-FRACTION_BITS
+        return rest if self.views > 1 else torch.zeros(len(self.rows), self.dimension)
 
 
 def features_of_set(features: FeatureMap, images: Images) -> Features:
     rows = rows_of(features, images.raw, on_block=lambda done: print(f"\r{done}", end=""))
     print()
-    return Features(rows, images.labels)
+    return Features(rows, images.labels, features.views)
 
 
 def accuracy(head: Head, asked: Features) -> float:
@@ -78,15 +99,21 @@ def accuracy(head: Head, asked: Features) -> float:
 def fedavg(
     train: Features, parts: tuple[Tensor, ...], own: Features, *, rate: float, seed: int
 ) -> Head:
-    """Return a softmax of the features, averaged over rounds, with an intercept."""
+    """Return a softmax of the features, averaged over rounds, with an intercept.
+
+    A batch has of each image one of its views, drawn anew every time.
+    """
     generator = torch.Generator().manual_seed(seed)
     mean = own.inputs.mean(0)
-    scale = 1 / (own.inputs.std(0).clamp(min=1e-6) * math.sqrt(train.rows.shape[1]))
+    scale = 1 / (own.inputs.std(0).clamp(min=1e-6) * math.sqrt(train.dimension))
     inputs = F.pad((train.inputs - mean) * scale, (0, 1), value=1.0)
+    views = F.pad(train.difference * scale, (0, 1))
     head = torch.zeros(10, inputs.shape[1])
     for _ in range(ROUNDS):
         chosen = torch.randperm(len(parts), generator=generator)[:A_ROUND].tolist()
-        learnt = [local(head, inputs, train.labels, parts[c], rate, generator) for c in chosen]
+        learnt = [
+            local(head, (inputs, views), train.labels, parts[c], rate, generator) for c in chosen
+        ]
         shares = torch.tensor([len(parts[client]) for client in chosen], dtype=torch.float)
         head = torch.einsum("c,ckd->kd", shares / shares.sum(), torch.stack(learnt))
     weight = (head[:, :-1] * scale).double()
@@ -95,7 +122,7 @@ def fedavg(
 
 def local(
     head: Tensor,
-    inputs: Tensor,
+    inputs: tuple[Tensor, Tensor],
     labels: Tensor,
     part: Tensor,
     rate: float,
@@ -103,7 +130,8 @@ def local(
 ) -> Tensor:
     own = head.clone()
     for batch in part[torch.randperm(len(part), generator=generator)].split(BATCH):
-        some = inputs[batch]
+        sides = torch.randint(2, (len(batch), 1), generator=generator) * 2.0 - 1
+        some = inputs[0][batch] + sides * inputs[1][batch]
         error = torch.softmax(some @ own.T, 1) - F.one_hot(labels[batch], 10)
         own.sub_(error.T @ some, alpha=rate / len(batch))
     return own
@@ -128,7 +156,8 @@ def partition_rows(
     rate = chosen_rate(train, split(test, 0)[0], scheme)
     # Whole numbers: whatever the seed shares out, all clients together have these very sums.
     parts = (train.of(part).sums for part in parts_of(0))
-    analytic = ridge(sum(parts, start=Statistics.nothing(Layout(train.rows.shape[1], 10))))
+    whole = sum(parts, start=Statistics.nothing(Layout(train.dimension, 10)))
+    analytic = ridge(whole, views=train.views)
     for seed in range(seeds):
         own, asked = split(test, seed)
         shared = parts_of(seed)
@@ -140,8 +169,8 @@ def partition_rows(
             "analytic": accuracy(analytic, asked),
             "fedavg_of_the_head": accuracy(fedavg(train, shared, own, rate=rate, seed=seed), asked),
             "fedavg_rate": rate,
-            "server_alone": accuracy(ridge(own.sums), asked),
-            "one_client_alone": accuracy(ridge(train.of(one).sums), asked),
+            "server_alone": accuracy(own.head, asked),
+            "one_client_alone": accuracy(train.of(one).head, asked),
         }
 
 
@@ -152,15 +181,15 @@ def split(test: Features, seed: int) -> tuple[Features, Features]:
 
 
 def noise_rows(
-    features: FeatureMap, data: tuple[Images, Images], seed: int
+    features: Mirrored, data: tuple[Images, Images], seed: int
 ) -> Iterator[dict[str, Any]]:
     train, test = data
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-    public = torch.cat(list(blocks_of_features(features, test.raw)))[order[:OWN]]
+    public = torch.cat(list(blocks_of_features(features.inner, test.raw)))[order[:OWN]]
     for epsilon in EPSILONS:
         config = TrainConfig.check({"dataset": "cifar10", "epsilon": epsilon, "clients": CLIENTS})
         count = private_components(config, len(train))
-        told = project(features, public, count)
+        told = Mirrored(project(features.inner, public, count))
         release = GaussianRelease(epsilon)
         sums, generator = features_of_set(told, train).sums, SecureGenerator()
         # Half of a sum's clients make noise enough, so that all of them make twice its variance.
@@ -201,7 +230,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     data = load_dataset("cifar10", seed=0)
-    features = EfficientNetLite0(data.shape, arguments.resolution, arguments.stages)
+    backbone = EfficientNetLite0(data.shape, arguments.resolution, arguments.stages)
+    features = Mirrored(backbone)
     train, test = features_of_set(features, data.train), features_of_set(features, data.test)
     partitions, noise = [], []
     for scheme in PARTITIONS:

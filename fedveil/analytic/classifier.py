@@ -47,7 +47,8 @@ class AnalyticClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits."""
-        rows = quantised(self.features(pixels)).float() * 2.0**-FRACTION_BITS
+        told = quantised(self.features(pixels))[:, : self.features.dimension]
+        rows = told.float() * 2.0**-FRACTION_BITS
         return F.linear(rows, self.weight, self.bias) * self.steepness
 
     def with_head(self, head: Head, *, steepness: float = 1.0) -> dict[str, Tensor]:

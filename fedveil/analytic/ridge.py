@@ -32,7 +32,7 @@ class Head:
     error: float
 
 
-def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
+def ridge(statistics: Statistics, *, penalty: float | None = None, views: int = 1) -> Head:
     """Return the ridge regression of the classes' unit vectors on the features, with intercept.
 
     W = (G - N·mmᵀ + λI)⁻¹ (H - m·nᵀ), where m are the features' means and n the images of each
@@ -40,7 +40,8 @@ def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
 
         V(λ) = (‖Y - Ŷ‖²/N) / (1 - (1 + tr S(λ))/N)²,
 
-    which takes nothing but the sums.
+    which takes nothing but the sums. N there is the number of equations that are fitted, ``views``
+    for each image.
 
     Source: Golub, Heath and Wahba, "Generalized Cross-Validation as a Method for Choosing a Good
     Ridge Parameter", Technometrics 1979, equation 1.4.
@@ -48,6 +49,7 @@ def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
     Args:
         statistics: The sums, of at least two images.
         penalty: λ, above 0; None for GCV's.
+        views: How often an image is in the sums: twice with its mirror image.
 
     Raises:
         FedveilError: Too few images, or a penalty out of range.
@@ -64,7 +66,7 @@ def ridge(statistics: Statistics, *, penalty: float | None = None) -> Head:
     values = values.clamp_(min=0)
     targets = vectors.T @ (moments - torch.outer(means, counts))
     spread = float(images - counts.square().sum() / images)
-    spectrum = _Spectrum(values, targets.square().sum(1), spread, images)
+    spectrum = _Spectrum(values, targets.square().sum(1), spread, views * images)
     chosen = spectrum.best() if penalty is None else penalty
     weight = (vectors @ (targets / (values[:, None] + chosen))).T
     bias = counts / images - weight @ means
@@ -107,23 +109,23 @@ class _Spectrum:
         values: Eigenvalues of the centred G, float64 [D].
         powers: Squared length of the centred H along each eigenvector, float64 [D].
         spread: ‖Y - mean‖².
-        images: N.
+        equations: N.
     """
 
     values: Tensor
     powers: Tensor
     spread: float
-    images: int
+    equations: int
 
     def error(self, penalty: float) -> float:
         """Return V(λ); infinite where the fit has as many freedoms as images."""
         raised = self.values + penalty
         fitted = self.powers / raised
         left = self.spread - 2 * fitted.sum() + (fitted / raised * self.values).sum()
-        freedom = 1 - (1 + float((self.values / raised).sum())) / self.images
+        freedom = 1 - (1 + float((self.values / raised).sum())) / self.equations
         if freedom <= 0:
             return math.inf
-        return max(float(left), 0.0) / self.images / freedom**2
+        return max(float(left), 0.0) / self.equations / freedom**2
 
     def best(self) -> float:
         """Return the λ of least error among powers of 2¹ᐟ⁴; the largest of equally good ones."""

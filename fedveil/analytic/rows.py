@@ -12,7 +12,7 @@ from fedveil.features import FeatureMap, blocks_of_features
 def rows_of(
     features: FeatureMap, pixels: Tensor, *, on_block: Callable[[int], object] = lambda done: None
 ) -> Tensor:
-    """Return the rows that sums are made of, int16 [N, D], in units of 2⁻¹⁴.
+    """Return the rows that sums are made of, int16 [N, width], in units of 2⁻¹⁴.
 
     Args:
         features: The map; what a slow one gives is kept between runs.
@@ -22,7 +22,7 @@ def rows_of(
     Raises:
         FedveilError: As ``fedveil.features.features_of``.
     """
-    rows = torch.empty(len(pixels), features.dimension, dtype=torch.int16)
+    rows = torch.empty(len(pixels), features.width, dtype=torch.int16)
     done = 0
     for block in blocks_of_features(features, pixels):
         rows[done : done + len(block)] = quantised(block)

@@ -93,13 +93,17 @@ class Statistics:
         return cls(layout, torch.zeros(layout.length, dtype=torch.int64))
 
     @classmethod
-    def of(cls, rows: Tensor, labels: Tensor, *, classes: int) -> "Statistics":
+    def of(
+        cls, rows: Tensor, labels: Tensor, *, classes: int, dimension: int | None = None
+    ) -> "Statistics":
         """Return the sums of images, in memory for two D × D matrices whatever their number.
 
         Args:
-            rows: int16 [N, D], as ``quantised`` returns them.
+            rows: int16 [N, P·D], as ``quantised`` returns them: of an image P vectors of a norm of
+                2¹⁴ together. G is summed over all of them, H over each image's first one.
             labels: int64 [N], from 0 to K - 1.
             classes: K.
+            dimension: D; a row's length where an image has one vector.
 
         Raises:
             FedveilError: A label is out of range.
@@ -109,13 +113,14 @@ class Statistics:
                 f"labels run from {int(labels.min())} to {int(labels.max())}; allowed: 0 to "
                 f"{classes - 1}"
             )
-        layout = Layout(rows.shape[1], classes)
+        layout = Layout(dimension or rows.shape[1], classes)
         words = torch.zeros(layout.length, dtype=torch.int64)
         upper = slice(0, layout.triangle)
-        for block in torch.split(rows, _EXACT_IMAGES):
-            words[upper] += _packed(_gram(block.double()), layout)
+        for vectors in torch.split(rows, layout.dimension, dim=1):
+            for block in torch.split(vectors, _EXACT_IMAGES):
+                words[upper] += _packed(_gram(block.double()), layout)
         moments = torch.zeros(classes, layout.dimension, dtype=torch.int64)
-        moments.index_add_(0, labels, rows.to(torch.int64))
+        moments.index_add_(0, labels, rows[:, : layout.dimension].to(torch.int64))
         words[layout.triangle :] = torch.cat(
             [moments.T.reshape(-1), labels.bincount(minlength=classes)]
         )

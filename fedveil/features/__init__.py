@@ -14,6 +14,7 @@ from fedveil.features.dictionary import (
 )
 from fedveil.features.efficientnet import EfficientNetLite0
 from fedveil.features.kept import blocks_of_features
+from fedveil.features.mirrored import Mirrored
 from fedveil.features.own import OwnFeatures
 from fedveil.features.projected import Projected, inner_tensors, project
 from fedveil.features.protocol import (
@@ -55,9 +56,12 @@ def rebuild(description: MapDescription, tensors: Mapping[str, Tensor]) -> Featu
 
 def names_of(description: MapDescription) -> tuple[str, ...]:
     """Return the names of all maps that a description is made of, the outer one first."""
-    options = _options(description.name, description.options)
-    inner = str(options.get("name", "")) if description.name == Projected.name else ""
-    return (description.name, inner) if inner else (description.name,)
+    names, options = [description.name], description.options
+    while names[-1] in _OF_ANOTHER:
+        found = _options(names[-1], options)
+        names.append(str(found.get("name")))
+        options = str(found.get("options"))
+    return tuple(names)
 
 
 def _made(name: str, shape: Shape, options: str, tensors: Mapping[str, Tensor]) -> FeatureMap:
@@ -79,15 +83,26 @@ def _options(name: str, text: str) -> Options:
     return options
 
 
+def _inner(options: Options, tensors: Mapping[str, Tensor], shape: Shape) -> FeatureMap:
+    name = str(options.get("name"))
+    if name == Mirrored.name:
+        raise FedveilError(f"feature map {name!r} is never beneath another; the server sent that")
+    return _made(name, shape, str(options.get("options")), inner_tensors(tensors))
+
+
 def _projected(shape: Shape, options: Options, tensors: Mapping[str, Tensor]) -> FeatureMap:
-    name, inner = str(options.get("name")), str(options.get("options"))
-    if name == Projected.name or not {"mean", "components"} <= set(tensors):
+    if options.get("name") == Projected.name or not {"mean", "components"} <= set(tensors):
         raise FedveilError("the projection that came cannot be read")
-    made = _made(name, shape, inner, inner_tensors(tensors))
-    return Projected(made, tensors["mean"], tensors["components"])
+    return Projected(_inner(options, tensors, shape), tensors["mean"], tensors["components"])
 
 
-_MAKERS: Mapping[str, Rebuild] = {**MAPS, Projected.name: _projected}
+def _mirrored(shape: Shape, options: Options, tensors: Mapping[str, Tensor]) -> FeatureMap:
+    return Mirrored(_inner(options, tensors, shape))
+
+
+_OF_ANOTHER: Mapping[str, Rebuild] = {Projected.name: _projected, Mirrored.name: _mirrored}
+
+_MAKERS: Mapping[str, Rebuild] = {**MAPS, **_OF_ANOTHER}
 
 
 __all__ = [
@@ -97,6 +112,7 @@ __all__ = [
     "EfficientNetLite0",
     "FeatureMap",
     "MapDescription",
+    "Mirrored",
     "OwnFeatures",
     "Projected",
     "Shape",

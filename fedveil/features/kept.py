@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedveil.data import cache
+from fedveil.features.mirrored import Mirrored, of_views
 from fedveil.features.projected import Projected
 from fedveil.features.protocol import FeatureMap, MapDescription, features_of
 
@@ -15,11 +16,11 @@ _FORMAT = 1  # raise it whenever the same map and images have other features
 
 
 def blocks_of_features(features: FeatureMap, pixels: Tensor) -> Iterator[Tensor]:
-    """Yield the features of any number of images, float32 [500, D] at a time.
+    """Yield the features of any number of images, float32 [500, width] at a time.
 
     Those of a slow map are kept under its digest and the images' content: another run reads them,
-    and one that was killed goes on with the next block. Of a projection those of the map beneath
-    are kept, which it shares with other projections.
+    and one that was killed goes on with the next block. Of a map that is made of another those of
+    the slow one beneath are kept, which it shares with others.
 
     Args:
         features: The map.
@@ -28,15 +29,26 @@ def blocks_of_features(features: FeatureMap, pixels: Tensor) -> Iterator[Tensor]
     Raises:
         FedveilError: As ``features_of``.
     """
-    inner = features.inner if isinstance(features, Projected) else features
-    pinned = MapDescription.of(inner).digest if inner.slow else None
+    slow = _slow(features)
+    pinned = MapDescription.of(slow).digest if slow else ""
     for block in torch.split(pixels, _IMAGES):
-        if pinned is None:
-            yield features_of(features, block)
-        elif isinstance(features, Projected):
-            yield features.of_inner(_kept(inner, block, pinned))
-        else:
-            yield _kept(inner, block, pinned)
+        yield _block(features, block, pinned) if slow else features_of(features, block)
+
+
+def _slow(features: FeatureMap) -> FeatureMap | None:
+    """Return the slow map beneath, if there is one."""
+    while isinstance(features, Projected | Mirrored):
+        features = features.inner
+    return features if features.slow else None
+
+
+def _block(features: FeatureMap, block: Tensor, pinned: str) -> Tensor:
+    if isinstance(features, Mirrored):
+        upright, mirrored = block, block.flip(3)
+        return of_views(*(_block(features.inner, some, pinned) for some in (upright, mirrored)))
+    if isinstance(features, Projected):
+        return features.of_inner(_block(features.inner, block, pinned))
+    return _kept(features, block, pinned)
 
 
 def _kept(features: FeatureMap, block: Tensor, pinned: str) -> Tensor:

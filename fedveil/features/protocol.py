@@ -35,10 +35,18 @@ class FeatureMap(nn.Module):
     slow: bool = False
     """Whether its features of an image are worth keeping on disk."""
 
+    views: int = 1
+    """In how many ways an image is looked at, each of which has D numbers in its row."""
+
     def __init__(self, shape: Shape, dimension: int) -> None:
         super().__init__()
         self.shape = shape
         self.dimension = dimension
+
+    @property
+    def width(self) -> int:
+        """Numbers in an image's row: D for each view."""
+        return self.views * self.dimension
 
     @property
     def options(self) -> Options:
@@ -120,7 +128,7 @@ class MapDescription:
 
 
 def features_of(features: FeatureMap, pixels: Tensor) -> Tensor:
-    """Return the features of any number of images, a block at a time, float32 [N, D].
+    """Return the features of any number of images, a block at a time, float32 [N, width].
 
     Args:
         features: The map.
@@ -129,7 +137,7 @@ def features_of(features: FeatureMap, pixels: Tensor) -> Tensor:
     Raises:
         FedveilError: The map gave something else, or what is not finite.
     """
-    found = torch.empty(len(pixels), features.dimension)
+    found = torch.empty(len(pixels), features.width)
     with torch.inference_mode():
         for start in range(0, len(pixels), _BLOCK):
             block = pixels[start : start + _BLOCK]
@@ -139,7 +147,7 @@ def features_of(features: FeatureMap, pixels: Tensor) -> Tensor:
 
 
 def _checked(features: FeatureMap, block: object, images: int) -> Tensor:
-    wanted = (images, features.dimension)
+    wanted = (images, features.width)
     if not isinstance(block, Tensor) or block.shape != wanted:
         got = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
         raise FedveilError(

@@ -15,6 +15,7 @@ from fedveil.features import (
     DictionaryOptions,
     EfficientNetLite0,
     FeatureMap,
+    Mirrored,
     OwnFeatures,
     Shape,
     blocks_of_features,
@@ -49,10 +50,12 @@ def choose_features(config: TrainConfig, own: Images, *, images: int) -> Feature
     components = config.components
     if components is None and config.epsilon is not None:
         components = private_components(config, images)
-    if components is None:
-        return inner
-    features = torch.cat(list(blocks_of_features(inner, own.raw)))
-    return project(inner, features, min(components, inner.dimension, len(own) - 1))
+    if components is not None:
+        features = torch.cat(list(blocks_of_features(inner, own.raw)))
+        inner = project(inner, features, min(components, inner.dimension, len(own) - 1))
+    if config.backbone is not None and _mirrors(config, own):
+        return Mirrored(inner)
+    return inner
 
 
 def private_components(config: TrainConfig, images: int) -> int:
@@ -85,11 +88,14 @@ def _dictionary(config: TrainConfig, shape: Shape, own: Images, images: int) -> 
     if config.components or config.epsilon:
         fitting = _MOST_FILTERS  # what is sent are the components
     filters = config.filters or max(1, min(_MOST_FILTERS, fitting))
-    mirrored = config.mirrored
-    if mirrored is None:
-        mirrored = suits_mirroring(own, seed=config.seed)
-    options = default_options(shape, filters, mirrored=mirrored)
+    options = default_options(shape, filters, mirrored=_mirrors(config, own))
     return _kept(own.raw, options, seed=config.seed)
+
+
+def _mirrors(config: TrainConfig, own: Images) -> bool:
+    if config.mirrored is not None:
+        return config.mirrored
+    return suits_mirroring(own, seed=config.seed)
 
 
 def suits_mirroring(images: Images, *, seed: int) -> bool:

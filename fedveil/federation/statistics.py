@@ -167,7 +167,7 @@ def _summed(features: FeatureMap, images: Images, classes: int) -> Statistics:
         images.raw,
         on_block=lambda done: lines("features of images:", done, len(images)),
     )
-    return Statistics.of(rows, images.labels, classes=classes)
+    return Statistics.of(rows, images.labels, classes=classes, dimension=features.dimension)
 
 
 def _map(description: MapDescription, record: ArrayRecord) -> FeatureMap:

@@ -148,7 +148,7 @@ class TrainConfig(BaseModel):
     mirrored: bool | None = setting(
         None,
         "Both ways",
-        "analytic: take mirror images for alike; by default where they cannot be told.",
+        "analytic: look at mirror images, too; by default where they are told as well.",
     )
     resolution: int = setting(
         128, "Both ways", "analytic: side in pixels of a backbone's input.", ge=32, le=512
@@ -419,13 +419,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "privacy-unit client bounds a client's images: give a weight-limit above 0"
             )
-        if self.strategy == "analytic" and self.backbone is not None:
-            for name in ("filters", "mirrored"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is of a dictionary, and backbone {self.backbone} takes its place; "
-                        "leave out either"
-                    )
+        if self.strategy == "analytic" and self.backbone is not None and self.filters is not None:
+            raise ValueError(
+                f"filters is of a dictionary, and backbone {self.backbone} takes its place; leave "
+                "out either"
+            )
         if self.stages is not None and self.backbone != "efficientnet-lite0":
             raise ValueError(
                 f"stages are of backbone efficientnet-lite0, not of {self.backbone or 'none'}; "

@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
+from torch.nn import functional as F
 
 from fedveil.analytic import FRACTION_BITS, Layout, Statistics, quantised, ridge
 from fedveil.errors import FedveilError
+from fedveil.features.mirrored import of_views
 
 UNIT = 2.0**-FRACTION_BITS
 
@@ -50,6 +52,30 @@ def test_sums_are_those_of_whole_numbers():
     assert found.images == 300
     assert np.array_equal(found.gram.numpy(), gram.astype(np.float64) * UNIT**2)
     assert np.array_equal(found.moments.numpy(), moments.astype(np.float64) * UNIT)
+
+
+def test_sums_of_images_and_mirror_images_are_those_of_both_at_half_weight():
+    upright, labels = made(200, 7, 3)
+    mirrored, _ = made(200, 7, 3, seed=1)
+    found = Statistics.of(quantised(of_views(upright, mirrored)), labels, classes=3, dimension=7)
+    both = torch.cat([F.normalize(some.double(), dim=1) for some in (upright, mirrored)])
+    unit = F.one_hot(labels.repeat(2), 3).double()
+    assert found.gram.numpy() == pytest.approx((both.T @ both / 2).numpy(), abs=0.02)
+    assert found.moments.numpy() == pytest.approx((both.T @ unit / 2).numpy(), abs=0.02)
+    assert found.images == 200
+    assert found.fault(images=200) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 50), st.integers(0, 2**31 - 1))
+def test_an_image_with_its_mirror_image_adds_no_more_to_the_sums_than_one(dimension, seed):
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randn(2, 1, dimension, generator=generator)
+    row = quantised(of_views(*views))
+    one = Statistics.of(row, torch.tensor([0]), classes=1, dimension=dimension)
+    assert float(one.gram.norm()) <= 1
+    assert float(one.moments.norm()) <= 1
+    assert one.fault(images=1) is None
 
 
 @settings(max_examples=20, deadline=None)

@@ -15,10 +15,12 @@ from fedveil.features import (
     DictionaryOptions,
     EfficientNetLite0,
     MapDescription,
+    Mirrored,
     OwnFeatures,
     blocks_of_features,
     features_of,
     learn_dictionary,
+    names_of,
     project,
     rebuild,
 )
@@ -219,6 +221,24 @@ def test_stages_of_efficientnet_are_the_rectified_channels_in_which_they_end():
     assert MapDescription.of(rebuild(told, {})) == told
 
 
+def test_a_mirrored_map_tells_an_image_and_its_mirror_image_alike():
+    images = photos(30, 4)
+    inner = OwnFeatures((3, 4, 4), "tests.features.test_features:flat_map")
+    told = Mirrored(project(inner, features_of(inner, images), 5))
+    description = MapDescription.of(told)
+    again = rebuild(description, told.sent())
+    assert names_of(description) == ("mirrored", "projected", inner.name)
+    upright, mirrored = (features_of(again, some) for some in (images, images.flip(3)))
+    assert upright.shape == (30, 10)
+    torch.testing.assert_close(upright[:, :5], mirrored[:, :5])
+    torch.testing.assert_close(upright[:, 5:], -mirrored[:, 5:])
+    torch.testing.assert_close(upright.norm(dim=1), torch.ones(30))
+    one, other = (F.normalize(told.inner(images.float() / 255)), upright)
+    torch.testing.assert_close(one, other[:, :5] + other[:, 5:])
+    with pytest.raises(FedveilError, match="never beneath another"):
+        rebuild(MapDescription.of(Mirrored(told)), Mirrored(told).sent())
+
+
 class Counted(OwnFeatures):
     """A slow map that counts the images it is asked about."""
 
@@ -253,13 +273,17 @@ def test_features_of_a_slow_map_are_kept_by_content_block_by_block(monkeypatch, 
     monkeypatch.setattr(Counted, "slow", False)
     assert torch.equal(rows, rows_of(projected, images))
     assert Counted.asked == 2_200
+    direct = rows_of(Mirrored(projected), images)
+    monkeypatch.setattr(Counted, "slow", True)
+    assert torch.equal(direct, rows_of(Mirrored(projected), images))
+    assert Counted.asked == 5_500
     monkeypatch.setattr(Counted, "slow", True)
     changed = images.clone()
     changed[700] = 0
     assert torch.equal(
         torch.cat(list(blocks_of_features(features, changed))), changed.flatten(1).float() / 255
     )
-    assert Counted.asked == 2_700
+    assert Counted.asked == 6_000
     for entry in tmp_path.glob("*.safetensors"):
         entry.write_bytes(entry.read_bytes()[:-3] + b"xyz")
     assert torch.equal(torch.cat(list(blocks_of_features(features, images))), found)

@@ -60,3 +60,15 @@ def test_there_are_as_many_filters_as_leave_eight_images_a_feature(images, filte
 def test_as_many_stages_of_the_backbone_are_looked_at_as_images_allow(images, settings, dimension):
     config = TrainConfig.check({"backbone": "efficientnet-lite0", **settings})
     assert choose_features(config, corners(4), images=images).dimension == dimension
+
+
+def test_a_backbone_looks_at_mirror_images_where_they_are_told_as_well_or_it_is_asked_for():
+    def width(images, **settings):
+        config = TrainConfig.check({"backbone": "efficientnet-lite0", **settings})
+        features = choose_features(config, images, images=100)
+        return features.width // features.dimension
+
+    assert width(stripes()) == 2
+    assert width(stripes(), mirrored=False) == 1
+    assert width(corners()) == 1
+    assert width(corners(), mirrored=True) == 2

@@ -344,7 +344,7 @@ class Analytic(SeededFedAvg):
 
     def _solve(self, past: "_Past") -> Head:
         if self.release is None:
-            return ridge(past.sums)
+            return ridge(past.sums, views=self.model.features.views)
         return noisy_ridge(past.sums, noise=past.noise)
 
     @property
