@@ -4,9 +4,9 @@
 
 CIFAR-10, 100 clients, EfficientNet-Lite0 on images and their mirror images. For three partitions:
 the sums of all clients; FedAvg of a softmax on the same features, standardised by the server's
-images, 50 rounds of ten clients, an epoch of batches of 10, the learning rate chosen on a tenth of the training images; the server's
-images alone; one client alone. Then sums under noise for several epsilon. The server has 2,000
-test images, drawn by the seed; accuracies are of the other 8,000.
+images, 50 rounds of ten clients, an epoch of batches of 10, the learning rate chosen on a tenth of
+the training images; the server's images alone; one client alone. Then sums under noise for several
+epsilon. The server has 2,000 test images, drawn by the seed; accuracies are of the other 8,000.
 
 Features are kept between runs (``FEDVEIL_CACHE``): the first takes three hours of one core.
 """
