@@ -259,7 +259,7 @@ def _leakage_view(number: int, audit: LeakageAudit) -> LeakageView:
             len(rows) + 0.5,
             tuple((index, f"{index:.0f}") for index in places.values()),
         ),
-        y=shares("share of images, 95 % interval"),
+        y=shares("share of images"),
         series=tuple(series),
         level=None if floor is None else (floor, f"floor {percent(floor)}"),
     )

@@ -9,5 +9,5 @@ for (const frame of document.querySelectorAll(".compare")) {
 }
 document.documentElement.classList.add("scripted");
 addEventListener("beforeprint", () => {
-  for (const part of document.querySelectorAll("details")) part.open = true;
+  for (const part of document.querySelectorAll("#settings ~ details")) part.open = true;
 });

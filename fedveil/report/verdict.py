@@ -348,10 +348,10 @@ def _untrained(topic: str, runs: Sequence[Run]) -> Finding:
 
 def _unlearnt(runs: Sequence[Run]) -> str:
     """Say of which runs a cap is not asked for, as they sent nothing learnt."""
-    names = [run.name for run in runs if run.sends == "untrained"]
-    if not names:
+    kept = [run for run in runs if run.sends == "untrained"]
+    if not kept:
         return ""
-    return f" Clients of {', '.join(names[:3])} were sent nothing that was learnt there."
+    return f" Clients of {_names(kept)} were sent nothing that was learnt there."
 
 
 def _uncapped(runs: Sequence[Run]) -> str:
@@ -359,9 +359,8 @@ def _uncapped(runs: Sequence[Run]) -> str:
     bare = [run for run in runs if run.sends == "model"]
     if not bare:
         return ""
-    names = ", ".join(run.name for run in bare[:3]) + (" and others" if len(bare) > 3 else "")
     best = percent(max(run.best_copy for run in bare))
-    return f", and {names} had no cap at all and sent clients the model itself, up to {best}"
+    return f", and {_names(bare)} had no cap at all and sent clients the model itself, up to {best}"
 
 
 def _images_a_round(run: Run) -> int:
@@ -370,6 +369,15 @@ def _images_a_round(run: Run) -> int:
 
 def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
     topic = "Theft of the model"
+    if not audits and runs and all(run.sends == "untrained" for run in runs):
+        return Finding(
+            topic,
+            "Nothing learnt to steal",
+            "unknown",
+            f"Clients of {_names(runs)} were sent nothing that was learnt, so that a thief is left "
+            "with what training alone gives; that nothing else was sent no theft audit has checked "
+            "here.",
+        )
     if not audits:
         return Finding(
             topic,
@@ -424,15 +432,17 @@ def attacked_run(audit: TheftAudit) -> str:
 
 def _unattacked(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> str:
     """Say which runs' copies no theft was tried on; what fails elsewhere clears nothing there."""
-    names = [
-        run.name
+    left = [
+        run
         for run in runs
         if run.sends != "untrained" and not any(_is_of(audit, run) for audit in audits)
     ]
-    if not names:
-        return ""
-    others = " and others" if len(names) > _NAMED else ""
-    return f"; on the copies of {', '.join(names[:_NAMED])}{others} none was tried"
+    return f"; on the copies of {_names(left)} none was tried" if left else ""
+
+
+def _names(runs: Sequence[Run]) -> str:
+    others = " and others" if len(runs) > _NAMED else ""
+    return ", ".join(run.name for run in runs[:_NAMED]) + others
 
 
 def _is_of(audit: TheftAudit, run: Run) -> bool:

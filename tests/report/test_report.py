@@ -564,6 +564,8 @@ def test_a_run_that_sent_nothing_learnt_asks_for_no_cap(tmp_path):
     assert sentences(held, sums)[0].endswith(
         f"Clients of {sums} were sent nothing that was learnt there."
     )
+    assert marks(sums)[1] == ("unknown", "Nothing learnt to steal")
+    assert marks(held, sums)[1] == ("unknown", "Not measured")
 
 
 def test_one_thief_tells_no_interval(tmp_path):

@@ -138,10 +138,12 @@ def test_details_open_and_tables_scroll_inside_themselves(page):
     ).to_be_visible()
 
 
-def test_paper_gets_both_pictures_and_every_number(page):
+def test_paper_gets_both_pictures_and_the_settings_last(page):
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0
+    assert page.locator("section").last.get_attribute("aria-labelledby") == "settings"
+    assert page.locator("#settings ~ details:not([open])").count() == 0
+    assert page.locator("details:not([open])").count() > 0
     frame = page.locator(".compare").first
     left, right = (image.bounding_box() for image in frame.locator("img").all())
     assert right["x"] >= left["x"] + left["width"] - 1
@@ -149,6 +151,32 @@ def test_paper_gets_both_pictures_and_every_number(page):
     assert not page.locator("nav").is_visible()
     assert style(page, "body", "background-color") == "rgb(255, 255, 255)"
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_paper_is_five_pages_at_most(browser, report):
+    """Laid out as wide as an A4 page less its margins, it is as high as five or less."""
+    millimetre = 96 / 25.4
+    width, height = (210 - 26) * millimetre, (297 - 26) * millimetre
+    page = browser.new_page(viewport={"width": int(width), "height": int(height)})
+    page.goto(report)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    whole, wide = page.evaluate(
+        "[document.documentElement.scrollHeight, document.documentElement.scrollWidth]"
+    )
+    assert whole < 4.7 * height  # what does not fit at a page's end goes to the next
+    assert wide <= width
+    page.close()
+
+
+def test_on_a_phone_no_table_is_wider_than_its_place(browser, report):
+    page = browser.new_page(viewport={"width": 375, "height": 812})
+    page.goto(report)
+    page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    for place in page.locator(".scroll").all():
+        inner, whole = place.evaluate("e => [e.clientWidth, e.scrollWidth]")
+        assert 0 < whole <= inner, place.get_attribute("aria-label")
+    page.close()
 
 
 def test_without_scripts_pictures_stand_side_by_side(browser, report):
