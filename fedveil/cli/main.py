@@ -643,6 +643,33 @@ def audit_egress(
     typer.echo(str(out / "egress.json"))
 
 
+@audit.command("sums")
+def audit_sums(
+    run: Annotated[Path, typer.Argument(help="Directory of a run of --strategy analytic.")],
+    out: Annotated[Path, typer.Option(help="Directory for sums.json and sums.png.")],
+    images: Annotated[int, typer.Option(help="Images in the sums told from others.")] = 2_000,
+    rebuilt: Annotated[int, typer.Option(help="Images that are rebuilt at most; 0: none.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seeds the images and the searches.")] = 0,
+) -> None:
+    """Tell what sums over clients' images give away: who is in them, and what can be rebuilt.
+
+    Of the sums that the server held, and of one client's, as it would hold them without secure
+    aggregation, of two releases that differ by one client, or with all others colluding. Writes
+    sums.json and, where an image is alone in its class, sums.png.
+    """
+    try:
+        from fedveil.audit.sums import SumsSettings
+        from fedveil.audit.sums import audit_sums as audited
+
+        settings = SumsSettings(images=images, rebuilt=rebuilt, seed=seed)
+        report = audited(run, settings, out=out)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(report.table())
+    typer.echo(str(out / "sums.json"))
+
+
 @audit.command("theft")
 def audit_theft(
     run: Annotated[Path, typer.Option(help="Directory of a run of fedveil train.")],

@@ -13,7 +13,7 @@ from fedveil.features.dictionary import (
     learn_dictionary,
 )
 from fedveil.features.efficientnet import EfficientNetLite0
-from fedveil.features.kept import blocks_of_features
+from fedveil.features.kept import blocks_of_features, slow_beneath
 from fedveil.features.mirrored import Mirrored
 from fedveil.features.own import OwnFeatures
 from fedveil.features.projected import Projected, inner_tensors, project
@@ -123,4 +123,5 @@ __all__ = [
     "names_of",
     "project",
     "rebuild",
+    "slow_beneath",
 ]

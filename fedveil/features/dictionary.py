@@ -153,7 +153,7 @@ class Dictionary(FeatureMap):
         # What is above less what is below the thresholds; then what is above alone.
         both = F.softshrink(products, self.settings.threshold)
         difference = cells @ both
-        above = cells @ both.clamp_(min=0)
+        above = cells @ F.relu(both, inplace=not both.requires_grad)
         return torch.stack([above, above - difference], 1)
 
 
@@ -206,7 +206,7 @@ def _patches(pixels: Tensor, patch: int, stride: int) -> Tensor:
     """Return patches of even brightness and contrast, float [N, places, C·P·P]."""
     cut = F.unfold(pixels, patch, stride=stride).transpose(1, 2)
     cut = cut - cut.mean(-1, keepdim=True)
-    return cut.div_((cut.square().mean(-1, keepdim=True) + _CONTRAST).sqrt_())
+    return cut / (cut.square().mean(-1, keepdim=True) + _CONTRAST).sqrt()
 
 
 def _cells(rows: int, columns: int, pool: int) -> Tensor:

@@ -29,14 +29,14 @@ def blocks_of_features(features: FeatureMap, pixels: Tensor) -> Iterator[Tensor]
     Raises:
         FedveilError: As ``features_of``.
     """
-    slow = _slow(features)
+    slow = slow_beneath(features)
     pinned = MapDescription.of(slow).digest if slow else ""
     for block in torch.split(pixels, _IMAGES):
         yield _block(features, block, pinned) if slow else features_of(features, block)
 
 
-def _slow(features: FeatureMap) -> FeatureMap | None:
-    """Return the slow map beneath, if there is one."""
+def slow_beneath(features: FeatureMap) -> FeatureMap | None:
+    """Return the slow map that another is made of, or that it is; None where there is none."""
     while isinstance(features, Projected | Mirrored):
         features = features.inner
     return features if features.slow else None

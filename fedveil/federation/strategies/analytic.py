@@ -94,6 +94,17 @@ class _Past:
         }
 
 
+def summed_so_far(layout: Layout, memory: Weights) -> tuple[Statistics, tuple[int, ...]]:
+    """Return the sums that an analytic run holds, and the partitions of the clients in them.
+
+    Args:
+        layout: D and K.
+        memory: ``State.memory`` of the run's checkpoint.
+    """
+    past = _Past.of(layout, memory)
+    return past.sums, tuple(past.heard.tolist())
+
+
 class Analytic(SeededFedAvg):
     """Clients return sums over their features; the server solves for the classifier.
 

@@ -1,0 +1,83 @@
+"""Images from what a fixed map makes of them: what sums show of who is alone in one of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedveil.features import FeatureMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureInversion:
+    """Search for images whose features point where given ones do.
+
+    Adam from noise, on the angle between the features and on the image's total variation; of
+    several searches the one with the least angle counts. A map may not see how bright an image is,
+    nor how strong its contrasts, so the answer is given those of public images on average.
+
+    Source: Mahendran and Vedaldi, "Understanding Deep Image Representations by Inverting Them",
+    CVPR 2015, section 3.
+
+    Args:
+        starts: Searches an image.
+        steps: Of each.
+        rate: Adam's, on the logits of pixels; it falls to nothing by a cosine.
+        variation: Weight of the mean absolute difference of neighbouring pixels, beside one less
+            the cosine.
+    """
+
+    starts: int = 4
+    steps: int = 800
+    rate: float = 0.1
+    variation: float = 1e-4
+
+    def __call__(
+        self, features: FeatureMap, told: Tensor, public: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Return images, float32 in [0, 1], [N, C, H, W].
+
+        Args:
+            features: The map, which is differentiable.
+            told: Features of any length, float [N, D].
+            public: Images that are no client's, float in [0, 1], [P, C, H, W].
+            generator: Draws the starts.
+        """
+        wanted = F.normalize(told.float(), dim=1).repeat(self.starts, 1)
+        logits = torch.randn(len(wanted), *features.shape, generator=generator)
+        logits = logits.mul_(0.5).requires_grad_()
+        optimizer = torch.optim.Adam([logits], lr=self.rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        with torch.enable_grad():
+            for _ in range(self.steps):
+                images = torch.sigmoid(logits)
+                loss = _angle(features, images, wanted) + self.variation * _variation(images)
+                (logits.grad,) = torch.autograd.grad(loss.sum(), logits)
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            images = torch.sigmoid(logits)
+            angles = _angle(features, images, wanted).view(self.starts, len(told))
+            best = angles.argmin(0), torch.arange(len(told))
+            chosen = images.view(self.starts, len(told), *features.shape)[best]
+            return _lit_alike(chosen, public)
+
+
+def _angle(features: FeatureMap, images: Tensor, wanted: Tensor) -> Tensor:
+    found = features(images)[:, : features.dimension]
+    return 1 - (F.normalize(found, dim=1) * wanted).sum(1)
+
+
+def _variation(images: Tensor) -> Tensor:
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
+    across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
+    return down + across
+
+
+def _lit_alike(images: Tensor, public: Tensor) -> Tensor:
+    """Return images with the brightness and the contrast that public ones have on average."""
+    mean = images.mean((1, 2, 3), keepdim=True)
+    deviation = images.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    usual = public.mean((1, 2, 3)).mean(), public.std((1, 2, 3)).mean()
+    return ((images - mean) / deviation * usual[1] + usual[0]).clamp(0, 1)

@@ -1,0 +1,504 @@
+"""``fedveil audit sums``: what sums over clients' images tell of those images."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedveil.analytic import (
+    FRACTION_BITS,
+    AnalyticClassifier,
+    Layout,
+    Statistics,
+    load_classifier,
+    rows_of,
+)
+from fedveil.analytic.privacy import GaussianRelease, noise_sharers
+from fedveil.attacks.inversion.feature_maps import FeatureInversion
+from fedveil.attacks.membership.leverage import Leverage
+from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
+from fedveil.data import Images, parse_partition
+from fedveil.data.partition import partition
+from fedveil.errors import FedveilError
+from fedveil.features import FeatureMap, slow_beneath
+from fedveil.federation.acceptance import weight_bound
+from fedveil.federation.roster import Client
+from fedveil.federation.server_app import load_job
+from fedveil.federation.strategies.analytic import Analytic, summed_so_far
+from fedveil.files import write_results
+from fedveil.progress import PlainLines
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory, versions
+from fedveil.secure_random import SecureGenerator
+from fedveil.wording import quantity
+
+_FEWEST = 20
+_MOST_STRANGERS = 10_000
+_SLOW_STEPS, _SLOW_IMAGES = 200, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsSettings:
+    """How sums are audited.
+
+    Attributes:
+        images: Most images in the sums that are told from others.
+        rebuilt: Most images that are rebuilt; 0 rebuilds none.
+        seed: Seeds the choice of images, and the searches.
+
+    Raises:
+        FedveilError: A number out of range.
+    """
+
+    images: int = 2_000
+    rebuilt: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", _FEWEST), ("rebuilt", 0)):
+            if getattr(self, name) < least:
+                raise FedveilError(
+                    f"--{name} {getattr(self, name)} is out of range: give at least {least}"
+                )
+
+
+@dataclass(frozen=True)
+class Told:
+    """How well images in sums are told from others.
+
+    Attributes:
+        holder: Whose sums they are.
+        seen: Whether the server of this run held them.
+        images: Images in the sums.
+        roc: Of leverage.
+    """
+
+    holder: str
+    seen: bool
+    images: int
+    roc: Roc
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a row of ``sums.json``."""
+        return {
+            "holder": self.holder,
+            "seen": self.seen,
+            "images": self.images,
+            **self.roc.as_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Images rebuilt from a column of H, each beside what public images alone would give.
+
+    Attributes:
+        originals: Float in [0, 1], [N, C, H, W], each the only one of its class at its client.
+        alone: From its client's sums.
+        together: From the round's, where the column is that of all images of the class.
+        nearest: Public images whose features are nearest to those in the client's sums: the floor
+            is how much they look like the originals.
+    """
+
+    originals: Tensor
+    alone: Tensor
+    together: Tensor
+    nearest: Tensor
+
+    def as_json(self) -> dict[str, Any]:
+        """Return ``rebuilt`` of ``sums.json``: mean correlations of pixels with the originals'."""
+        return {
+            "images": len(self.originals),
+            "from_one_client": _mean_correlation(self.alone, self.originals),
+            "from_the_round": _mean_correlation(self.together, self.originals),
+            "floor": _mean_correlation(self.nearest, self.originals),
+        }
+
+
+@dataclass(frozen=True)
+class SumsReport:
+    """The result of an audit.
+
+    Attributes:
+        subject: The run.
+        settings: How.
+        dimension: D.
+        epsilon: ε of the run; None without noise.
+        strangers: Images that are in no sum.
+        rows: What the server held, and what one client's sums would be.
+        rebuilt: Images rebuilt from them; None where none could be.
+        untold: Why something could not be told, sentence by sentence.
+    """
+
+    subject: str
+    settings: SumsSettings
+    dimension: int
+    epsilon: float | None
+    strangers: int
+    rows: tuple[Told, ...]
+    rebuilt: Rebuilt | None
+    untold: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of ``sums.json``."""
+        return {
+            "subject": self.subject,
+            "settings": asdict(self.settings),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": versions(),
+            "dimension": self.dimension,
+            "epsilon": self.epsilon,
+            "strangers": self.strangers,
+            "rows": [row.as_json() for row in self.rows],
+            "rebuilt": self.rebuilt.as_json() if self.rebuilt else None,
+            "untold": list(self.untold),
+        }
+
+    def table(self) -> str:
+        """Return the rows as lines of text."""
+        width = max(len(row.holder) for row in self.rows) + 2
+        lines = [
+            f"{self.subject}: sums of {self.dimension:,} features"
+            + (f", ε = {self.epsilon:g}" if self.epsilon else ""),
+            f"{'sums of':{width}}{'images':>8}  {ROC_HEAD}",
+            *(
+                f"{row.holder:{width}}{row.images:8,}  {row.roc.as_text()}"
+                + ("" if row.seen else "  (not seen in this run)")
+                for row in self.rows
+            ),
+        ]
+        if self.rebuilt:
+            found = self.rebuilt.as_json()
+            lines.append(
+                f"{quantity(found['images'], 'image')} rebuilt, correlation with the original: "
+                f"{found['from_one_client']:.2f} from one client's sums, "
+                f"{found['from_the_round']:.2f} from the round's, {found['floor']:.2f} the nearest "
+                "public image"
+            )
+        return "\n".join([*lines, *self.untold])
+
+    def write(self, out: Path) -> None:
+        """Write sums.png, where images were rebuilt, and sums.json, each whole or not at all.
+
+        Raises:
+            FedveilError: The directory cannot be written.
+        """
+        content = (json.dumps(self.as_json(), indent=1) + "\n").encode()
+        picture = {"sums.png": _picture(self.rebuilt)} if self.rebuilt else {}
+        write_results(out, {**picture, "sums.json": content})
+
+
+def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsReport:
+    """Tell who is in the sums of an analytic run, and rebuild who is alone in a part of them.
+
+    Membership is told by leverage in the sums that the server held, and in those of one client,
+    which is what it holds without secure aggregation, of two releases that differ by that client,
+    or when all others collude with it. What a client's column of H is for a class of which it has
+    one image is that image's features, and those are inverted; so is the same class's column of
+    the whole sum.
+
+    Args:
+        path: Directory of the run.
+        settings: How.
+        out: Directory for the results; None writes nothing.
+
+    Raises:
+        FedveilError: It is no complete analytic run, its clients hold the images, or those that
+            are here are not those in its sums.
+    """
+    case = _Case.of(path)
+    plain = PlainLines()
+    case.check(plain)
+    generator = torch.Generator().manual_seed(settings.seed)
+    strangers = case.strangers
+    if len(strangers) < _FEWEST:
+        raise FedveilError(
+            f"{path} has {quantity(len(strangers), 'report image')}; an audit of sums needs at "
+            f"least {_FEWEST} images that are in none: give the run more --report-images"
+        )
+    others = case.rows(strangers)
+    rows = tuple(_told(case, (others, strangers.labels), settings, generator))
+    rebuilt = _rebuilt(case, settings, generator, plain) if settings.rebuilt else None
+    untold = tuple(_untold(case, len(strangers), settings, rebuilt))
+    report = SumsReport(
+        str(path),
+        settings,
+        case.dimension,
+        case.config.epsilon,
+        len(strangers),
+        rows,
+        rebuilt,
+        untold,
+    )
+    if out is not None:
+        report.write(out)
+    return report
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A run, and all that the server and the clients had.
+
+    Attributes:
+        path: Its directory.
+        config: Its settings.
+        classifier: w, with the map.
+        sums: What the server holds in the end.
+        images: Of each client in the sums, by partition.
+        bound: How many of its images a client summed at most; None for all.
+        public: The server's images.
+        report: Images nobody learnt of.
+    """
+
+    path: Path
+    config: TrainConfig
+    classifier: AnalyticClassifier
+    sums: Statistics
+    images: Mapping[int, Images]
+    bound: int | None
+    public: Images
+    report: Images
+
+    @classmethod
+    def of(cls, path: Path) -> "_Case":
+        directory = RunDirectory.open(path)
+        config = directory.config
+        if config.strategy != "analytic":
+            raise FedveilError(
+                f"{path} is a run of strategy {config.strategy}, whose clients return no sums over "
+                "images; what they return is attacked by fedveil audit leakage"
+            )
+        if config.engine == "deployed":
+            raise FedveilError(
+                f"{path} was trained on images that only its clients hold, and an audit of sums "
+                "needs them: audit a run on a dataset of the same kind, with as many images a "
+                "client and features, on engine local"
+            )
+        job = load_job(config)
+        classifier = load_classifier(directory.model())
+        layout = Layout(classifier.features.dimension, classifier.classes)
+        checkpoint = directory.checkpoint()
+        if checkpoint is None or not checkpoint.state.memory:
+            raise FedveilError(f"{path} has no sums yet: end it with fedveil train --resume {path}")
+        sums, heard = summed_so_far(layout, checkpoint.state.memory)
+        train = job.dataset.train
+        scheme = parse_partition(config.partition)
+        shares = partition(train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
+        clients = tuple(Client(c, c, len(share)) for c, share in enumerate(shares))
+        return cls(
+            path,
+            config,
+            classifier,
+            sums,
+            {client: train[shares[client]] for client in heard},
+            weight_bound(clients, config.weight_limit),
+            job.evaluation.calibration,
+            job.evaluation.report,
+        )
+
+    @property
+    def features(self) -> FeatureMap:
+        return self.classifier.features
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.features.dimension
+
+    @property
+    def strangers(self) -> Images:
+        return self.report[:_MOST_STRANGERS]
+
+    @property
+    def whole(self) -> dict[int, Images]:
+        """Clients all of whose images are in the sums."""
+        most = self.bound
+        return {
+            client: images
+            for client, images in self.images.items()
+            if most is None or len(images) <= most
+        }
+
+    @property
+    def release(self) -> GaussianRelease | None:
+        return Analytic.release_of(self.config)
+
+    def rows(self, images: Images) -> Tensor:
+        """Return what an image adds to the sums, int16 [N, width]."""
+        return rows_of(self.features, images.raw)
+
+    def of_client(self, images: Images) -> Statistics:
+        """Return a client's sums, without noise."""
+        rows, classes = self.rows(images), self.classifier.classes
+        return Statistics.of(rows, images.labels, classes=classes, dimension=self.dimension)
+
+    def released(self, sums: Statistics) -> Statistics:
+        """Return a client's sums with the noise that it adds in this run."""
+        if self.release is None:
+            return sums
+        together = len(self.images) if self.config.secure_aggregation else None
+        most = self.bound if self.release.unit == "client" else 1
+        sharers = noise_sharers(together)
+        return self.release.noised(sums, SecureGenerator(), most_images=most or 1, sharers=sharers)
+
+    def check(self, plain: PlainLines) -> None:
+        """Refuse images that are not those in the sums: who is in them could not be told by others.
+
+        Raises:
+            FedveilError: As above.
+        """
+        if self.release is not None or len(self.whole) < len(self.images):
+            return
+        layout = Layout(self.dimension, self.classifier.classes)
+        total = Statistics.nothing(layout)
+        for done, images in enumerate(self.images.values(), start=1):
+            total = total + self.of_client(images)
+            plain("sums of clients", done, len(self.images), "made again")
+        if not torch.equal(total.words, self.sums.words):
+            raise FedveilError(
+                f"the images of {self.config.dataset} here are not those in the sums of "
+                f"{self.path}, or its map gives others here; an audit of them would tell nothing: "
+                "audit where the run was made"
+            )
+
+
+def _told(
+    case: _Case,
+    strangers: tuple[Tensor, Tensor],
+    settings: SumsSettings,
+    generator: torch.Generator,
+) -> Iterator[Told]:
+    secure = case.config.secure_aggregation
+    members = _joined(list(case.whole.values()))
+    count = sum(map(len, case.images.values()))
+    yield Told(
+        quantity(len(case.images), "client"),
+        True,
+        count,
+        _roc(case, case.sums, members, strangers, settings, generator),
+    )
+    # Neither the client with the most images, which hide one another best, nor that with the least.
+    middle = sorted(case.whole.values(), key=len)[len(case.whole) // 2]
+    if len(middle) >= 2:
+        sums = case.released(case.of_client(middle))
+        roc = _roc(case, sums, middle, strangers, settings, generator)
+        yield Told("one client", not secure, len(middle), roc)
+
+
+def _roc(
+    case: _Case,
+    sums: Statistics,
+    members: Images,
+    strangers: tuple[Tensor, Tensor],
+    settings: SumsSettings,
+    generator: torch.Generator,
+) -> Roc:
+    some = members[torch.randperm(len(members), generator=generator)[: settings.images]]
+    attack, size = Leverage(), case.dimension
+    inside = attack(sums, case.rows(some)[:, :size], some.labels)
+    outside = attack(sums, strangers[0][:, :size], strangers[1])
+    return roc_of_one(inside, outside)
+
+
+def _rebuilt(
+    case: _Case, settings: SumsSettings, generator: torch.Generator, plain: PlainLines
+) -> Rebuilt | None:
+    slow = slow_beneath(case.features) is not None
+    most = min(settings.rebuilt, _SLOW_IMAGES) if slow else settings.rebuilt
+    alone = list(_lone(case))[:most]
+    if not alone:
+        return None
+    plain("images that are alone in a class", 0, len(alone), "rebuilt")
+    originals = torch.cat([image.pixels for _, image in alone])
+    labels = torch.cat([image.labels for _, image in alone])
+    single = torch.cat(
+        [
+            case.released(case.of_client(case.images[client])).moments[:, image.labels].T
+            for client, image in alone
+        ]
+    )
+    together = case.sums.moments[:, labels].T
+    attack = FeatureInversion(starts=1, steps=_SLOW_STEPS) if slow else FeatureInversion()
+    public = case.public.pixels
+    found = attack(case.features, torch.cat([single, together]), public, generator)
+    own = case.rows(case.public)[:, : case.dimension].double() * 2.0**-FRACTION_BITS
+    near = (F.normalize(own, dim=1) @ F.normalize(single, dim=1).T).argmax(0)
+    plain("images that are alone in a class", len(alone), len(alone), "rebuilt")
+    count = len(alone)
+    return Rebuilt(originals, found[:count], found[count:], public[near])
+
+
+def _lone(case: _Case) -> Iterator[tuple[int, Images]]:
+    """Yield clients and the one image that one of them has of a class, class by class."""
+    for label in range(case.classifier.classes):
+        for client, images in case.whole.items():
+            places = (images.labels == label).nonzero().flatten()
+            if len(places) == 1:
+                yield client, images[places]
+                break
+
+
+def _untold(
+    case: _Case, strangers: int, settings: SumsSettings, rebuilt: Rebuilt | None
+) -> Iterator[str]:
+    for rate in RATES:
+        if strangers * rate < 1:
+            yield (
+                f"A false-positive rate of {rate:.1%} cannot be told from {strangers} images that "
+                f"are in no sum: {round(1 / rate):,} are needed (--report-images of the run)."
+            )
+    if settings.rebuilt and rebuilt is None:
+        yield (
+            "No client is in the sums that has a single image of some class, so no image was "
+            "rebuilt; with more images of a class a client's sums tell their mean."
+        )
+    if len(case.whole) < len(case.images):
+        left = len(case.images) - len(case.whole)
+        yield (
+            f"{quantity(left, 'client')} summed some of many images (--weight-limit), and were "
+            "left out of who is told."
+        )
+    yield (
+        "A server that chooses the map can choose one that singles an image out: "
+        "docs/both-ways.md, Limits. What was tried here holds for the map of this run."
+    )
+
+
+def _joined(parts: list[Images]) -> Images:
+    return Images(torch.cat([p.raw for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+def _mean_correlation(images: Tensor, originals: Tensor) -> float:
+    one, other = ((x.flatten(1) - x.flatten(1).mean(1, keepdim=True)) for x in (images, originals))
+    return float(F.cosine_similarity(one, other).mean())
+
+
+def _picture(rebuilt: Rebuilt) -> bytes:
+    from matplotlib.figure import Figure
+
+    columns = {
+        "original": rebuilt.originals,
+        "from one\nclient's sums": rebuilt.alone,
+        "from the\nround's sums": rebuilt.together,
+        "nearest\npublic image": rebuilt.nearest,
+    }
+    count = len(rebuilt.originals)
+    figure = Figure(figsize=(6, 1.5 * count + 0.5), layout="constrained")
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for place, (title, images) in enumerate(columns.items()):
+        axes[0][place].set_title(title, fontsize=8)
+        for index in range(count):
+            axis = axes[index][place]
+            pixels = images[index].clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
