@@ -29,6 +29,7 @@ _PRELOADED = (
     "fedveil.audit.egress",
     "fedveil.audit.leakage",
     "fedveil.audit.recorded",
+    "fedveil.audit.sums",
     "fedveil.audit.theft",
     "fedveil.audit.trace",
     "fedveil.federation.training_run",

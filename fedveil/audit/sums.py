@@ -31,6 +31,7 @@ from fedveil.features import FeatureMap, slow_beneath
 from fedveil.federation.acceptance import weight_bound
 from fedveil.federation.roster import Client
 from fedveil.federation.server_app import load_job
+from fedveil.federation.statistics import at_most
 from fedveil.federation.strategies.analytic import Analytic, summed_so_far
 from fedveil.files import write_results
 from fedveil.progress import PlainLines
@@ -251,7 +252,7 @@ class _Case:
         config: Its settings.
         classifier: w, with the map.
         sums: What the server holds in the end.
-        images: Of each client in the sums, by partition.
+        images: What each client summed, by partition.
         bound: How many of its images a client summed at most; None for all.
         public: The server's images.
         report: Images nobody learnt of.
@@ -292,13 +293,14 @@ class _Case:
         scheme = parse_partition(config.partition)
         shares = partition(train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
         clients = tuple(Client(c, c, len(share)) for c, share in enumerate(shares))
+        bound = weight_bound(clients, config.weight_limit)
         return cls(
             path,
             config,
             classifier,
             sums,
-            {client: train[shares[client]] for client in heard},
-            weight_bound(clients, config.weight_limit),
+            {c: at_most(train[shares[c]], bound, config.seed) for c in heard},
+            bound,
             job.evaluation.calibration,
             job.evaluation.report,
         )
@@ -315,16 +317,6 @@ class _Case:
     @property
     def strangers(self) -> Images:
         return self.report[:_MOST_STRANGERS]
-
-    @property
-    def whole(self) -> dict[int, Images]:
-        """Clients all of whose images are in the sums."""
-        most = self.bound
-        return {
-            client: images
-            for client, images in self.images.items()
-            if most is None or len(images) <= most
-        }
 
     @property
     def release(self) -> GaussianRelease | None:
@@ -354,7 +346,7 @@ class _Case:
         Raises:
             FedveilError: As above.
         """
-        if self.release is not None or len(self.whole) < len(self.images):
+        if self.release is not None:
             return
         layout = Layout(self.dimension, self.classifier.classes)
         total = Statistics.nothing(layout)
@@ -376,7 +368,7 @@ def _told(
     generator: torch.Generator,
 ) -> Iterator[Told]:
     secure = case.config.secure_aggregation
-    members = _joined(list(case.whole.values()))
+    members = _joined(list(case.images.values()))
     count = sum(map(len, case.images.values()))
     yield Told(
         quantity(len(case.images), "client"),
@@ -385,7 +377,7 @@ def _told(
         _roc(case, case.sums, members, strangers, settings, generator),
     )
     # Neither the client with the most images, which hide one another best, nor that with the least.
-    middle = sorted(case.whole.values(), key=len)[len(case.whole) // 2]
+    middle = sorted(case.images.values(), key=len)[len(case.images) // 2]
     if len(middle) >= 2:
         sums = case.released(case.of_client(middle))
         roc = _roc(case, sums, middle, strangers, settings, generator)
@@ -438,7 +430,7 @@ def _rebuilt(
 def _lone(case: _Case) -> Iterator[tuple[int, Images]]:
     """Yield clients and the one image that one of them has of a class, class by class."""
     for label in range(case.classifier.classes):
-        for client, images in case.whole.items():
+        for client, images in case.images.items():
             places = (images.labels == label).nonzero().flatten()
             if len(places) == 1:
                 yield client, images[places]
@@ -458,12 +450,6 @@ def _untold(
         yield (
             "No client is in the sums that has a single image of some class, so no image was "
             "rebuilt; with more images of a class a client's sums tell their mean."
-        )
-    if len(case.whole) < len(case.images):
-        left = len(case.images) - len(case.whole)
-        yield (
-            f"{quantity(left, 'client')} summed some of many images (--weight-limit), and were "
-            "left out of who is told."
         )
     yield (
         "A server that chooses the map can choose one that singles an image out: "

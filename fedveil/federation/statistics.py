@@ -98,7 +98,7 @@ def answer_statistics(
     if task.release is None:
         _check_sum(description, task, together, context)
     features = _map(description, message.content.array_records["arrays"])
-    some = _at_most(images, task.most_images, seed)
+    some = at_most(images, task.most_images, seed)
     words = _released(_summed(features, some, task.classes), task, together).words
     metrics = MetricRecord({"num-examples": len(some), "server-round": server_round})
     content = RecordDict({"arrays": ArrayRecord({WORDS: words}), "metrics": metrics})
@@ -153,7 +153,14 @@ def _released(sums: Statistics, task: StatisticsTask, together: Sum | None) -> S
     return task.release.noised(sums, SecureGenerator(), most_images=most or 1, sharers=sharers)
 
 
-def _at_most(images: Images, most: int | None, seed: int) -> Images:
+def at_most(images: Images, most: int | None, seed: int) -> Images:
+    """Return those of a client's images that it sums: all, or as many as it is asked for.
+
+    Args:
+        images: The client's.
+        most: How many are asked for at most; None for all.
+        seed: Of the run.
+    """
     if most is None or len(images) <= most:
         return images
     generator = torch.Generator().manual_seed(seed)

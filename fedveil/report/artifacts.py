@@ -233,6 +233,40 @@ class EgressAudit(_Content):
     name: Text = ""
 
 
+class SumsRow(_Found):
+    """A row of ``sums.json``: whose sums, and how well leverage tells who is in them."""
+
+    holder: Text
+    seen: bool
+    images: Count
+    auc: Share
+    auc_low: Share
+    auc_high: Share
+
+
+class RebuiltFromSums(_Content):
+    """``rebuilt`` of ``sums.json``: mean correlations with the originals."""
+
+    images: Count
+    from_one_client: float = Field(ge=-1.01, le=1.01)
+    from_the_round: float = Field(ge=-1.01, le=1.01)
+    floor: float = Field(ge=-1.01, le=1.01)
+
+
+class SumsAudit(_Content):
+    """``sums.json``: what sums over clients' images tell of them."""
+
+    subject: Text
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    dimension: Count
+    epsilon: float | None = Field(default=None, ge=0)
+    strangers: Count
+    rows: tuple[SumsRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
+    rebuilt: RebuiltFromSums | None = None
+    untold: tuple[Text, ...] = Field(default=(), max_length=100)
+    name: Text = ""
+
+
 class _Leakage(_Content):
     settings: dict[Text, Any] = Field(default_factory=dict)
     rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
@@ -339,6 +373,7 @@ class Artifacts:
     thefts: tuple[TheftAudit, ...] = ()
     frontiers: tuple[Frontier, ...] = ()
     egresses: tuple[EgressAudit, ...] = ()
+    sums: tuple[SumsAudit, ...] = ()
 
 
 def read_artifacts(directories: Sequence[Path]) -> Artifacts:
@@ -363,6 +398,7 @@ def read_artifacts(directories: Sequence[Path]) -> Artifacts:
         thefts=tuple(_theft(p) for p in places if _has(p, "theft.json")),
         frontiers=tuple(_frontier(p) for p in places if _has(p, "frontier.json")),
         egresses=tuple(_egress(p) for p in places if _has(p, "egress.json")),
+        sums=tuple(_sums(p) for p in places if _has(p, "sums.json")),
     )
 
 
@@ -377,8 +413,8 @@ def _places(path: Path) -> Iterator[Path]:
     if not found:
         raise FedveilError(
             f"{path} holds no run and no audit: neither it nor a folder in it has a rounds.jsonl, "
-            "leakage.json, theft.json, egress.json or frontier.json; name the --out directory of "
-            "fedveil train, fedveil audit or fedveil frontier"
+            "leakage.json, sums.json, theft.json, egress.json or frontier.json; name the --out "
+            "directory of fedveil train, fedveil audit or fedveil frontier"
         )
     yield from found
 
@@ -387,7 +423,7 @@ def _is_artifact(path: Path) -> bool:
     return path.is_dir() and (_has_run(path) or any(_has(path, f"{kind}.json") for kind in _AUDITS))
 
 
-_AUDITS = ("leakage", "theft", "egress", "frontier")
+_AUDITS = ("leakage", "sums", "theft", "egress", "frontier")
 
 
 def _has(path: Path, name: str) -> bool:
@@ -452,6 +488,12 @@ def _frontier(path: Path) -> Frontier:
 def _egress(path: Path) -> EgressAudit:
     file = path / "egress.json"
     audit = _checked(EgressAudit, _object(file), file)
+    return audit.model_copy(update={"name": str(path)})
+
+
+def _sums(path: Path) -> SumsAudit:
+    file = path / "sums.json"
+    audit = _checked(SumsAudit, _object(file), file)
     return audit.model_copy(update={"name": str(path)})
 
 

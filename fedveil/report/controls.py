@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedveil.report.artifacts import Artifacts, Run
-from fedveil.report.verdict import attacked_run, percent, points, verdict, worst_theft
+from fedveil.report.finding import percent, points
+from fedveil.report.verdict import attacked_run, verdict, worst_theft
 from fedveil.wording import quantity
 
 _NOTHING = "none in what was given"
@@ -54,8 +55,8 @@ def controls(artifacts: Artifacts) -> tuple[Control, ...]:
             _defended(artifacts.runs),
             images.sentence,
             "of the attacks, images and models named, no others"
-            if artifacts.leakages or artifacts.frontiers
-            else "not measured: run fedveil audit leakage",
+            if artifacts.leakages or artifacts.frontiers or artifacts.sums
+            else _not_measured(artifacts.runs),
         ),
         Control(
             "Is what one record gives away bounded, whatever the attack?",
@@ -64,6 +65,11 @@ def controls(artifacts: Artifacts) -> tuple[Control, ...]:
             "ε counts what the run released, not earlier runs on the same data",
         ),
     )
+
+
+def _not_measured(runs: Sequence[Run]) -> str:
+    sums = any(run.summary.analytic is not None for run in runs)
+    return f"not measured: run fedveil audit {'sums' if sums else 'leakage'}"
 
 
 def _kept(runs: Sequence[Run]) -> str:

@@ -26,14 +26,16 @@ from fedveil.report.artifacts import (
     LeakageAudit,
     MembershipRow,
     Run,
+    SumsAudit,
     TheftAudit,
     TheftRow,
     read_artifacts,
 )
 from fedveil.report.controls import controls
+from fedveil.report.finding import percent, points
 from fedveil.report.gallery import IMAGES, ROWS, Strip, gallery
 from fedveil.report.svg import Axis, Chart, Series, counts, draw, legend, shares
-from fedveil.report.verdict import percent, points, ranked, without_floor
+from fedveil.report.verdict import ranked, without_floor
 from fedveil.wording import quantity
 
 _LISTED_ROUNDS = 200
@@ -163,6 +165,7 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
         thefts=[_theft_view(n, audit) for n, audit in enumerate(artifacts.thefts)],
         frontiers=[_frontier_view(n, f) for n, f in enumerate(artifacts.frontiers)],
         egresses=artifacts.egresses,
+        sums=artifacts.sums,
         settings=list(_settings(artifacts)),
         limits=list(_limits(artifacts, leakages)),
     )
@@ -354,13 +357,19 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
+_Audit = LeakageAudit | SumsAudit | TheftAudit | Frontier | EgressAudit
+
+
 def _settings(artifacts: Artifacts) -> Iterator[Settings]:
     for run in artifacts.runs:
         yield Settings(run.name, "training run", _pairs(run.summary.configuration.model_dump()))
         yield Settings(run.name, "versions", _pairs(run.summary.versions))
-    audits: Sequence[tuple[str, Sequence[LeakageAudit | TheftAudit | Frontier | EgressAudit]]] = (
+    audits: Sequence[
+        tuple[str, Sequence[LeakageAudit | SumsAudit | TheftAudit | Frontier | EgressAudit]]
+    ] = (
         ("leakage audit", artifacts.leakages),
         ("theft audit", artifacts.thefts),
+        ("audit of sums", artifacts.sums),
         ("egress audit", artifacts.egresses),
         ("frontier", artifacts.frontiers),
     )
@@ -392,8 +401,12 @@ def _limits(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[s
     )
     yield from _limits_of_runs(artifacts.runs)
     yield from _limits_of_leakage(artifacts, leakages)
-    for audit in artifacts.egresses:
-        yield from (f"{audit.name}: {sentence}" for sentence in audit.untold[:_MOST_CLAIMS])
+    untold: Sequence[tuple[str, Sequence[str]]] = (
+        *((audit.name, audit.untold) for audit in artifacts.sums),
+        *((audit.name, audit.untold) for audit in artifacts.egresses),
+    )
+    for name, sentences in untold:
+        yield from (f"{name}: {sentence}" for sentence in sentences[:_MOST_CLAIMS])
     if artifacts.runs and not artifacts.egresses:
         yield "What the delivered model tells of who was in its training was not measured."
     if not artifacts.thefts:

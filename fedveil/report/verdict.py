@@ -7,7 +7,7 @@ named is the strongest of those tried, not of those that exist.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -25,6 +25,8 @@ from fedveil.report.artifacts import (
     TheftAudit,
     TheftRow,
 )
+from fedveil.report.finding import Finding, interval, percent, points
+from fedveil.report.sums import IMAGES, of_sums, rebuilt_from_sums
 from fedveil.wording import quantity
 
 _Leaked = LeakageRow | FrontierRow
@@ -44,32 +46,21 @@ _NAMED = 3
 _LONGEST = 300
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence of the verdict.
-
-    Attributes:
-        topic: What it is about.
-        mark: The outcome in two or three words.
-        kind: ``good``, ``bad`` or ``unknown``, for its colour and sign.
-        sentence: One sentence.
-    """
-
-    topic: str
-    mark: str
-    kind: str
-    sentence: str
-
-
 def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
     """Return what was found of the copies, of theft and of clients' images, in this order."""
     audited: list[_Leaked] = [row for audit in artifacts.leakages for row in audit.rows]
     grid: list[_Leaked] = [row for frontier in artifacts.frontiers for row in frontier.rows]
     # The two are different experiments; one sentence cannot speak of both.
     leakage = audited or grid
-    images = _of_leakage(leakage)
-    if audited:
-        images = _of_other_models(images, artifacts)
+    returned = [run.returned for run in artifacts.runs]
+    if not leakage and not artifacts.sums:
+        images = rebuilt_from_sums(())
+    elif artifacts.sums and (not leakage or (returned and all(returned))):
+        images = _of_other_sums(rebuilt_from_sums(artifacts.sums), artifacts, artifacts.runs)
+    else:
+        images = _of_leakage(leakage)
+        if audited:
+            images = _of_other_models(images, artifacts)
     return _of_copies(artifacts.runs), _of_theft(artifacts.thefts, artifacts.runs), images
 
 
@@ -80,6 +71,8 @@ def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
     for run in artifacts.runs:
         own = run.summary.configuration
         defense = (own.model_extra or {}).get("defense", "none")
+        if run.returned is not None and any(_is_of(a.subject, run) for a in artifacts.sums):
+            continue
         if run.returned is not None:
             missing = (
                 f"clients of {run.name} returned {run.returned}, and what was attacked are updates "
@@ -101,6 +94,17 @@ def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
     return finding
 
 
+def _of_other_sums(finding: Finding, artifacts: Artifacts, runs: Sequence[Run]) -> Finding:
+    """Say of which runs no audit looked at the sums; what fails elsewhere clears nothing there."""
+    audited = [audit.subject for audit in artifacts.sums]
+    left = [run for run in runs if not any(_is_of(subject, run) for subject in audited)]
+    if not left:
+        return finding
+    kind = "unknown" if finding.kind == "good" else finding.kind
+    missing = f"what clients of {_names(left)} returned was not attacked"
+    return replace(finding, kind=kind, sentence=f"{finding.sentence.removesuffix('.')}; {missing}.")
+
+
 def _of_what(settings: Mapping[str, Any]) -> tuple[str, str]:
     return str(settings.get("model")), str(settings.get("dataset"))
 
@@ -114,6 +118,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     found: tuple[Finding, ...] = (
         *verdict(artifacts),
         *of_members(artifacts.leakages),
+        *_of_sums(artifacts),
         *of_egress(artifacts.egresses),
     )
     leading = _of_models(artifacts.runs)
@@ -131,6 +136,11 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     if leading is not None:
         found = (leading, *found)
     return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.kind)))
+
+
+def _of_sums(artifacts: Artifacts) -> tuple[Finding, ...]:
+    runs = [run for run in artifacts.runs if run.summary.analytic is not None]
+    return tuple(_of_other_sums(one, artifacts, runs) for one in of_sums(artifacts.sums))
 
 
 def _of_models(runs: Sequence[Run]) -> Finding | None:
@@ -245,32 +255,6 @@ def _task(run: Run) -> tuple[object, ...]:
     extra = own.model_extra or {}
     shared = (str(extra.get(name)) for name in ("clients", "fraction", "partition"))
     return (own.dataset, own.model, own.rounds, *shared)
-
-
-def percent(share: float) -> str:
-    """Return a share as text that never rounds up to all or down to nothing."""
-    text = f"{share:.0%}" if share in (0, 1) or 0.1 <= share < 0.9 else f"{share:.1%}"
-    if text == "100.0%" and share < 1:
-        text = "over 99.9%"
-    if text == "0.0%" and share > 0:
-        text = "under 0.1%"
-    return text.replace("%", "\N{NO-BREAK SPACE}%")
-
-
-def points(gain: float) -> str:
-    """Return a difference of accuracies in percentage points."""
-    return f"{100 * gain:.1f} points"
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """Return a 95 % interval of a share in brackets, or nothing where there is none.
-
-    Resampling shows no spread where all or none were hit; such an interval would look like
-    certainty.
-    """
-    if low is None or high is None or low == high:
-        return ""
-    return f" (95\N{NO-BREAK SPACE}% interval {percent(low)} to {percent(high)})"
 
 
 def _of_copies(runs: Sequence[Run]) -> Finding:
@@ -435,7 +419,8 @@ def _unattacked(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> str:
     left = [
         run
         for run in runs
-        if run.sends != "untrained" and not any(_is_of(audit, run) for audit in audits)
+        if run.sends != "untrained"
+        and not any(_is_of(attacked_run(audit), run) for audit in audits)
     ]
     return f"; on the copies of {_names(left)} none was tried" if left else ""
 
@@ -445,9 +430,9 @@ def _names(runs: Sequence[Run]) -> str:
     return ", ".join(run.name for run in runs[:_NAMED]) + others
 
 
-def _is_of(audit: TheftAudit, run: Run) -> bool:
+def _is_of(attacked: str, run: Run) -> bool:
     """Say whether an audit is of a run: one path must end in the other, wherever each was begun."""
-    one, other = PurePath(attacked_run(audit)).parts, PurePath(run.name).parts
+    one, other = PurePath(attacked).parts, PurePath(run.name).parts
     shared = min(len(one), len(other))
     return shared > 0 and one[-shared:] == other[-shared:]
 
@@ -567,14 +552,7 @@ def _at_a_thousandth(row: EgressRow | Points) -> str:
 
 
 def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
-    topic = "Clients' images"
-    if not rows:
-        return Finding(
-            topic,
-            "Not measured",
-            "unknown",
-            "What a server can read of clients' images from their updates was not measured here.",
-        )
+    topic = IMAGES
     plain = [row for row in rows if row.defense == "none"]
     informed = {_name(row) for row in rows if row.adaptive and row.defense != "none"}
     defended = [row for row in rows if row.defense != "none" and _name(row) in informed]

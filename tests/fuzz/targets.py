@@ -255,6 +255,7 @@ def _report_seeds(name: str) -> list[bytes]:
             "theft.json": material.make_theft,
             "frontier.json": material.make_frontier,
             "egress.json": material.make_egress,
+            "sums.json": material.make_sums,
         }.get(name, material.make_run)
         make(folder)
         return [(folder / name).read_bytes()]
@@ -537,6 +538,7 @@ def targets() -> dict[str, Target]:
             ("theft.json", 4_000, regrow),
             ("frontier.json", 4_000, regrow),
             ("egress.json", 4_000, regrow),
+            ("sums.json", 4_000, regrow),
             ("reconstructions.npz", 3_000, rezip),
         )
     ]

@@ -32,8 +32,10 @@ from fedveil.report.artifacts import (
     TheftRow,
 )
 from fedveil.report.controls import controls
+from fedveil.report.finding import percent
+from fedveil.report.sums import of_sums
 from fedveil.report.svg import Chart, Series, counts, draw, shares
-from fedveil.report.verdict import _above_floor, of_egress, of_members, percent, ranked
+from fedveil.report.verdict import _above_floor, of_egress, of_members, ranked
 from tests.report.report_material import (
     CANARY,
     NASTY,
@@ -44,8 +46,10 @@ from tests.report.report_material import (
     make_frontier,
     make_leakage,
     make_run,
+    make_sums,
     make_theft,
     membership_row,
+    sums_row,
     theft_row,
 )
 
@@ -374,6 +378,53 @@ def test_the_page_says_what_egress_could_not_tell(tmp_path):
     assert "0.1 % cannot be told &lt;b&gt;" in page
     assert "cannot tell" in page
     assert "The most exposed training images" in page
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "mark"),
+    [
+        (sums_row(auc=0.51, found=0.01), "good", "No better than chance"),
+        (sums_row(auc=0.6, found=0.01), "unknown", "Nobody named, a little told of all"),
+        (sums_row(auc=0.6, found=0.2), "bad", "20 % found"),
+        (sums_row(auc=0.51, found=None), "unknown", "Cannot tell"),
+        (sums_row(auc=0.9, found=None), "bad", "Cannot tell"),
+    ],
+)
+def test_what_sums_tell_is_judged_by_those_the_server_held(tmp_path, row, kind, mark):
+    alone = sums_row(seen=False, auc=0.99, found=0.8, holder="one client")
+    (found,) = of_sums(read_artifacts([make_sums(tmp_path / "sums", [row, alone])]).sums)
+    assert (found.kind, plain(found.mark)) == (kind, mark)
+    assert "which that server did not hold, it would be 80 % found" in plain(found.sentence)
+
+
+@pytest.mark.parametrize(
+    ("rebuilt", "seen", "kind", "mark"),
+    [
+        ((8, 1.0, 0.6, 0.9), False, "good", "Not rebuilt"),
+        ((8, 1.0, 0.6, 0.9), True, "bad", "Rebuilt"),
+        ((8, 0.5, 0.3, 0.4), True, "bad", "Partly rebuilt"),
+        ((8, 0.3, 0.2, 0.4), False, "unknown", "Cannot tell"),
+        (None, False, "unknown", "Not measured"),
+    ],
+)
+def test_a_search_that_rebuilds_nothing_anywhere_clears_no_sum(tmp_path, rebuilt, seen, kind, mark):
+    rows = [sums_row(), sums_row(seen=seen, holder="one client")]
+    found = verdict(read_artifacts([make_sums(tmp_path / "sums", rows, rebuilt=rebuilt)]))[2]
+    assert (found.kind, found.mark) == (kind, mark)
+
+
+def test_sums_of_one_run_clear_no_other(tmp_path):
+    run = make_run(tmp_path / "run", strategy="analytic")
+    says_what_came_back(run, "analytic")
+    own = make_sums(tmp_path / "own", subject=str(run))
+    other = make_sums(tmp_path / "other", subject="elsewhere/b")
+    assert verdict(read_artifacts([run, own]))[2].kind == "good"
+    found = verdict(read_artifacts([run, other]))[2]
+    assert found.kind == "unknown"
+    assert f"what clients of {run} returned was not attacked" in found.sentence
+    page = build_page(read_artifacts([run, own]), title="a", now=NOW)
+    assert "What sums tell" in page
+    assert "another map may &lt;b&gt;" in page
 
 
 def test_a_frontier_speaks_only_where_there_is_no_audit_and_gives_the_accuracy(tmp_path):

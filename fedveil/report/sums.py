@@ -1,0 +1,110 @@
+"""Sentences on what sums over clients' images tell of them."""
+
+from collections.abc import Sequence
+
+from fedveil.report.artifacts import SumsAudit, SumsRow
+from fedveil.report.finding import Finding, interval, percent
+from fedveil.wording import quantity
+
+IMAGES = "Clients' images"
+_CHANCE, _GUESSING = 0.01, 0.5
+_SHOWN = 0.9  # correlation from which somebody would call the two one image
+_OVER_FLOOR = 0.05
+
+
+def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
+    """Return who is told from sums that servers held; of several audits the worst, if any."""
+    if not audits:
+        return ()
+    audit, row = max(
+        ((audit, row) for audit in audits for row in audit.rows if row.seen),
+        key=lambda pair: (pair[1].tpr_at_1_low or 0.0, pair[1].auc_low or 0.0),
+    )
+    topic = "Who is in the sums"
+    area = f"an area under the curve of {row.auc:.2f} ({row.auc_low:.2f} to {row.auc_high:.2f})"
+    told = (
+        f"From the sums of {row.holder} of {audit.subject}, {quantity(row.images, 'image')} and "
+        f"{audit.dimension:,} features, leverage tells who is in them with {area}"
+    )
+    if row.tpr_at_1 is None:
+        return (
+            Finding(
+                topic,
+                "Cannot tell",
+                "bad" if row.auc_low > _GUESSING else "unknown",
+                f"{told}; {audit.strangers:,} other images are too few to tell how many are found "
+                f"at a low rate of error{_if_alone(audit)}.",
+            ),
+        )
+    found = f"{percent(row.tpr_at_1)} are found where 1 % of others are"
+    found += interval(row.tpr_at_1_low, row.tpr_at_1_high)
+    return (Finding(topic, *_judged(row), f"{told}: {found}{_if_alone(audit)}."),)
+
+
+def _judged(row: SumsRow) -> tuple[str, str]:
+    if (row.tpr_at_1_low or 0.0) > _CHANCE:
+        return f"{percent(row.tpr_at_1 or 0.0)} found", "bad"
+    if row.auc_low > _GUESSING:
+        return "Nobody named, a little told of all", "unknown"
+    return "No better than chance", "good"
+
+
+def _if_alone(audit: SumsAudit) -> str:
+    alone = next((row for row in audit.rows if not row.seen), None)
+    if alone is None:
+        return ""
+    told = (
+        f"an area of {alone.auc:.2f}"
+        if alone.tpr_at_1 is None
+        else f"{percent(alone.tpr_at_1)} found"
+    )
+    return (
+        f"; of {alone.holder}'s sums, {quantity(alone.images, 'image')}, which that server did not "
+        f"hold, it would be {told}"
+    )
+
+
+def rebuilt_from_sums(audits: Sequence[SumsAudit]) -> Finding:
+    """Return what could be rebuilt of clients' images where no updates of a model were attacked.
+
+    Of an image that was not rebuilt nothing is said unless the same search rebuilds images from
+    one client's sums.
+    """
+    tried = [audit for audit in audits if audit.rebuilt is not None]
+    if not tried:
+        return Finding(
+            IMAGES,
+            "Not measured",
+            "unknown",
+            "What a server can read of clients' images from what they return was not measured "
+            "here.",
+        )
+    audit = max(tried, key=_seen_over_floor)
+    own = audit.rebuilt
+    assert own is not None
+    alone = not any(not row.seen for row in audit.rows)
+    seen = own.from_one_client if alone else own.from_the_round
+    source = "one client's sums" if alone else "the sums of the round"
+    told = (
+        f"Searching {quantity(own.images, 'image')} of {audit.subject} that are alone in their "
+        f"class at a client, by {source}, gives a correlation of {seen:.2f} with the originals, "
+        f"where the nearest public image has {own.floor:.2f}"
+    )
+    if not alone:
+        told += "; one client's sums alone, which that server did not hold, give "
+        told += f"{own.from_one_client:.2f}"
+    if seen > min(_SHOWN, own.floor + _OVER_FLOOR):
+        mark, kind = "Rebuilt" if seen > _SHOWN else "Partly rebuilt", "bad"
+    elif own.from_one_client > max(_SHOWN, own.floor):
+        mark, kind = "Not rebuilt", "good"
+    else:
+        mark, kind = "Cannot tell", "unknown"
+        told += "; the search rebuilds nothing even there, so that it shows nothing"
+    return Finding(IMAGES, mark, kind, f"{told}.")
+
+
+def _seen_over_floor(audit: SumsAudit) -> float:
+    own = audit.rebuilt
+    assert own is not None
+    alone = all(row.seen for row in audit.rows)
+    return (own.from_one_client if alone else own.from_the_round) - own.floor
