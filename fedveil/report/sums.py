@@ -17,7 +17,7 @@ def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
     if not audits:
         return ()
     audit, row = max(
-        ((audit, row) for audit in audits for row in audit.rows if row.seen),
+        ((audit, row) for audit in audits for row in _held(audit)),
         key=lambda pair: (pair[1].tpr_at_1_low or 0.0, pair[1].auc_low or 0.0),
     )
     topic = "Who is in the sums"
@@ -39,6 +39,11 @@ def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
     found = f"{percent(row.tpr_at_1)} are found where 1 % of others are"
     found += interval(row.tpr_at_1_low, row.tpr_at_1_high)
     return (Finding(topic, *_judged(row), f"{told}: {found}{_if_alone(audit)}."),)
+
+
+def _held(audit: SumsAudit) -> Sequence[SumsRow]:
+    """Return the rows of sums the server held; of an audit that names none it may be any."""
+    return [row for row in audit.rows if row.seen] or audit.rows
 
 
 def _judged(row: SumsRow) -> tuple[str, str]:
