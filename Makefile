@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow docs package sbom audit
+.PHONY: demo test test-slow test-examples docs package sbom audit
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo --out demo
@@ -22,6 +22,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-examples: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_examples.py
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -9,7 +9,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
 GUIDES = ("docs/guide.md", "docs/guide.ko.md")
-PAGES = ("docs/models.md", "docs/both-ways.md", "docs/inversion-suite.md")
+PAGES = (
+    *("docs/models.md", "docs/both-ways.md", "docs/inversion-suite.md", "docs/flower.md"),
+    *("docs/model-theft.md", "docs/defenses.md", "docs/gradient-leakage.md"),
+)
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -121,40 +124,196 @@ def attackers(_words: Mapping[str, str]) -> list[str]:
 
 
 def batches(_words: Mapping[str, str]) -> list[str]:
-    """What is read off a first linear layer, attack by attack."""
+    """What is read off a first linear layer, attack by attack: images exact."""
+    attacks = ("fc", "peel", "ica")
     lines = [
-        "| images | units, layers | inputs | updates | attack | exact | identified (floor) | dB "
-        "| cannot tell | processor seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| images | units × layers | inputs | updates | {' | '.join(map(_code, attacks))} "
+        "| `peel` cannot tell |",
+        f"|---|---|---|---|{'---|' * len(attacks)}---|",
     ]
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in _results("batches")["rows"]:
-        low, high = (100 * row[name] for name in ("exact_low", "exact_high"))
-        interval = f" [{low:.1f}, {high:.1f}]" if row["updates"] > 1 else ""
+        setting = (row["images"], row["hidden"], row["layers"], row["centred"])
+        groups.setdefault(setting, {})[row["attack"]] = row
+    for (images, hidden, layers, centred), found in groups.items():
+        cells = [_share(found[attack], "exact") if attack in found else "" for attack in attacks]
         lines.append(
-            f"| {row['images']} | {row['hidden']:,} × {row['layers']} "
-            f"| {'centred' if row['centred'] else 'in [0, 1]'} | {row['updates']} "
-            f"| `{row['attack']}` | {row['exact']:.1%}{interval} "
-            f"| {row['identified']:.0%} ({row['identified_floor']:.0%}) | {row['psnr']:.0f} "
-            f"| {row['untold']} | {row['cpu_seconds_an_update']:.1f} |"
+            f"| {images} | {hidden:,} × {layers} | {'centred' if centred else 'in [0, 1]'} "
+            f"| {found['ica']['updates']} | {' | '.join(cells)} "
+            f"| {found['peel']['untold'] if 'peel' in found else ''} |"
         )
     return lines
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    low, high = (100 * row[f"{name}_{end}"] for end in ("low", "high"))
+    return f"{row[name]:.1%} [{low:.1f}, {high:.1f}]"
 
 
 def many_rounds(_words: Mapping[str, str]) -> list[str]:
-    """What membership attacks tell by the number of rounds."""
+    """What membership attacks tell by the number of rounds, against the other clients' scores."""
+    rows = {
+        (row["attack"], row["rounds"]): row
+        for row in _results("membership-many-rounds")["rows"]
+        if row["scores"] == "against others"
+    }
+    attacks, counts = ({key[place]: None for key in rows} for place in (0, 1))
+    heads = [f"{what}, {n} round{'s' if n > 1 else ''}" for what in _TOLD for n in counts]
+    lines = [f"| attack | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    for attack in attacks:
+        areas = [f"{rows[attack, n]['auc']:.3f}" for n in counts]
+        shares = [_share(rows[attack, n], "tpr_at_1") for n in counts]
+        lines.append(f"| `{attack}` | {' | '.join([*areas, *shares])} |")
+    return lines
+
+
+_TOLD = ("AUC", "found at FPR 1 %")
+
+
+def recovery(_words: Mapping[str, str]) -> list[str]:
+    """Which networks an exact search solves at batch 1, beside inverting gradients."""
+    exact, searched = (
+        {row["network"]: row for row in _results(name)["rows"] if row["batch"] == 1}
+        for name in ("gauss-newton", "gauss-newton-ig")
+    )
     lines = [
-        "| attack | rounds | scores | AUC | found at FPR 1 % | at FPR 0.1 % |",
-        "|---|---|---|---|---|---|",
+        "| network | unknowns / weights | exact | dB of both images | `ig`: dB of both images |",
+        "|---|---|---|---|---|",
     ]
-    for row in _results("membership-many-rounds")["rows"]:
-        cells = [f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"]
-        for name in ("tpr_at_1", "tpr_at_01"):
-            low, high = (100 * row[f"{name}_{end}"] for end in ("low", "high"))
-            cells.append(f"{row[name]:.1%} [{low:.1f}, {high:.1f}]")
+    for name, row in exact.items():
+        both = (
+            ", ".join(f"{db:.1f}" for db in sorted(one["psnr_all"]))
+            for one in (row, searched[name])
+        )
         lines.append(
-            f"| `{row['attack']}` | {row['rounds']} | {row['scores']} | {' | '.join(cells)} |"
+            f"| {name} | {row['unknowns']:,} / {row['weights']:,} | {row['exact']:.0%} "
+            f"| {' | '.join(both)} |"
         )
     return lines
+
+
+def examples(_words: Mapping[str, str]) -> list[str]:
+    """What each example app does by ``flwr run``."""
+    lines = [
+        "| `examples/` | lines | clients are sent | cap | best copy | w | client evaluation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _results("example-apps")["rows"]:
+        copy = "" if row["best_copy"] is None else f"{row['best_copy']:.1%} of {row['copies']}"
+        cap = "" if row["cap"] is None else f"{row['cap']:.0%}, {_held(row)}"
+        said = "said once" if row["log"]["no client evaluates"] == 1 else "Flower's own"
+        lines.append(
+            f"| `{row['app']}` | {row['lines']} | {_SENT[row['app']]} | {cap} | {copy} "
+            f"| {row['accuracy']:.1%} | {said} |"
+        )
+    return lines
+
+
+def _held(row: Mapping[str, Any]) -> str:
+    return "held" if row["best_copy"] <= row["cap"] else "passed"
+
+
+_SENT = {
+    "quickstart-pytorch": "copies below the cap",
+    "advanced-pytorch": "the untrained model and the server's images",
+    "custom-mods": "the model, by Flower's `FedAvg`",
+    "secure-aggregation": "copies below the cap",
+    "quickstart-sklearn": "copies below the cap",
+    "closed-form": "a feature map",
+}
+
+
+def prices(_words: Mapping[str, str]) -> list[str]:
+    """What each protection costs, and what thieves gain all the same, by the owner's view."""
+    thieves = ((1, 10), (1, 100), (2, 10), (5, 600))
+    heads = [f"{_many(count)}, {labels}" for count, labels in thieves]
+    lines = [
+        f"| | `--strategy` | w | {' | '.join(heads)} |",
+        f"|---|---|---|{'---|' * len(thieves)}",
+    ]
+    for name in ("theft-study", "theft-cifar10"):
+        for row in sorted(_results(name)["rows"], key=lambda row: str(row["partition"])):
+            found = {
+                (one["colluders"], one["labels"]): _range(one)
+                for one in row["theft"]
+                if one["attack"] == _VIEW
+            }
+            cells = [found.get(who, "") for who in thieves]
+            if not found:
+                cells[0] = _NO_THEFT[row["arm"]]
+            data = row["dataset"].partition("@")[0]
+            lines.append(
+                f"| {data}, {row['partition']} | {row['arm']} "
+                f"| {row['final_mean']:.1%} ± {100 * row['final_sd']:.1f} | {' | '.join(cells)} |"
+            )
+    return lines
+
+
+def _many(count: int) -> str:
+    return {1: "one thief", 2: "two", 5: "five"}[count]
+
+
+_NO_THEFT = {"fedavg": "sent w itself", "server alone": "no client"}
+
+
+def frontier(_words: Mapping[str, str]) -> list[str]:
+    """What defences cost, and what they leave: of a small round, and of one image a round."""
+    rows = _results("frontier")["rows"]
+    lines = [
+        "| defence | accuracy | picked out of a round of 16 | one image a round: identified | dB |",
+        "|---|---|---|---|---|",
+    ]
+    for defense in _ON_THE_FRONTIER:
+        own = [row for row in rows if row["defense"] == defense]
+        seen = max((r for r in own if r["scenario"] == "round"), key=lambda r: r["recognised"])
+        worst = next(r for r in own if r["scenario"] == "worst" and r["best"])
+        told = [_whole(seen, "recognised"), _whole(worst, "identified")]
+        lines.append(
+            f"| `{defense}` | {seen['accuracy']:.1%} ± {100 * seen['accuracy_sd']:.1f} "
+            f"| {' | '.join(told)} | {worst['psnr_original']:.1f} |"
+        )
+    return lines
+
+
+def _whole(row: Mapping[str, Any], name: str) -> str:
+    low, high = (round(100 * row[f"{name}_{end}"]) for end in ("low", "high"))
+    return f"{row[name]:.0%} [{low}, {high}]"
+
+
+_ON_THE_FRONTIER = (
+    *("none", "dct:keep=3", "dct:keep=10", "dct:keep=21", "dct-random:drop=0.8"),
+    *("jpeg:quality=20", "blur:sigma=1.5", "down:factor=4", "prune:share=0.9", "prune:share=0.99"),
+    *("clip:norm=1", "noise:ratio=2", "noise:ratio=10", "soteria:share=0.8", "dp-sgd:noise=1"),
+)
+
+
+def transformed(_words: Mapping[str, str]) -> list[str]:
+    """What the block-DCT leaves to an attacker who knows it, and what it costs in accuracy."""
+    lines = [
+        "| kept of 64 | dB to the original | dB to T(x) | T(x) exactly | identified among 100 "
+        "| accuracy on T(x) | on x |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(_results("dct")["rows"], key=lambda row: int(row["keep"])):
+        found = row["adaptive"]
+        kept = "all: no defence" if row["defense"] == "none" else str(row["keep"])
+        if row["defense"] != "none" and row["keep"] == _BLOCK_ENTRIES:
+            continue
+        exact = f"{found['exact'] * found['images']:.0f} of {found['images']}"
+        costs = [f"{row[n]['mean']:.1%} ± {100 * row[n]['sd']:.1f}" for n in _ON]
+        lines.append(
+            f"| {kept} | {found['psnr_original']:.1f} | {found['psnr_trained']:.1f} | {exact} "
+            f"| {found['identified']:.0%} | {' | '.join(costs)} |"
+        )
+    return lines
+
+
+_BLOCK_ENTRIES = 64
+_ON = ("accuracy_transformed", "accuracy_plain")
 
 
 def suite(_words: Mapping[str, str]) -> list[str]:
@@ -284,6 +443,11 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "batches": batches,
     "many-rounds": many_rounds,
     "suite": suite,
+    "recovery": recovery,
+    "prices": prices,
+    "transformed": transformed,
+    "frontier": frontier,
+    "examples": examples,
     "analytic-partitions": analytic_partitions,
     "analytic-epsilon": analytic_epsilon,
 }

@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -12,66 +9,22 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
-from fedveil.federation.engines.deployed import environment, free_port
 from fedveil.federation.engines.local import LocalGrid
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-FLWR = Path(sys.executable).with_name("flwr")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import example_apps  # noqa: E402
 
-def _processes(mark):
-    """Yield the ids of processes whose command line names ``mark``."""
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (place / "cmdline").read_text():
-                yield int(place.name)
-        except OSError:
-            continue
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """One FLWR_HOME, and so one SuperLink, for all; it outlives ``flwr run``."""
-    home = tmp_path_factory.mktemp("flwr-home")
-    ports = ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT")
-    yield environment(home) | {name: str(free_port()) for name in ports}
-    for process in _processes(str(home)):
-        if process != os.getpid():
-            os.kill(process, signal.SIGTERM)
-
-
-def run(home, example, tmp_path, *, nodes=4):
-    """Return what the app says of itself, and its log."""
-    result = tmp_path / "result.json"
-    done = subprocess.run(
-        [
-            *(FLWR, "run", EXAMPLES / example, "--stream"),
-            *(
-                "--federation-config",
-                f"num-supernodes={nodes}",
-                "--run-config",
-                f'result="{result}"',
-            ),
-        ],
-        env=home,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    log = done.stdout + done.stderr
-    assert result.exists(), log
-    return json.loads(result.read_text()), log
-
-
-def lines_of_fedveil(example):
-    """Return how many lines of an app import or call fedveil's names."""
-    files = (EXAMPLES / example).rglob("*.py")
-    return sum(
-        line.startswith(("from fedveil", "import fedveil"))
-        for file in files
-        for line in file.read_text().splitlines()
-    )
+    place = tmp_path_factory.mktemp("flwr-home")
+    yield example_apps.home_of(place)
+    example_apps.end(place)
 
 
 def run_here(example, tmp_path, monkeypatch):
@@ -88,41 +41,53 @@ def run_here(example, tmp_path, monkeypatch):
     return json.loads(result.read_text())
 
 
-CAPPED = ("quickstart-pytorch", "quickstart-sklearn", "secure-aggregation")
-
-
 def check(example, told):
     """Hold what an app says against what its README promises."""
     assert "nan" not in str(told)
     assert told["model"] > 0.65
-    assert lines_of_fedveil(example) <= 3
-    if example in CAPPED:
+    if example in example_apps.CAPPED:
         assert len(told["copies"]) >= 3
-        assert max(told["copies"]) < 0.6
-    if example == "advanced-pytorch":
-        assert max(told["copies"]) < 0.3  # an untrained model's
+        assert max(told["copies"]) < example_apps.CAP
+    if example in ("advanced-pytorch", "closed-form"):
+        assert max(told["copies"]) < 0.3  # nothing learnt is sent
     if example == "custom-mods":
         assert told["said"] == ["seconds", "train_loss"]
 
 
-@pytest.mark.parametrize("example", [*CAPPED, "advanced-pytorch", "custom-mods"])
+@pytest.mark.parametrize("example", example_apps.APPS)
 def test_an_example_does_what_it_promises(example, tmp_path, monkeypatch):
     check(example, run_here(example, tmp_path, monkeypatch))
 
 
 def test_the_quickstart_runs_by_flwr_run(home, tmp_path):
-    told, log = run(home, "quickstart-pytorch", tmp_path)
+    told, log = example_apps.run("quickstart-pytorch", home, tmp_path / "result.json")
     check("quickstart-pytorch", told)
     assert log.count("clients evaluate nothing") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "example", ["quickstart-sklearn", "secure-aggregation", "advanced-pytorch", "custom-mods"]
-)
+@pytest.mark.parametrize("example", example_apps.APPS[1:])
 def test_the_others_run_by_flwr_run(home, example, tmp_path):
-    told, log = run(home, example, tmp_path)
+    told, log = example_apps.run(example, home, tmp_path / "result.json")
     check(example, told)
     if example == "custom-mods":
         assert "recording client messages" in log
         assert "is off" in log
+    else:
+        assert log.count("clients evaluate nothing") == 1
+
+
+def test_the_table_of_examples_is_of_these_apps():
+    found = json.loads((ROOT / "docs/results/example-apps.json").read_text())["rows"]
+    lines = {row["app"]: row["lines"] for row in found}
+    assert lines == {name: example_apps.lines_of_fedveil(name) for name in example_apps.APPS}
+    pages = {place.name for place in EXAMPLES.iterdir() if (place / "pyproject.toml").exists()}
+    assert pages == {*example_apps.APPS, "your-flower-app"}
+    for row in found:
+        assert row["cap"] is None or row["best_copy"] < row["cap"]
+        assert row["log"]["no client evaluates"] == (row["app"] != "custom-mods")
+
+
+def test_a_line_counts_once_however_often_it_names_fedveil():
+    text = "from fedveil.a import b, c\nimport os\nx = b(c(1))\ny = os.sep\nz = d.b\n"
+    assert example_apps._lines(text) == {1, 3}

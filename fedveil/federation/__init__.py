@@ -2,6 +2,8 @@
 
 from fedveil.federation.answers import answering
 from fedveil.federation.roster import Sampling
+from fedveil.federation.statistics import summing
+from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.strategies.cap import Cap
 from fedveil.federation.strategies.ensemble_distillation import Distillation, EnsembleDistillation
 from fedveil.federation.strategies.fedavg import Resume, SeededFedAvg
@@ -10,6 +12,7 @@ from fedveil.federation.strategies.noise_pair import NoisePair, RaisingLoop
 from fedveil.federation.strategies.noisy_fedavg import NoisyFedAvg
 
 __all__ = [
+    "Analytic",
     "Cap",
     "Distillation",
     "EnsembleDistillation",
@@ -22,4 +25,5 @@ __all__ = [
     "SeededFedAvg",
     "SigmaSearch",
     "answering",
+    "summing",
 ]

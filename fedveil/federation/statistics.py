@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -103,6 +105,33 @@ def answer_statistics(
     metrics = MetricRecord({"num-examples": len(some), "server-round": server_round})
     content = RecordDict({"arrays": ArrayRecord({WORDS: words}), "metrics": metrics})
     return Message(content, reply_to=message)
+
+
+def summing(images: Callable[[Context], Images], *, config: str = "config") -> ClientAppCallable:
+    """Return what answers ``Analytic`` for a Flower app of one's own.
+
+    Nothing is trained on the client: it returns sums over the features of its images. With
+    ``secure_aggregation_mod`` among the app's mods, and a query function, the server learns the
+    sum of all clients alone; a function for plain train messages must be registered, too, since
+    its stages come as such.
+
+    Args:
+        images: Returns a client's images and labels: uint8, or float32 in [0, 1], [N, C, H, W].
+        config: Name of the record in which a message's settings come.
+
+    Example:
+        >>> app.train("statistics")(summing(own_images))  # doctest: +SKIP
+    """
+
+    def answer(message: Message, context: Context) -> Message:
+        number = message.content.config_records[config]["server-round"]
+        if not isinstance(number, int):
+            raise FedveilError(f"the message's server-round is {number!r}; allowed: a whole number")
+        return answer_statistics(
+            message, context, images(context), server_round=number, seed=number
+        )
+
+    return answer
 
 
 def least_images(ratio: float, dimension: int) -> int:

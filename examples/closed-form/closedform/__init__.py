@@ -1,0 +1,1 @@
+"""A Flower app whose clients return sums over their images, once."""
