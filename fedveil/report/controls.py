@@ -127,7 +127,7 @@ def _budget(runs: Sequence[Run]) -> str:
 def _theft(artifacts: Artifacts) -> str:
     if not artifacts.thefts:
         return ""
-    audit, worst = worst_theft(artifacts.thefts)
+    audit, worst = worst_theft(artifacts.thefts, artifacts.runs)
     tried = quantity(sum(len(one.rows) for one in artifacts.thefts), "theft")
     return (
         f"of {tried} tried the best gains {points(worst.advantage)} on training alone, from the "

@@ -314,11 +314,7 @@ def _every_round(count: int) -> str:
 
 def _untrained(topic: str, runs: Sequence[Run]) -> Finding:
     """Say of runs that send nothing learnt how good what they send is."""
-    told = all(
-        run.summary.chance is not None
-        and learnt_nothing(run.best_copy, run.summary.chance, _images_a_round(run))
-        for run in runs
-    )
+    told = all(map(_copies_are_bare, runs))
     return Finding(
         topic,
         "Nothing learnt is sent",
@@ -370,7 +366,8 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
             "What a client can make of the copies it received was not measured here, and a low "
             "accuracy of the copies does not show that theft fails.",
         )
-    audit, worst = worst_theft(audits)
+    bare = [audit for audit in audits if _of_nothing_learnt(audit, runs)]
+    audit, worst = worst_theft(audits, runs)
     how = f"“{worst.attack}” with {_labels(worst.labels)} and {_thieves(worst.colluders)}"
     outcome = f"{percent(worst.accuracy)} where training alone gives {percent(worst.alone)}"
     left = _unattacked(audits, runs)
@@ -389,6 +386,15 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
     # Of one thief, or of several that came to the same, nothing tells how far others lie.
     if low is not None and high is not None and low < high:
         spread = f" (95\N{NO-BREAK SPACE}% interval {100 * low:.1f} to {100 * high:.1f})"
+    if audit in bare:
+        return Finding(
+            topic,
+            "Nothing learnt to steal",
+            "unknown",
+            f"Clients of {attacked_run(audit)} were sent nothing that was learnt: that {how} "
+            f"reached {outcome} is how two ways to train alone differ, and a gain that lasts over "
+            f"many thieves would show that something else was sent{left}.",
+        )
     return Finding(
         topic,
         f"Gains {points(worst.advantage)}",
@@ -399,13 +405,31 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
     )
 
 
-def worst_theft(audits: Sequence[TheftAudit]) -> tuple[TheftAudit, TheftRow]:
+def _of_nothing_learnt(audit: TheftAudit, runs: Sequence[Run]) -> bool:
+    """Say whether an audit is of runs given here alone whose clients were sent nothing learnt."""
+    own = [run for run in runs if _is_of(attacked_run(audit), run)]
+    return bool(own) and all(run.sends == "untrained" and _copies_are_bare(run) for run in own)
+
+
+def _copies_are_bare(run: Run) -> bool:
+    """Say whether what a run sent is no better than naming the commonest class."""
+    own = run.summary
+    return own.chance is not None and learnt_nothing(
+        run.best_copy, own.chance, _images_a_round(run)
+    )
+
+
+def worst_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> tuple[TheftAudit, TheftRow]:
     """Return the theft that gains most on training alone, and the audit that found it.
+
+    Where something that was learnt was sent it counts before luck where nothing was.
 
     Args:
         audits: At least one.
+        runs: That are known.
     """
-    pairs = [(audit, row) for audit in audits for row in audit.rows]
+    counted = [audit for audit in audits if not _of_nothing_learnt(audit, runs)]
+    pairs = [(audit, row) for audit in counted or audits for row in audit.rows]
     return max(pairs, key=lambda pair: pair[1].advantage)
 
 

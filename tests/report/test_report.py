@@ -152,6 +152,18 @@ def test_a_theft_names_its_run_and_clears_no_other(tmp_path):
     assert f"from the copies of {other} (" in controls(read_artifacts([gains]))[1].evidence
 
 
+def test_what_thieves_gain_where_nothing_learnt_was_sent_is_no_theft(tmp_path):
+    kept = make_run(tmp_path / "kept", strategy="protected", copies=(0.1,), chance=0.1)
+    audit = make_theft(tmp_path / "theft", run=str(kept))
+    assert marks(kept, audit)[1] == ("unknown", "Nothing learnt to steal")
+    assert marks(audit)[1][0] == "bad"  # nothing here says what was sent
+    copies = make_run(tmp_path / "copies")
+    worse = make_theft(tmp_path / "worse", [theft_row(accuracy=0.7)], run=str(copies))
+    assert marks(kept, copies, audit, worse)[1] == ("bad", "Gains 10.0 points")
+    learnt = make_run(tmp_path / "learnt", strategy="protected", copies=(0.6,), chance=0.1)
+    assert marks(learnt, make_theft(tmp_path / "of", run=str(learnt)))[1][0] == "bad"
+
+
 def test_numbers_agree_with_their_nouns(tmp_path):
     run = make_run(tmp_path / "run", copies=(0.5,), images=1)
     page = plain(build_page(read_artifacts([run]), title="t", now=NOW))

@@ -10,7 +10,14 @@ import shutil
 import pytest
 
 from fedveil.report import write_report
-from tests.report.report_material import make_frontier, make_leakage, make_run, make_theft
+from tests.report.report_material import (
+    make_egress,
+    make_frontier,
+    make_leakage,
+    make_run,
+    make_sums,
+    make_theft,
+)
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -31,6 +38,8 @@ def report(tmp_path_factory):
     make_leakage(root / "leakage")
     make_theft(root / "theft")
     make_frontier(root / "frontier")
+    make_egress(root / "egress")
+    make_sums(root / "sums")
     write_report([root], root / "report.html")
     return (root / "report.html").as_uri()
 
