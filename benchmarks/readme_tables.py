@@ -473,7 +473,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "itself": "모델 자체를 받음",
         "transformation": "변환",
         "exact": "학습에 쓰인 이미지를 정확히 복원",
-        "decibels": "그 결과 원본과의 차이",
+        "decibels": "그 결과 원본에 대한 PSNR",
         "none": "없음",
         "partition": "분할",
         "copy": "가장 좋은 사본",
