@@ -17,6 +17,7 @@ from fedveil.data.partition import partition
 from fedveil.deployment.control import register, status
 from fedveil.deployment.layout import Deployment, create
 from fedveil.sealing import KEY_FILE, OperatorKey
+from tests.programs import warm_programs
 
 NODES = 2
 _MOST_NODES = 3
@@ -146,6 +147,11 @@ def train_command(federation, out, *options):
 @contextmanager
 def deployed(root, *, nodes, policy=None):
     """Start a deployment in a folder, and wait until every node is online."""
+    with warm_programs():
+        yield from _deployed(root, nodes=nodes, policy=policy)
+
+
+def _deployed(root, *, nodes, policy):
     home = root / "deployment"
     create(home, Deployment("127.0.0.1", free_block(), nodes), policy=policy)
     federation = Federation(home)

@@ -15,6 +15,7 @@ from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.commands import forked, started
+from tests.programs import warm_programs
 
 FAST = [
     "--dataset",
@@ -29,6 +30,8 @@ FAST = [
     "5",
 ]
 
+# Each worker of Ray's is a new interpreter that imports everything: one where one will do.
+RAY = ["--engine", "ray", "--workers", 1]
 
 # Enough rounds that a kill after the third is in the middle.
 LONG = [*FAST, "--rounds", 8, "--learning-rate", 0.1]
@@ -328,6 +331,7 @@ def test_local_and_ray_agree(tmp_path):
 def test_a_deployed_run_of_sums_starts_ends_and_gives_the_bits_of_a_local_one(tmp_path):
     options = ["--dataset", "digits", "--clients", 2, "--strategy", "analytic", "--filters", 4]
     fedveil("--out", tmp_path / "local", *options)
-    fedveil("--out", tmp_path / "run", *options, "--engine", "deployed")
+    with warm_programs():
+        fedveil("--out", tmp_path / "run", *options, "--engine", "deployed")
     assert same_bits(tmp_path / "run", tmp_path / "local")
     assert read_summary(tmp_path / "run")["copies_max"] < 0.6

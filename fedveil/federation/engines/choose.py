@@ -87,7 +87,11 @@ def train_ray(directory: RunDirectory, machine: Machine, on_round: OnRound) -> N
         num_supernodes=job.config.clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": machine.workers, "logging_level": logging.ERROR},
+            "init_args": {
+                "num_cpus": machine.workers,
+                "logging_level": logging.ERROR,
+                "include_dashboard": False,
+            },
         },
     )
     if failures:

@@ -24,7 +24,7 @@ from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.federation import apps
 from tests.federation.strategies.test_strategies import delta, pair, run, trains, weights_of
-from tests.federation.test_train import FAST, fedveil, same_bits
+from tests.federation.test_train import FAST, RAY, fedveil, same_bits
 
 KEY = NoiseKey(bytes(range(32)))
 STRATEGIES = ["fedavg", "noise-pair", "noise-delta"]
@@ -304,7 +304,7 @@ def test_local_and_ray_give_the_same_bits(tmp_path):
     options = [*FAST, "--strategy", "noise-delta", "--rounds", 1, "--secure-aggregation"]
     fedveil("--out", tmp_path / "local", *options)
     key = tmp_path / "local/noise.key"
-    fedveil("--out", tmp_path / "ray", *options, "--engine", "ray", "--noise-key", key)
+    fedveil("--out", tmp_path / "ray", *options, "--noise-key", key, *RAY)
     assert same_bits(tmp_path / "local", tmp_path / "ray")
 
 

@@ -26,7 +26,7 @@ from fedveil.runs.archive import Archive
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.federation import apps
-from tests.federation.test_train import fedveil, same_bits, start
+from tests.federation.test_train import RAY, fedveil, same_bits, start
 
 SETTINGS = {
     "dataset": "digits",
@@ -304,5 +304,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, plain):
 def test_ray_gives_the_same_bits(tmp_path):
     options = ["--dataset", "digits", "--clients", 3, "--strategy", "analytic", "--filters", 4]
     fedveil("--out", tmp_path / "local", *options)
-    fedveil("--out", tmp_path / "run", *options, "--engine", "ray")
+    fedveil("--out", tmp_path / "run", *options, *RAY)
     assert same_bits(tmp_path / "run", tmp_path / "local")
