@@ -39,7 +39,7 @@ CLIENTS, OWN, ROUNDS, A_ROUND, BATCH = 100, 2_000, 50, 10, 10
 PARTITIONS = ("iid", "shards:2", "dirichlet:0.1")
 EXCESS = round(CLIENTS / noise_sharers(CLIENTS))
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
-RATES = (3.0, 10.0, 30.0, 100.0)
+RATES = (10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass(frozen=True)
