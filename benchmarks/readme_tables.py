@@ -427,6 +427,60 @@ def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def analytic_heads(_words: Mapping[str, str]) -> list[str]:
+    """What heads of the closed-form family are worth from the same sums."""
+    lines = ["| head | w |", "|---|---|"]
+    for row in _results("analytic-heads")["rows"]:
+        lines.append(f"| {row['head']} | {_mean_and_range(row['accuracy'])} |")
+    return lines
+
+
+def analytic_columns(_words: Mapping[str, str]) -> list[str]:
+    """What is rebuilt of a column of H, by how many images it is of."""
+    rows = [row for row in _results("analytic-attacks")["rows"] if row["attack"] == "column"]
+    names = list(dict.fromkeys(row["dataset"] for row in rows))
+    heads = [f"{name}, D = {_of(rows, name)[0]['dimension']}" for name in names]
+    lines = ["| images of the class | " + " | ".join(heads) + " |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for place, first in enumerate(_of(rows, names[0])):
+        cells = [
+            f"{_of(rows, name)[place]['correlation']:.2f} (floor "
+            f"{_of(rows, name)[place]['floor']:.2f})"
+            for name in names
+        ]
+        lines.append(f"| {first['images_of_the_class']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _of(rows: list[dict[str, Any]], dataset: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["dataset"] == dataset]
+
+
+def analytic_bounds(_words: Mapping[str, str]) -> list[str]:
+    """Which epsilon releases are shown to spend, with all of the noise and with half."""
+    lines = ["| ε promised | at least, by an attack | with half of the noise |", "|---|---|---|"]
+    for row in _results("analytic-attacks")["rows"]:
+        if row["attack"] == "epsilon":
+            half = row["at_least_with_half_the_noise"]
+            lines.append(f"| {row['epsilon']:g} | {row['at_least']:.2f} | {half:.2f} |")
+    return lines
+
+
+def analytic_secure(_words: Mapping[str, str]) -> list[str]:
+    """What secure aggregation adds to a round of sums."""
+    lines = [
+        "| D | clients, away | MB an answer | processor seconds, without and with | times |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _results("analytic-secure")["rows"]:
+        plain, secure = row["plain"]["cpu_seconds"], row["secure"]["cpu_seconds"]
+        lines.append(
+            f"| {row['features']:,} | {row['clients']}, {row['away']} | {row['answer_mb']:.1f} "
+            f"| {plain:.0f}, {secure:.0f} | {row['times']:.1f} |"
+        )
+    return lines
+
+
 def _mean_and_range(values: list[float]) -> str:
     return f"{sum(values) / len(values):.1%} [{min(values):.1%}, {max(values):.1%}]"
 
@@ -450,6 +504,10 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "examples": examples,
     "analytic-partitions": analytic_partitions,
     "analytic-epsilon": analytic_epsilon,
+    "analytic-heads": analytic_heads,
+    "analytic-columns": analytic_columns,
+    "analytic-bounds": analytic_bounds,
+    "analytic-secure": analytic_secure,
 }
 WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {
