@@ -429,10 +429,9 @@ def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
 
 def analytic_heads(_words: Mapping[str, str]) -> list[str]:
     """What heads of the closed-form family are worth from the same sums."""
-    lines = ["| head | w |", "|---|---|"]
-    for row in _results("analytic-heads")["rows"]:
-        lines.append(f"| {row['head']} | {_mean_and_range(row['accuracy'])} |")
-    return lines
+    rows = _results("analytic-heads")["rows"]
+    cells = (f"| {row['head']} | {_mean_and_range(row['accuracy'])} |" for row in rows)
+    return ["| head | w |", "|---|---|", *cells]
 
 
 def analytic_columns(_words: Mapping[str, str]) -> list[str]:
