@@ -3,14 +3,17 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fedveil.analytic import AnalyticClassifier, Statistics, ridge, rows_of
+from fedveil.analytic.privacy import GaussianRelease
+from fedveil.analytic.ridge import noisy_ridge
 from fedveil.attacks.membership.released import (
     calibrated,
     confidence,
@@ -18,13 +21,15 @@ from fedveil.attacks.membership.released import (
     loss,
     relative,
 )
+from fedveil.audit.members import Members, joined
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
-from fedveil.data import Images, load_dataset, parse_partition
-from fedveil.data.partition import partition
+from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
+from fedveil.federation.job import Job
 from fedveil.federation.server_app import load_job
+from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.files import write_results
@@ -32,6 +37,7 @@ from fedveil.models import build_model
 from fedveil.progress import PlainLines
 from fedveil.runs.directory import RunDirectory, versions
 from fedveil.runs.state_files import load_checkpoint
+from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
 
 _FEWEST = 20
@@ -183,15 +189,87 @@ class EgressReport:
 Progress = Callable[[int, int], None]
 
 
+class Learning(Protocol):
+    """How a model of the audited kind is made of other images."""
+
+    def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
+        """Return one that learnt from images.
+
+        Args:
+            own: All that it learns from.
+            fitted: Those of them that it is compared on.
+            level: Mean loss of the audited model on images that it learnt from.
+            seed: Of this model.
+        """
+
+
+@dataclass(frozen=True)
+class LearningByDescent:
+    """Minibatches until the images are fitted as well as the audited model fits its own.
+
+    Attributes:
+        fresh: Returns an untrained model of the same kind for a seed.
+        training: How it trains.
+        epochs: Most passes.
+    """
+
+    fresh: Callable[[int], nn.Module]
+    training: LocalTraining = field(default_factory=LocalTraining)
+    epochs: int = _MOST_EPOCHS
+
+    def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
+        """Return one that learnt from images, as of ``Learning``."""
+        model, generator = self.fresh(seed), torch.Generator().manual_seed(seed)
+        one_pass = replace(self.training, epochs=1, decay=False)
+        for _ in range(self.epochs):
+            train_locally(model, own, one_pass, generator=generator)
+            fit = confidence(model, fitted)
+            if float(torch.nn.functional.softplus(-fit).mean()) <= level:
+                break
+        return model
+
+
+@dataclass(frozen=True)
+class LearningBySums:
+    """The ridge that images determine on the audited classifier's own map, noise and all.
+
+    Attributes:
+        classifier: The audited one.
+        release: The noise of the run's sums; None for none.
+        most_images: Images that a client sums at most.
+    """
+
+    classifier: AnalyticClassifier
+    release: GaussianRelease | None = None
+    most_images: int = 1
+
+    def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
+        """Return one that learnt from images, as of ``Learning``; nothing is left to stop at."""
+        del fitted, level, seed
+        features, release = self.classifier.features, self.release
+        rows = rows_of(features, own.raw)
+        classes, size = self.classifier.classes, features.dimension
+        sums = Statistics.of(rows, own.labels, classes=classes, dimension=size)
+        if release is None:
+            head = ridge(sums, views=features.views)
+        else:
+            most = self.most_images
+            sums = release.noised(sums, SecureGenerator(), most_images=most, sharers=1)
+            head = noisy_ridge(sums, noise=release.scale(most))
+        made = AnalyticClassifier(features, classes)
+        steepness = float(self.classifier.steepness)
+        made.load_state_dict(made.with_head(head, steepness=steepness))
+        return made.eval()
+
+
 def audit_egress(
     model: nn.Module,
-    fresh: Callable[[int], nn.Module],
+    learning: Learning,
     used: Images,
     unused: Images,
     settings: EgressSettings,
     *,
     subject: str,
-    training: LocalTraining | None = None,
     progress: Progress = lambda done, total: None,
 ) -> EgressReport:
     """Tell images that a model was trained on from images that it was not, by what it answers.
@@ -202,12 +280,11 @@ def audit_egress(
 
     Args:
         model: What leaves.
-        fresh: Returns an untrained model of the same kind for a seed.
+        learning: How shadows are made.
         used: Images it was trained on, as they were trained on.
         unused: Images that nobody trained on, treated alike.
         settings: How.
         subject: What is audited, in words.
-        training: How a shadow trains; plain minibatches where it is not known.
         progress: Called as ``progress(shadows done, shadows in all)``.
 
     Raises:
@@ -233,9 +310,7 @@ def audit_egress(
         room = min(settings.companions, len(used) - len(pool) // 2)
         beside = used[drawn[count : count + max(0, room)]]
         level = float(torch.nn.functional.softplus(-target[:count]).mean())
-        shadows, held = _shadows(
-            fresh, pool, beside, settings, training or LocalTraining(), level, generator, progress
-        )
+        shadows, held = _shadows(learning, pool, beside, settings, level, generator, progress)
         population = torch.arange(len(pool)) >= count
         scores["calibrated"] = calibrated(target, shadows)
         scores["lira"] = likelihood_ratio(target, shadows, held)
@@ -279,25 +354,15 @@ def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> Egre
         )
     job = load_job(config)
     job.model.load_state_dict(directory.model())
-    shares = partition(
-        job.dataset.train.labels,
-        clients=config.clients,
-        scheme=parse_partition(config.partition),
-        seed=config.seed,
-    )
-    took_part = sorted({client for record in directory.rounds() for client in record.clients})
-    held = torch.cat([shares[client] for client in took_part or range(config.clients)])
     transform = parse_defense(config.defense).transform
-    shape, classes = job.dataset.shape, len(job.dataset.classes)
     with _shown() as progress:
         report = audit_egress(
             job.model,
-            lambda seed: build_model(config.model, shape, classes, seed=config.seed + seed),
-            _as_trained(job.dataset.train[held], transform),
+            _learning_of(job, settings),
+            _as_trained(_members(directory, job), transform),
             _as_trained(job.evaluation.report, transform),
             settings,
             subject=str(path),
-            training=ClientTask.of(config, job.dataset).training,
             progress=progress,
         )
     if out is not None:
@@ -327,7 +392,10 @@ def audit_model(
     with _shown() as progress:
         report = audit_egress(
             released,
-            lambda seed: build_model(model, data.shape, classes, seed=settings.seed + seed),
+            LearningByDescent(
+                lambda seed: build_model(model, data.shape, classes, seed=seed),
+                epochs=settings.epochs,
+            ),
             data.train,
             data.test,
             settings,
@@ -337,6 +405,27 @@ def audit_model(
     if out is not None:
         report.write(out)
     return report
+
+
+def _learning_of(job: Job, settings: EgressSettings) -> Learning:
+    config, dataset = job.config, job.dataset
+    if isinstance(job.model, AnalyticClassifier):
+        bound = Members.of(config, dataset.train).bound
+        return LearningBySums(job.model, Analytic.release_of(config), bound or 1)
+    classes = len(dataset.classes)
+    return LearningByDescent(
+        lambda seed: build_model(config.model, dataset.shape, classes, seed=seed),
+        ClientTask.of(config, dataset).training,
+        settings.epochs,
+    )
+
+
+def _members(directory: RunDirectory, job: Job) -> Images:
+    """Return the images of the clients whose answers were used."""
+    members = Members.of(job.config, job.dataset.train)
+    took_part = {client for record in directory.rounds() for client in record.clients}
+    clients = sorted(took_part) or range(job.config.clients)
+    return joined([members.images(client) for client in clients])
 
 
 def _as_trained(images: Images, transform: nn.Module | None) -> Images:
@@ -353,18 +442,16 @@ def _shown() -> Iterator[Callable[[int, int], None]]:
 
 
 def _shadows(
-    fresh: Callable[[int], nn.Module],
+    learning: Learning,
     pool: Images,
     beside: Images,
     settings: EgressSettings,
-    training: LocalTraining,
     level: float,
     generator: torch.Generator,
     progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return φ [S, N] under each shadow, and which images it held, bool [S, N]."""
     known, held = [], torch.zeros(settings.shadows, len(pool), dtype=torch.bool)
-    one_pass = replace(training, epochs=1, decay=False)
     for number in range(settings.shadows):
         # Of each pair of shadows the second holds what the first does not.
         if number % 2:
@@ -372,13 +459,8 @@ def _shadows(
         else:
             half = torch.randperm(len(pool), generator=generator)[: len(pool) // 2]
             held[number, half] = True
-        own = _joined(pool[held[number]], beside)
-        shadow = fresh(settings.seed + number + 1)
-        for _ in range(settings.epochs):
-            train_locally(shadow, own, one_pass, generator=generator)
-            fit = confidence(shadow, pool[held[number]])
-            if float(torch.nn.functional.softplus(-fit).mean()) <= level:
-                break
+        fitted = pool[held[number]]
+        shadow = learning(_joined(fitted, beside), fitted, level, settings.seed + number + 1)
         known.append(confidence(shadow, pool))
         progress(number + 1, settings.shadows)
     return torch.stack(known), held

@@ -23,15 +23,12 @@ from fedveil.analytic import (
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers
 from fedveil.attacks.inversion.feature_maps import FeatureInversion
 from fedveil.attacks.membership.leverage import Leverage
+from fedveil.audit.members import Members, joined
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
-from fedveil.data import Images, parse_partition
-from fedveil.data.partition import partition
+from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.features import FeatureMap, slow_beneath
-from fedveil.federation.acceptance import weight_bound
-from fedveil.federation.roster import Client
 from fedveil.federation.server_app import load_job
-from fedveil.federation.statistics import at_most
 from fedveil.federation.strategies.analytic import Analytic, summed_so_far
 from fedveil.files import write_results
 from fedveil.progress import PlainLines
@@ -289,18 +286,14 @@ class _Case:
         if checkpoint is None or not checkpoint.state.memory:
             raise FedveilError(f"{path} has no sums yet: end it with fedveil train --resume {path}")
         sums, heard = summed_so_far(layout, checkpoint.state.memory)
-        train = job.dataset.train
-        scheme = parse_partition(config.partition)
-        shares = partition(train.labels, clients=config.clients, scheme=scheme, seed=config.seed)
-        clients = tuple(Client(c, c, len(share)) for c, share in enumerate(shares))
-        bound = weight_bound(clients, config.weight_limit)
+        members = Members.of(config, job.dataset.train)
         return cls(
             path,
             config,
             classifier,
             sums,
-            {c: at_most(train[shares[c]], bound, config.seed) for c in heard},
-            bound,
+            {client: members.images(client) for client in heard},
+            members.bound,
             job.evaluation.calibration,
             job.evaluation.report,
         )
@@ -368,7 +361,7 @@ def _told(
     generator: torch.Generator,
 ) -> Iterator[Told]:
     secure = case.config.secure_aggregation
-    members = _joined(list(case.images.values()))
+    members = joined(list(case.images.values()))
     count = sum(map(len, case.images.values()))
     yield Told(
         quantity(len(case.images), "client"),
@@ -455,10 +448,6 @@ def _untold(
         "A server that chooses the map can choose one that singles an image out: "
         "docs/both-ways.md, Limits. What was tried here holds for the map of this run."
     )
-
-
-def _joined(parts: list[Images]) -> Images:
-    return Images(torch.cat([p.raw for p in parts]), torch.cat([p.labels for p in parts]))
 
 
 def _mean_correlation(images: Tensor, originals: Tensor) -> float:

@@ -8,6 +8,8 @@ Source of φ: Carlini et al., "Membership Inference Attacks From First Principle
 section IV-C.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,8 @@ def confidence(model: nn.Module, images: Images) -> Tensor:
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    held = next(chain(model.parameters(), model.buffers()), None)
+    device = held.device if held is not None else torch.device("cpu")
     found = []
     try:
         with torch.no_grad():
