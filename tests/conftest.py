@@ -14,27 +14,33 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # With xdist a file is one worker's. These take longest and so come first: where one of them began
-# last, the other worker would wait for it.
+# last, the other workers would wait for it.
 LONG = (
     "deployment/test_end_to_end.py",
     "federation/test_train.py",
-    "cli/test_main.py",
-    "test_examples.py",
-    "federation/secagg/test_secure_aggregation.py",
-    "deployment/test_policy_of_a_node.py",
     "audit/test_theft.py",
-    "test_contributing.py",
+    "cli/test_main.py",
+    "deployment/test_policy_of_a_node.py",
     "test_notebook.py",
-    "attacks/inversion/test_recovery.py",
-    "federation/strategies/test_analytic.py",
     "studies/test_frontier.py",
-    "runs/test_archive.py",
-    "audit/test_trace.py",
+    "federation/secagg/test_secure_aggregation.py",
+    "test_examples.py",
+    "test_contributing.py",
+    "federation/strategies/test_analytic.py",
     "audit/test_leakage.py",
+    "attacks/inversion/test_recovery.py",
+    "audit/test_recorded.py",
+    "runs/test_archive.py",
+    "federation/test_faults.py",
+    "audit/test_trace.py",
     "audit/test_pieces.py",
     "studies/test_dct.py",
-    "models/test_architectures.py",
+    "studies/test_noise.py",
+    "federation/strategies/test_ensemble_distillation.py",
+    "federation/test_secrecy.py",
     "runs/test_secrets.py",
+    "models/test_architectures.py",
+    "audit/test_adaptive.py",
     "test_readme.py",
 )
 

@@ -21,6 +21,7 @@ RATES = (0.01, 0.001)
 _FEWEST = 20  # images that were used, behind a share that is said to be small
 _FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
 _SSIM_WINDOW = 11
+_TOGETHER = 64  # images that are compared with all strangers at once
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -100,18 +101,26 @@ def identified(
     Returns:
         Float64 [V·N], in [0, 1].
     """
-    batches = torch.split(originals.double().flatten(1), found.shape[1])
-    others = strangers.double().flatten(1)
-
-    def nearness(candidates: Tensor, images: Tensor) -> Tensor:
-        distances = torch.cdist(candidates, images.double().flatten(1)).nan_to_num(nan=torch.inf)
-        return -distances.min(dim=1).values
-
-    parts = [
-        recognised(nearness(own, images), nearness(others, images), among=among)
-        for own, images in zip(batches, found, strict=True)
-    ]
+    batch, others = found.shape[1], strangers.double().flatten(1)
+    # There are many strangers: to read all of them for each update would take most of the time.
+    several = max(1, _TOGETHER // batch)
+    parts = []
+    for images, own in zip(
+        torch.split(found.double().flatten(2), several),
+        torch.split(originals.double().reshape(*found.shape[:2], -1), several),
+        strict=True,
+    ):
+        far = _distances(others, images.flatten(0, 1)).unflatten(1, images.shape[:2])
+        near = _distances(own, images).amin(dim=2)
+        parts += [
+            recognised(-members, -strange, among=among)
+            for members, strange in zip(near, far.amin(dim=2).T, strict=True)
+        ]
     return torch.cat(parts)
+
+
+def _distances(candidates: Tensor, images: Tensor) -> Tensor:
+    return torch.cdist(candidates, images).nan_to_num(nan=torch.inf)
 
 
 def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -> Tensor:
