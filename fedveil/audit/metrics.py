@@ -110,7 +110,7 @@ def identified(
         torch.split(originals.double().reshape(*found.shape[:2], -1), several),
         strict=True,
     ):
-        far = _distances(others, images.flatten(0, 1)).unflatten(1, images.shape[:2])
+        far = _distances(others, images.flatten(0, 1)).reshape(-1, *images.shape[:2])
         near = _distances(own, images).amin(dim=2)
         parts += [
             recognised(-members, -strange, among=among)
