@@ -24,7 +24,9 @@ _PRELOADED = (
     "torch._dynamo",  # the first optimiser imports it, in every worker of every run
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "kornia.filters",
     "sklearn.datasets",
+    "torchmetrics.functional.image",
     "fedveil.cli.main",
     "fedveil.audit.egress",
     "fedveil.audit.leakage",
