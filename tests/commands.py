@@ -4,7 +4,7 @@ A new interpreter takes five seconds of a core to import what a command may impo
 runs some hundred commands. They are forks of one process that has imported and computed nothing: a
 fork of the tests' own would hang in its first parallel loop, as OpenMP's other threads stay behind.
 A fork has its own number, signals, files and end, as any process; what only a new interpreter shows
-is tested with one (``test_interrupts``, ``test_package``, ``test_contributing``).
+is tested with one (``test_interrupts``, ``test_package``).
 """
 
 import multiprocessing

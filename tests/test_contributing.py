@@ -14,6 +14,7 @@ import torch
 import fedveil
 from fedveil.runs.archive import Archive
 from fedveil.runs.directory import RunDirectory
+from tests.programs import warm_programs
 
 GUIDE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
@@ -52,10 +53,11 @@ def write_down(package):
 
 
 def fedveil_of(place, *options):
+    paths = [str(place), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [Path(sys.executable).with_name("fedveil"), *options],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(place)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         check=False,
@@ -72,7 +74,8 @@ def place(tmp_path_factory):
     package = Path(fedveil.__file__).parent
     shutil.copytree(package, place / "fedveil", ignore=shutil.ignore_patterns("__pycache__"))
     write_down(place / "fedveil")
-    return place
+    with warm_programs():  # only libraries: each imports the copy
+        yield place
 
 
 def test_one_file_and_its_name_are_all_it_takes(place, tmp_path):
