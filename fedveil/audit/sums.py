@@ -22,7 +22,7 @@ from fedveil.analytic import (
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers
 from fedveil.attacks.inversion.feature_maps import FeatureInversion
-from fedveil.attacks.membership.leverage import Leverage
+from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
 from fedveil.audit.members import Members, joined
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.data import Images
@@ -73,12 +73,14 @@ class Told:
 
     Attributes:
         holder: Whose sums they are.
+        attack: ``leverage``, or ``tracing`` by public images.
         seen: Whether the server of this run held them.
         images: Images in the sums.
-        roc: Of leverage.
+        roc: Its operating points.
     """
 
     holder: str
+    attack: str
     seen: bool
     images: int
     roc: Roc
@@ -87,6 +89,7 @@ class Told:
         """Return a row of ``sums.json``."""
         return {
             "holder": self.holder,
+            "attack": self.attack,
             "seen": self.seen,
             "images": self.images,
             **self.roc.as_json(),
@@ -129,7 +132,8 @@ class SumsReport:
         settings: How.
         dimension: D.
         epsilon: ε of the run; None without noise.
-        strangers: Images that are in no sum.
+        public: Images that the attacker has besides.
+        strangers: Images that are in no sum, nor among those.
         rows: What the server held, and what one client's sums would be.
         rebuilt: Images rebuilt from them; None where none could be.
         untold: Why something could not be told, sentence by sentence.
@@ -139,10 +143,20 @@ class SumsReport:
     settings: SumsSettings
     dimension: int
     epsilon: float | None
+    public: int
     strangers: int
     rows: tuple[Told, ...]
     rebuilt: Rebuilt | None
     untold: tuple[str, ...]
+
+    @property
+    def forecast(self) -> dict[str, float] | None:
+        """What tracing the server's sums comes to with as many public images; None under noise."""
+        if self.epsilon is not None:
+            return None
+        images = next(row.images for row in self.rows if row.seen)
+        area, found = traceable(self.dimension, images=images, public=images)
+        return {"public": images, "auc": area, "tpr_at_1": found}
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``sums.json``."""
@@ -153,7 +167,9 @@ class SumsReport:
             "versions": versions(),
             "dimension": self.dimension,
             "epsilon": self.epsilon,
+            "public": self.public,
             "strangers": self.strangers,
+            "forecast": self.forecast,
             "rows": [row.as_json() for row in self.rows],
             "rebuilt": self.rebuilt.as_json() if self.rebuilt else None,
             "untold": list(self.untold),
@@ -165,13 +181,19 @@ class SumsReport:
         lines = [
             f"{self.subject}: sums of {self.dimension:,} features"
             + (f", ε = {self.epsilon:g}" if self.epsilon else ""),
-            f"{'sums of':{width}}{'images':>8}  {ROC_HEAD}",
+            f"{'sums of':{width}}{'images':>8}  {'attack':10}{ROC_HEAD}",
             *(
-                f"{row.holder:{width}}{row.images:8,}  {row.roc.as_text()}"
+                f"{row.holder:{width}}{row.images:8,}  {row.attack:10}{row.roc.as_text()}"
                 + ("" if row.seen else "  (not seen in this run)")
                 for row in self.rows
             ),
         ]
+        if self.forecast:
+            lines.append(
+                f"with {self.forecast['public']:,} public images of the same kind tracing comes to "
+                f"an area of {self.forecast['auc']:.2f} and {self.forecast['tpr_at_1']:.0%} found "
+                "at 1 %, by its formula"
+            )
         if self.rebuilt:
             found = self.rebuilt.as_json()
             lines.append(
@@ -196,11 +218,12 @@ class SumsReport:
 def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsReport:
     """Tell who is in the sums of an analytic run, and rebuild who is alone in a part of them.
 
-    Membership is told by leverage in the sums that the server held, and in those of one client,
-    which is what it holds without secure aggregation, of two releases that differ by that client,
-    or when all others collude with it. What a client's column of H is for a class of which it has
-    one image is that image's features, and those are inverted; so is the same class's column of
-    the whole sum.
+    Membership is told by leverage, and by tracing with public images, in the sums that the server
+    held, and in those of one client, which is what it holds without secure aggregation, of two
+    releases that differ by that client, or when all others collude with it. The public images are
+    the server's own, and such report images as are not needed to be told from those in the sums.
+    What a client's column of H is for a class of which it has one image is that image's features,
+    and those are inverted; so is the same class's column of the whole sum.
 
     Args:
         path: Directory of the run.
@@ -215,25 +238,23 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
     plain = PlainLines()
     case.check(plain)
     generator = torch.Generator().manual_seed(settings.seed)
-    strangers = case.strangers
-    if len(strangers) < _FEWEST:
+    if len(case.strangers) < _FEWEST:
         raise FedveilError(
-            f"{path} has {quantity(len(strangers), 'report image')}; an audit of sums needs at "
-            f"least {_FEWEST} images that are in none: give the run more --report-images"
+            f"{path} has {quantity(len(case.report), 'report image')}; an audit of sums needs at "
+            f"least {_FEWEST} that are in none: give the run more --report-images"
         )
-    others = case.rows(strangers)
-    rows = tuple(_told(case, (others, strangers.labels), settings, generator))
+    rows = tuple(_told(case, settings, generator))
     rebuilt = _rebuilt(case, settings, generator, plain) if settings.rebuilt else None
-    untold = tuple(_untold(case, len(strangers), settings, rebuilt))
     report = SumsReport(
         str(path),
         settings,
         case.dimension,
         case.config.epsilon,
-        len(strangers),
+        len(case.public),
+        len(case.strangers),
         rows,
         rebuilt,
-        untold,
+        tuple(_untold(case, len(case.strangers), settings, rebuilt)),
     )
     if out is not None:
         report.write(out)
@@ -251,7 +272,7 @@ class _Case:
         sums: What the server holds in the end.
         images: What each client summed, by partition.
         bound: How many of its images a client summed at most; None for all.
-        public: The server's images.
+        own: The server's images.
         report: Images nobody learnt of.
     """
 
@@ -261,7 +282,7 @@ class _Case:
     sums: Statistics
     images: Mapping[int, Images]
     bound: int | None
-    public: Images
+    own: Images
     report: Images
 
     @classmethod
@@ -308,12 +329,28 @@ class _Case:
         return self.features.dimension
 
     @property
+    def public(self) -> Images:
+        """Images of the attacker's that are in no sum."""
+        return joined([self.own, self.report[: self._spared]])
+
+    @property
     def strangers(self) -> Images:
-        return self.report[:_MOST_STRANGERS]
+        """Images in no sum that the attacker must tell from those that are."""
+        return self.report[self._spared :][:_MOST_STRANGERS]
+
+    @property
+    def _spared(self) -> int:
+        """How many report images the attacker has: a thousand are needed to tell low rates."""
+        return min(len(self.report) // 2, max(0, len(self.report) - round(1 / RATES[-1])))
 
     @property
     def release(self) -> GaussianRelease | None:
         return Analytic.release_of(self.config)
+
+    @property
+    def most_images(self) -> int:
+        """Images that the noise hides."""
+        return (self.bound or 1) if self.release and self.release.unit == "client" else 1
 
     def rows(self, images: Images) -> Tensor:
         """Return what an image adds to the sums, int16 [N, width]."""
@@ -329,9 +366,10 @@ class _Case:
         if self.release is None:
             return sums
         together = len(self.images) if self.config.secure_aggregation else None
-        most = self.bound if self.release.unit == "client" else 1
         sharers = noise_sharers(together)
-        return self.release.noised(sums, SecureGenerator(), most_images=most or 1, sharers=sharers)
+        return self.release.noised(
+            sums, SecureGenerator(), most_images=self.most_images, sharers=sharers
+        )
 
     def check(self, plain: PlainLines) -> None:
         """Refuse images that are not those in the sums: who is in them could not be told by others.
@@ -354,42 +392,41 @@ class _Case:
             )
 
 
-def _told(
+def _told(case: _Case, settings: SumsSettings, generator: torch.Generator) -> Iterator[Told]:
+    clients = list(case.images.values())
+    everybody = quantity(len(clients), "client")
+    yield from _by_each_attack(
+        case, (everybody, True), case.sums, joined(clients), settings, generator
+    )
+    # Neither the client with the most images, which hide one another best, nor that with the least.
+    middle = sorted(clients, key=len)[len(clients) // 2]
+    if len(middle) >= 2:
+        alone = ("one client", not case.config.secure_aggregation)
+        sums = case.released(case.of_client(middle))
+        yield from _by_each_attack(case, alone, sums, middle, settings, generator)
+
+
+def _by_each_attack(
     case: _Case,
-    strangers: tuple[Tensor, Tensor],
+    whose: tuple[str, bool],
+    sums: Statistics,
+    members: Images,
     settings: SumsSettings,
     generator: torch.Generator,
 ) -> Iterator[Told]:
-    secure = case.config.secure_aggregation
-    members = joined(list(case.images.values()))
-    count = sum(map(len, case.images.values()))
-    yield Told(
-        quantity(len(case.images), "client"),
-        True,
-        count,
-        _roc(case, case.sums, members, strangers, settings, generator),
-    )
-    # Neither the client with the most images, which hide one another best, nor that with the least.
-    middle = sorted(case.images.values(), key=len)[len(case.images) // 2]
-    if len(middle) >= 2:
-        sums = case.released(case.of_client(middle))
-        roc = _roc(case, sums, middle, strangers, settings, generator)
-        yield Told("one client", not secure, len(middle), roc)
-
-
-def _roc(
-    case: _Case,
-    sums: Statistics,
-    members: Images,
-    strangers: tuple[Tensor, Tensor],
-    settings: SumsSettings,
-    generator: torch.Generator,
-) -> Roc:
     some = members[torch.randperm(len(members), generator=generator)[: settings.images]]
-    attack, size = Leverage(), case.dimension
-    inside = attack(sums, case.rows(some)[:, :size], some.labels)
-    outside = attack(sums, strangers[0][:, :size], strangers[1])
-    return roc_of_one(inside, outside)
+    asked = joined([some, case.strangers])
+    rows = case.rows(asked)[:, : case.dimension]
+    noise = case.release.scale(case.most_images) if case.release else 0.0
+    tracing = Tracing(noise=noise)
+    public = case.of_client(case.public)
+    scores = {
+        "leverage": Leverage()(sums, rows, asked.labels),
+        "tracing": tracing(sums, rows, asked.labels, images=len(members), public=public),
+    }
+    for attack, score in scores.items():
+        roc = roc_of_one(score[: len(some)], score[len(some) :])
+        yield Told(whose[0], attack, whose[1], len(members), roc)
 
 
 def _rebuilt(
@@ -411,9 +448,9 @@ def _rebuilt(
     )
     together = case.sums.moments[:, labels].T
     attack = FeatureInversion(starts=1, steps=_SLOW_STEPS) if slow else FeatureInversion()
-    public = case.public.pixels
+    public = case.own.pixels
     found = attack(case.features, torch.cat([single, together]), public, generator)
-    own = case.rows(case.public)[:, : case.dimension].double() * 2.0**-FRACTION_BITS
+    own = case.rows(case.own)[:, : case.dimension].double() * 2.0**-FRACTION_BITS
     near = (F.normalize(own, dim=1) @ F.normalize(single, dim=1).T).argmax(0)
     plain("images that are alone in a class", len(alone), len(alone), "rebuilt")
     count = len(alone)

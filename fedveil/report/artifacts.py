@@ -234,9 +234,10 @@ class EgressAudit(_Content):
 
 
 class SumsRow(_Found):
-    """A row of ``sums.json``: whose sums, and how well leverage tells who is in them."""
+    """A row of ``sums.json``: whose sums, and how well an attack tells who is in them."""
 
     holder: Text
+    attack: Text
     seen: bool
     images: Count
     auc: Share
@@ -253,6 +254,14 @@ class RebuiltFromSums(_Content):
     floor: float = Field(ge=-1.01, le=1.01)
 
 
+class TracingForecast(_Content):
+    """``forecast`` of ``sums.json``: what as many public images as are in the sums would tell."""
+
+    public: Count
+    auc: Share
+    tpr_at_1: Share
+
+
 class SumsAudit(_Content):
     """``sums.json``: what sums over clients' images tell of them."""
 
@@ -260,7 +269,9 @@ class SumsAudit(_Content):
     settings: dict[Text, Any] = Field(default_factory=dict)
     dimension: Count
     epsilon: float | None = Field(default=None, ge=0)
+    public: Count
     strangers: Count
+    forecast: TracingForecast | None = None
     rows: tuple[SumsRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     rebuilt: RebuiltFromSums | None = None
     untold: tuple[Text, ...] = Field(default=(), max_length=100)

@@ -10,6 +10,7 @@ IMAGES = "Clients' images"
 _CHANCE, _GUESSING = 0.01, 0.5
 _SHOWN = 0.9  # correlation from which somebody would call the two one image
 _OVER_FLOOR = 0.05
+_TRACED = 0.02  # found where 1 % of others are: twice as many as by chance
 
 
 def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
@@ -24,21 +25,41 @@ def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
     area = f"an area under the curve of {row.auc:.2f} ({row.auc_low:.2f} to {row.auc_high:.2f})"
     told = (
         f"From the sums of {row.holder} of {audit.subject}, {quantity(row.images, 'image')} and "
-        f"{audit.dimension:,} features, leverage tells who is in them with {area}"
+        f"{audit.dimension:,} features, {row.attack} tells who is in them with {area}"
     )
     if row.tpr_at_1 is None:
-        return (
-            Finding(
-                topic,
-                "Cannot tell",
-                "bad" if row.auc_low > _GUESSING else "unknown",
-                f"{told}; {audit.strangers:,} other images are too few to tell how many are found "
-                f"at a low rate of error{_if_alone(audit)}.",
-            ),
+        told += (
+            f"; {quantity(audit.strangers, 'other image')} are too few to tell how many are found "
+            "at a low rate of error"
         )
-    found = f"{percent(row.tpr_at_1)} are found where 1 % of others are"
-    found += interval(row.tpr_at_1_low, row.tpr_at_1_high)
-    return (Finding(topic, *_judged(row), f"{told}: {found}{_if_alone(audit)}."),)
+    else:
+        found = f"{percent(row.tpr_at_1)} are found where 1 % of others are"
+        told += f": {found}{interval(row.tpr_at_1_low, row.tpr_at_1_high)}"
+    mark, kind = _judged(audit, row)
+    return (Finding(topic, mark, kind, f"{told}{_foretold(audit)}{_if_alone(audit)}."),)
+
+
+def _judged(audit: SumsAudit, row: SumsRow) -> tuple[str, str]:
+    if (row.tpr_at_1_low or 0.0) > _CHANCE:
+        return f"{percent(row.tpr_at_1 or 0.0)} found", "bad"
+    if audit.forecast is not None and audit.forecast.tpr_at_1 > _TRACED:
+        return f"{percent(audit.forecast.tpr_at_1)} to be found", "bad"
+    if row.auc_low > _GUESSING:
+        return "Nobody named, a little told of all", "unknown"
+    if row.tpr_at_1 is None:
+        return "Cannot tell", "unknown"
+    return "No better than chance", "good"
+
+
+def _foretold(audit: SumsAudit) -> str:
+    """Say what somebody with more public images than the audit had is to be expected to find."""
+    if audit.forecast is None:
+        return ""
+    return (
+        f"; it had {quantity(audit.public, 'public image')}, and with {audit.forecast.public:,} "
+        f"of the same kind {percent(audit.forecast.tpr_at_1)} are to be expected, which only noise "
+        "(--epsilon) or far fewer features prevent"
+    )
 
 
 def _held(audit: SumsAudit) -> Sequence[SumsRow]:
@@ -46,16 +67,9 @@ def _held(audit: SumsAudit) -> Sequence[SumsRow]:
     return [row for row in audit.rows if row.seen] or audit.rows
 
 
-def _judged(row: SumsRow) -> tuple[str, str]:
-    if (row.tpr_at_1_low or 0.0) > _CHANCE:
-        return f"{percent(row.tpr_at_1 or 0.0)} found", "bad"
-    if row.auc_low > _GUESSING:
-        return "Nobody named, a little told of all", "unknown"
-    return "No better than chance", "good"
-
-
 def _if_alone(audit: SumsAudit) -> str:
-    alone = next((row for row in audit.rows if not row.seen), None)
+    others = [row for row in audit.rows if not row.seen]
+    alone = max(others, key=lambda row: (row.tpr_at_1 or 0.0, row.auc), default=None)
     if alone is None:
         return ""
     told = (

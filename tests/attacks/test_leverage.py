@@ -1,11 +1,14 @@
-"""Leverage tells who is in a sum of few images, and ever less of larger ones."""
+"""Leverage tells who is in a sum of few images; public images trace who is in far larger ones."""
+
+import math
+from statistics import NormalDist
 
 import pytest
 import torch
 
 from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease
-from fedveil.attacks.membership.leverage import Leverage
+from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
 from fedveil.audit.metrics import roc_of_one
 from fedveil.secure_random import SecureGenerator
 
@@ -52,3 +55,42 @@ def test_a_member_has_a_leverage_of_one_at_most():
 
 def test_noise_hides_members_even_of_small_sums():
     assert told(0.7, GaussianRelease(1.0)) == pytest.approx(0.5, abs=0.15)
+
+
+def traced(count, public, release=None):
+    """The area and the share found at 1 % by whoever has public images."""
+    rows, labels = images(count, 0)
+    sums = Statistics.of(rows, labels, classes=CLASSES)
+    noise = 0.0
+    if release:
+        sums = release.noised(sums, SecureGenerator(), most_images=1, sharers=1)
+        noise = release.scale(1)
+    known = Statistics.of(*images(public, 2), classes=CLASSES)
+    attack = Tracing(noise=noise)
+
+    def scores(rows, labels):
+        return attack(sums, rows, labels, images=count, public=known)
+
+    found = roc_of_one(scores(rows[:1000], labels[:1000]), scores(*images(1000, 1)))
+    return found.auc.value, found.found[0].value
+
+
+@pytest.mark.parametrize(("count", "public"), [(240, 240), (600, 600), (600, 3000), (2400, 2400)])
+def test_public_images_trace_who_is_in_a_sum_as_far_as_the_formula_says(count, public):
+    area, found = traceable(DIMENSION, images=count, public=public)
+    got = traced(count, public)
+    assert got[0] == pytest.approx(area, abs=0.06)
+    assert got[1] == pytest.approx(found, abs=0.15)
+    if count == 600:
+        assert got[0] > told(count / DIMENSION) + 0.1
+
+
+def test_noise_hides_members_from_whoever_has_public_images():
+    assert traced(600, 3000)[0] > 0.85
+    for epsilon in (1.0, 4.0):
+        release = GaussianRelease(epsilon)
+        # Two normal distributions one sensitivity apart are the most that this noise allows.
+        most = NormalDist().cdf(1 / release.multiplier / math.sqrt(2))
+        assert traced(600, 3000, release)[0] < most + 0.04
+    # Noise far below what any promise needs leaves something to trace.
+    assert traced(600, 3000, GaussianRelease(1000.0))[0] > 0.7

@@ -35,7 +35,10 @@ def test_one_clients_sums_show_its_images_and_those_of_all_do_not(run, tmp_path)
     )
     assert told.exit_code == 0, told.output
     found = json.loads((tmp_path / "sums.json").read_text())
-    everybody, one = found["rows"]
+    everybody, traced, one, _ = found["rows"]
+    assert [row["attack"] for row in found["rows"]] == ["leverage", "tracing"] * 2
+    assert traced["auc"] > everybody["auc"]
+    assert found["forecast"]["public"] == everybody["images"]
     assert everybody["holder"] == "20 clients"
     assert everybody["images"] == 1420  # one client has more than the weight limit lets it sum
     assert found["dimension"] == 64

@@ -224,12 +224,13 @@ def make_egress(path: Path, rows=(), *, untold=(), **changes) -> Path:
 
 
 def sums_row(*, seen=True, auc=0.6, found=0.01, holder="100 clients", images=1400):
-    row = egress_row(auc=auc, found=found)
-    del row["attack"]
+    row = egress_row("tracing", auc=auc, found=found)
     return {"holder": holder, "seen": seen, "images": images, **row}
 
 
-def make_sums(path: Path, rows=(), *, subject="runs/a", rebuilt=(8, 1.0, 0.6, 0.9)) -> Path:
+def make_sums(
+    path: Path, rows=(), *, subject="runs/a", rebuilt=(8, 1.0, 0.6, 0.9), forecast=0.01
+) -> Path:
     path.mkdir(parents=True)
     names = ("images", "from_one_client", "from_the_round", "floor")
     alone = sums_row(seen=False, auc=0.99, found=0.8, holder="one client", images=14)
@@ -238,7 +239,9 @@ def make_sums(path: Path, rows=(), *, subject="runs/a", rebuilt=(8, 1.0, 0.6, 0.
         "settings": {"images": 2000, "rebuilt": 8},
         "dimension": 176,
         "epsilon": None,
+        "public": 500,
         "strangers": 1000,
+        "forecast": forecast and {"public": 1400, "auc": 0.6, "tpr_at_1": forecast},
         "rows": list(rows) or [sums_row(), alone],
         "rebuilt": dict(zip(names, rebuilt, strict=True)) if rebuilt else None,
         "untold": ["another map may <b>"],

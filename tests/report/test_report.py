@@ -399,7 +399,7 @@ def test_the_page_says_what_egress_could_not_tell(tmp_path):
         (sums_row(auc=0.6, found=0.01), "unknown", "Nobody named, a little told of all"),
         (sums_row(auc=0.6, found=0.2), "bad", "20 % found"),
         (sums_row(auc=0.51, found=None), "unknown", "Cannot tell"),
-        (sums_row(auc=0.9, found=None), "bad", "Cannot tell"),
+        (sums_row(auc=0.9, found=None), "unknown", "Nobody named, a little told of all"),
     ],
 )
 def test_what_sums_tell_is_judged_by_those_the_server_held(tmp_path, row, kind, mark):
@@ -407,6 +407,16 @@ def test_what_sums_tell_is_judged_by_those_the_server_held(tmp_path, row, kind, 
     (found,) = of_sums(read_artifacts([make_sums(tmp_path / "sums", [row, alone])]).sums)
     assert (found.kind, plain(found.mark)) == (kind, mark)
     assert "which that server did not hold, it would be 80 % found" in plain(found.sentence)
+
+
+def test_few_public_images_clear_no_sum_that_more_would_trace(tmp_path):
+    row = sums_row(auc=0.51, found=0.01)
+    for forecast, kind in ((0.5, "bad"), (0.012, "good"), (None, "good")):
+        place = make_sums(tmp_path / f"{forecast}", [row], forecast=forecast)
+        (found,) = of_sums(read_artifacts([place]).sums)
+        assert found.kind == kind
+        said = f"{percent(forecast)} are to be expected" if forecast else "had 500"
+        assert (said in found.sentence) == bool(forecast)
 
 
 @pytest.mark.parametrize(
