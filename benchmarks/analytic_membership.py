@@ -2,13 +2,15 @@ r"""Who is in the sums of an analytic federation, against how many images they a
 
     python benchmarks/analytic_membership.py --dataset cifar10 --filters 32 --out docs/results
 
-Leverage in the joint sums (``fedveil.attacks.membership.leverage``), the strongest attack on them
-that we know, for dictionaries of the test images. Members and strangers are training images, drawn
-anew for every seed.
+Leverage in the joint sums, which asks for nothing but them, and tracing by as many public images
+as are in them (``fedveil.attacks.membership.leverage``), for dictionaries of the test images.
+Members, public images and strangers are training images, drawn anew for every seed. What the
+formula of tracing expects stands beside it.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,39 @@ from written import write_result
 
 from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease
-from fedveil.attacks.membership.leverage import Leverage
+from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
 from fedveil.audit.metrics import roc_of_one
 from fedveil.data import load_dataset
 from fedveil.features import default_options, features_of, learn_dictionary
 from fedveil.secure_random import SecureGenerator
 
-RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 90.0)
 EPSILONS = (2.0, 8.0)
 _SCORED = 2_000
 
 
 def told(
     rows: torch.Tensor, labels: torch.Tensor, count: int, classes: int, epsilon: float | None
-) -> dict[str, Any]:
-    sums = Statistics.of(
-        rows[_SCORED : _SCORED + count], labels[_SCORED : _SCORED + count], classes=classes
-    )
+) -> Iterator[dict[str, Any]]:
+    """Yield what each attack finds of so many images; the first are strangers, the last public."""
+    inside, outside = slice(_SCORED, _SCORED + count), slice(_SCORED + count, _SCORED + 2 * count)
+    sums = Statistics.of(rows[inside], labels[inside], classes=classes)
+    public = Statistics.of(rows[outside], labels[outside], classes=classes)
+    noise = 0.0
     if epsilon is not None:
         release = GaussianRelease(epsilon)
         sums = release.noised(sums, SecureGenerator(), most_images=1, sharers=1)
-    attack, members = Leverage(), slice(_SCORED, _SCORED + min(count, _SCORED))
-    inside = attack(sums, rows[members], labels[members])
-    outside = attack(sums, rows[:_SCORED], labels[:_SCORED])
-    return roc_of_one(inside, outside).as_json()
+        noise = release.scale(1)
+    members = min(count, _SCORED)
+    asked = torch.cat([torch.arange(_SCORED, _SCORED + members), torch.arange(_SCORED)])
+    own, names = rows[asked], labels[asked]
+    scores = {
+        "leverage": Leverage()(sums, own, names),
+        "tracing": Tracing(noise=noise)(sums, own, names, images=count, public=public),
+    }
+    for attack, score in scores.items():
+        found = roc_of_one(score[:members], score[members:]).as_json()
+        yield {"attack": attack, "epsilon": epsilon, **found}
 
 
 def main() -> None:
@@ -53,7 +64,7 @@ def main() -> None:
     data = load_dataset(arguments.dataset, seed=0)
     classes, found = len(data.classes), []
     options = default_options(data.shape, arguments.filters, mirrored=True)
-    needed = _SCORED + int(max(RATIOS) * options.dimension)
+    needed = _SCORED + 2 * int(max(RATIOS) * options.dimension)
     for seed in range(arguments.seeds):
         features = learn_dictionary(data.test.raw[:2000], options, seed=seed)
         generator = torch.Generator().manual_seed(seed)
@@ -62,11 +73,13 @@ def main() -> None:
         labels = data.train.labels[chosen]
         for ratio in RATIOS:
             count = int(ratio * options.dimension)
+            area, rate = traceable(options.dimension, images=count, public=count)
+            expected = {"expected_auc": area, "expected_tpr_at_1": rate}
             for epsilon in (None, *EPSILONS):
-                one = told(rows, labels, count, classes, epsilon)
-                row = {"seed": seed, "ratio": ratio, "images": count, "epsilon": epsilon, **one}
-                found.append(row)
-                print(json.dumps(row), flush=True)
+                for one in told(rows, labels, count, classes, epsilon):
+                    row = {"seed": seed, "ratio": ratio, "images": count, **one, **expected}
+                    found.append(row)
+                    print(json.dumps(row), flush=True)
     write_result(
         arguments.out / "analytic-membership.json",
         f"python benchmarks/analytic_membership.py --dataset {arguments.dataset} "
