@@ -434,6 +434,34 @@ def analytic_heads(_words: Mapping[str, str]) -> list[str]:
     return ["| head | w |", "|---|---|", *cells]
 
 
+def analytic_membership(_words: Mapping[str, str]) -> list[str]:
+    """Who is told in sums of so many images, by leverage, by tracing, and under noise."""
+    rows = _results("analytic-membership")["rows"]
+    lines = [
+        "| images a feature | leverage: AUC, TPR at 1 % | tracing: AUC, TPR at 1 %, at 0.1 % "
+        "| expected at 1 % | tracing at ε = 8: AUC, TPR at 1 % |",
+        "|---|---|---|---|---|",
+    ]
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        some = [row for row in rows if row["ratio"] == ratio]
+        leverage, tracing = (
+            [row for row in some if row["attack"] == attack and row["epsilon"] is None]
+            for attack in ("leverage", "tracing")
+        )
+        noisy = [row for row in some if row["attack"] == "tracing" and row["epsilon"] == 8]
+        lines.append(
+            f"| {ratio:g} | {_mean(leverage, 'auc'):.2f}, {_mean(leverage, 'tpr_at_1'):.1%} "
+            f"| {_mean(tracing, 'auc'):.2f}, {_mean(tracing, 'tpr_at_1'):.1%}, "
+            f"{_mean(tracing, 'tpr_at_01'):.1%} | {_mean(tracing, 'expected_tpr_at_1'):.1%} "
+            f"| {_mean(noisy, 'auc'):.2f}, {_mean(noisy, 'tpr_at_1'):.1%} |"
+        )
+    return lines
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] or 0.0 for row in rows) / len(rows)
+
+
 def analytic_columns(_words: Mapping[str, str]) -> list[str]:
     """What is rebuilt of a column of H, by how many images it is of."""
     rows = [row for row in _results("analytic-attacks")["rows"] if row["attack"] == "column"]
@@ -505,6 +533,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "analytic-epsilon": analytic_epsilon,
     "analytic-heads": analytic_heads,
     "analytic-columns": analytic_columns,
+    "analytic-membership": analytic_membership,
     "analytic-bounds": analytic_bounds,
     "analytic-secure": analytic_secure,
 }

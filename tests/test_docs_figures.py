@@ -38,7 +38,6 @@ LARGEST_RECORD = 120
 # What nobody measured: error rates, intervals, caps, the version of Flower.
 GIVEN = frozenset({"1", "0.1", "5", "95", "60", "1.41"})
 OF_A_ROW = {
-    "both-ways.md": frozenset({"4.4", "0.62", "7.7", "0.84"}),  # means over seeds, compared below
     "deployment.md": frozenset({"0.1", "2.5", "0.05", "0.5"}),  # waits that are set, not measured
     "report.md": frozenset({"2.5"}),  # a rule of what it says
     "security.md": frozenset({"0.2", "1.0000000", "0.5", "0.85"}),  # what a test asserts
@@ -207,31 +206,3 @@ def everything(name):
     """Return every number of a result, as a sentence may print it."""
     content = json.loads((DOCS / "results" / name).read_text(encoding="utf-8"))
     return frozenset(printed for n in leaves(content) for printed in forms(abs(n)))
-
-
-def test_means_over_seeds_of_both_ways():
-    content = json.loads((DOCS / "results/analytic-membership.json").read_text(encoding="utf-8"))
-    text = (DOCS / "both-ways.md").read_text(encoding="utf-8")
-    table = text[text.index("| images a feature | AUC |") :].split("\n\n")[0].splitlines()[2:]
-
-    def mean(ratio, epsilon, name):
-        found = [
-            row[name]
-            for row in content["rows"]
-            if (row["ratio"], row["epsilon"]) == (ratio, epsilon)
-        ]
-        assert len(found) == 3
-        return sum(found) / 3
-
-    assert len(table) >= 5
-    for line in table:
-        ratio, *told = (float(cell.strip(" %")) for cell in line.strip("|").split("|"))
-        wide, narrow, first, second, third = (
-            mean(ratio, None, "auc"),
-            100 * mean(ratio, None, "tpr_at_1"),
-            100 * mean(ratio, None, "tpr_at_01"),
-            mean(ratio, 8.0, "auc"),
-            100 * mean(ratio, 8.0, "tpr_at_1"),
-        )
-        for shown, true in zip(told, (wide, narrow, first, second, third), strict=True):
-            assert shown == pytest.approx(true, rel=0.05, abs=0.06), (line, true)

@@ -32,7 +32,10 @@ RATIO = "images-per-feature"
 """Key of a node config: this node is part of sums of so many images a feature only."""
 
 LEAST_RATIO = 4.0
-"""Images a feature below which no client answers: of two a sum shows many who are in it."""
+"""Images a feature below which no client answers: fewer lie alone in the span of their sum.
+
+It hides nobody from whoever has public images to trace by; that takes noise.
+"""
 
 
 class StatisticsTask(BaseModel):
