@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fedveil.attacks.inversion import (
     build_attack,
     check_model,
 )
-from fedveil.audit.adaptive import attackers
+from fedveil.audit.adaptive import Attacker, attackers
 from fedveil.audit.membership import Recognition, best, picked_out, picked_out_over_rounds
 from fedveil.audit.membership import table as membership_table
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
@@ -378,10 +378,10 @@ def attacked(
         FedveilError: What an attack refuses.
     """
     scorer = Scorer.of(dataset, used, defense.transform, settings.seed)
-    floors: dict[bool, dict[str, Tensor]] = {}
     told = picked_out(defense, informed, dataset, used, seed=settings.seed)
     if rounds:
         told += picked_out_over_rounds(defense, rounds, dataset, used, seed=settings.seed)
+    measure = _Measure(scorer, told, defense)
     undo = _inverse(dataset, defense, settings, progress)
     rows = []
     for name in settings.attacks:
@@ -402,18 +402,7 @@ def attacked(
             result = found[known]
             if attacker.inverse and undo is not None:
                 result = _undone(result, undo)
-            knows = attacker.adaptive and not attacker.inverse and defense.transform is not None
-            images, scores = scorer.score(result, knows=knows)
-            if knows not in floors:
-                floors[knows] = scorer.floors(result.images.shape[1], knows=knows)
-            floor = dict(floors[knows])
-            closest = best(told, adaptive=attacker.adaptive)
-            if closest is not None:
-                scores["recognised"] = closest.picked.flatten()
-                floor["recognised"] = torch.full_like(scores["recognised"], closest.chance)
-            kind = (label, defense.label, attacker.adaptive)
-            untold = 0 if result.untold is None else int(result.untold.sum())
-            rows.append(Row(*kind, images, result.loss, scores, floor, untold))
+            rows.append(measure.row(label, attacker, result))
     return LeakageReport(
         dataset=dataset.name,
         model=type(informed.model).__name__,
@@ -423,6 +412,38 @@ def attacked(
         rows=tuple(rows),
         membership={defense.label: told},
     )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Makes a row of what an attacker found, beside what images without content get.
+
+    Attributes:
+        scorer: Holds the truth.
+        told: What membership attacks recognised.
+        defense: What the clients did.
+        floors: What was measured already, by whether the attacker transforms candidates.
+    """
+
+    scorer: Scorer
+    told: Sequence[Recognition]
+    defense: Defense
+    floors: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
+
+    def row(self, attack: str, attacker: Attacker, result: Inversion) -> Row:
+        transforms = self.defense.transform is not None
+        knows = attacker.adaptive and not attacker.inverse and transforms
+        images, scores = self.scorer.score(result, knows=knows)
+        if knows not in self.floors:
+            self.floors[knows] = self.scorer.floors(result.images.shape[1], knows=knows)
+        floor = dict(self.floors[knows])
+        closest = best(self.told, adaptive=attacker.adaptive)
+        if closest is not None:
+            scores["recognised"] = closest.picked.flatten()
+            floor["recognised"] = torch.full_like(scores["recognised"], closest.chance)
+        kind = (attack, self.defense.label, attacker.adaptive)
+        untold = 0 if result.untold is None else int(result.untold.sum())
+        return Row(*kind, images, result.loss, scores, floor, untold)
 
 
 def _inverse(
