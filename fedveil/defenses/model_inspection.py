@@ -1,6 +1,6 @@
 """A client's look at the model it received: is it built to leak?"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -8,8 +8,10 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.logger import log
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedveil.defenses.response_inspection import ResponseInspection
 
 _TRAIN = "train"
 _REFUSED = 403  # a code of this package's own; Flower's end below 100
@@ -42,10 +44,11 @@ class ModelInspection:
     length) differ. Trained layers were not seen to have such groups.
 
     What it does not stop: a server that knows of it. Rows disturbed by noise of their own size are
-    no longer parallel, pass, and still separate most images of a batch; docs/inversion-suite.md
-    has the figures. Nor does it see a layer that separates images by random directions, as any wide
-    layer does in small batches, or leaks that need no such layer. Layers without a bias have no
-    thresholds and are not looked at. It is a trip-wire for the published attack, and no protection.
+    no longer parallel, pass, and still separate most images of a batch, which
+    ``ResponseInspection`` sees on a client's own images; docs/inversion-suite.md has the figures.
+    Nor does it see a layer that separates images by random directions, as any wide layer does in
+    small batches, or leaks that need no such layer. Layers without a bias have no thresholds and
+    are not looked at. It is a trip-wire for the published attack, and no protection.
 
     Source: what it looks for is described in Fowl et al., "Robbing the Fed", ICLR 2022, section 3;
     the test is ours.
@@ -89,26 +92,48 @@ class ModelInspection:
         return Suspicion(layer, most, len(weight))
 
 
-def inspect_model(inspection: ModelInspection | None = None) -> Mod:
+Own = Callable[[Context], tuple[nn.Module, Tensor, Tensor]]
+"""Returns a client's model, whatever its weights, and images and labels to try it on."""
+
+
+def inspect_model(
+    inspection: ModelInspection | None = None,
+    *,
+    own: Own | None = None,
+    responses: ResponseInspection | None = None,
+) -> Mod:
     """Return a mod under which the client does not train on a model built to leak.
 
     Such a message is answered with an error that says what was found; nothing of the client's
-    images has been used by then. Other messages pass.
+    images has left it by then, and without ``own`` none has been used. Other messages pass.
 
     Args:
-        inspection: What to look for; None for the defaults.
+        inspection: What to look for in the weights; None for the defaults.
+        own: Gives the client's model and some of its images, for the model that was received to be
+            tried on them; None looks at the weights alone, which disguised rows and heads that fish
+            for a class pass.
+        responses: What to look for in that trial; None for the defaults.
 
     Example:
-        >>> app = ClientApp(mods=[inspect_model()])  # doctest: +SKIP
+        >>> app = ClientApp(mods=[inspect_model(own=my_model_and_images)])  # doctest: +SKIP
     """
     look = inspection or ModelInspection()
+    attempt = responses or ResponseInspection()
+
+    def objection(state: dict[str, Tensor], context: Context) -> str | None:
+        if found := look(state):
+            return _sentence(found[0])
+        if own is None:
+            return None
+        model, images, labels = own(context)
+        model.load_state_dict(state)
+        return attempt.objection(model, images, labels)
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.partition(".")[0] != _TRAIN:
             return call_next(message, context)
         for arrays in message.content.array_records.values():
-            if found := look(arrays.to_torch_state_dict()):
-                reason = _sentence(found[0])
+            if reason := objection(dict(arrays.to_torch_state_dict()), context):
                 log(WARNING, reason)
                 return Message(Error(_REFUSED, reason), reply_to=message)
         return call_next(message, context)

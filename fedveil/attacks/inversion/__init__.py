@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedveil.attacks.inversion.dlg import DLG, IDLG
+from fedveil.attacks.inversion.fishing import Fishing, bait, fishing_by
 from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
     GradientMap,
@@ -15,6 +16,7 @@ from fedveil.attacks.inversion.gradients import (
 )
 from fedveil.attacks.inversion.independent_components import IndependentComponents
 from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
+from fedveil.attacks.inversion.latent_bins import LatentBins, binned
 from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
 from fedveil.attacks.inversion.observation import (
@@ -41,6 +43,9 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "fc": FullyConnected,
     "peel": Peeling,
     "ica": IndependentComponents,
+    "latent": LatentBins,
+    "fish": Fishing,
+    "fish-ig": fishing_by(InvertingGradients),
     "ig-bn": lambda: InvertingGradients(batch_norm=0.01),
 }
 for _name, _build in ATTACKS.items():
@@ -88,11 +93,13 @@ __all__ = [
     "IDLG",
     "RGAP",
     "Attack",
+    "Fishing",
     "FullyConnected",
     "GradientMap",
     "IndependentComponents",
     "Inversion",
     "InvertingGradients",
+    "LatentBins",
     "LearnedInverse",
     "LevenbergMarquardt",
     "LocalSteps",
@@ -102,6 +109,8 @@ __all__ = [
     "Subspace",
     "UpdateKnowledge",
     "Uses",
+    "bait",
+    "binned",
     "build_attack",
     "check_attackable",
     "check_declared",
