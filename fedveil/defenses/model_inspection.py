@@ -92,8 +92,8 @@ class ModelInspection:
         return Suspicion(layer, most, len(weight))
 
 
-Own = Callable[[Context], tuple[nn.Module, Tensor, Tensor]]
-"""Returns a client's model, whatever its weights, and images and labels to try it on."""
+Own = Callable[[Context], tuple[nn.Module, Tensor]]
+"""Returns a client's model, whatever its weights, and images of its own to try it on."""
 
 
 def inspect_model(
@@ -125,9 +125,9 @@ def inspect_model(
             return _sentence(found[0])
         if own is None:
             return None
-        model, images, labels = own(context)
+        model, images = own(context)
         model.load_state_dict(state)
-        return attempt.objection(model, images, labels)
+        return attempt.objection(model, images)
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.partition(".")[0] != _TRAIN:

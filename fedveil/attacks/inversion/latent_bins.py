@@ -18,6 +18,7 @@ from fedveil.types import Shape
 
 _STRENGTH = 1e-3  # of the head's columns: what the bins say leaves the logits nearly alone
 _LOUD = 1e-3  # of the largest difference of neighbouring bins; rounding of sums in float32
+_GREY = 0.5
 _PART = 512
 _DECAY = 1e-3  # of the smoothness, from the first step of the search to the last
 _STEP = 0.05  # of the search for an image, in pixels' range
@@ -78,7 +79,8 @@ class LatentBins:
     by the images between their thresholds alone, weights by biases, so a bin with one image gives
     what the layer received for it exactly, whatever the number of clients that were added up. Each
     such reading is then inverted through the layers before, by Adam on the squared difference. A
-    bin with several images gives a mixture that no image leads to; those that fit best are given.
+    bin with several images gives a mixture that no image leads to; those that fit best are given,
+    and grey where there are fewer readings than images.
 
     Source: Shi et al., "Scale-MIA", NDSS 2025, section IV; they decode by a network trained on
     public images.
@@ -121,10 +123,12 @@ class LatentBins:
                 model, hidden, inputs.to(hidden.weight), observation.shape,
                 steps=self.steps, smoothness=self.smoothness,
             )  # fmt: skip
-            order = missed.argsort()
-            order = order[torch.arange(observation.images) % len(order)]
-            own = found[order].cpu()
-            seen = _labels(model, head, own, observation.images * slopes[order].cpu())
+            order = missed.argsort()[: observation.images]
+            own = torch.full((observation.images, *observation.shape), _GREY)
+            own[: len(order)] = found[order].cpu()
+            read = torch.zeros(observation.images, dtype=torch.float64)
+            read[: len(order)] = observation.images * slopes[order].cpu()
+            seen = _labels(model, head, own, read)
             images.append(own)
             labels.append(seen)
             part = observation.select(torch.tensor([victim]))
@@ -163,7 +167,7 @@ def decoded(
     Returns:
         Float [K, C, H, W] in [0, 1], and [K], the squared difference as a share of a grey image's.
     """
-    images = torch.full((len(wanted), *shape), 0.5).to(wanted).requires_grad_()
+    images = torch.full((len(wanted), *shape), _GREY).to(wanted).requires_grad_()
     optimiser = torch.optim.Adam([images], _STEP)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with receiving(model, layer) as received:
