@@ -154,6 +154,27 @@ def _share(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.1%} [{low:.1f}, {high:.1f}]"
 
 
+def active_servers(_words: Mapping[str, str]) -> list[str]:
+    """What servers that plant something read, and which inspection refuses what they send."""
+    lines = [
+        "| attack | images, network | clients × images | disturbance | updates | exact | dB "
+        "| identified (floor) | refused by weights | by trial | processor seconds |",
+        f"|{'---|' * 11}",
+    ]
+    found = _results("active-servers")
+    for row in (*found["fished"], *found["sorted"]):
+        low, high = (100 * row[name] for name in ("exact_low", "exact_high"))
+        refused = ("yes" if row[name] else "no" for name in ("weights_refuse", "responses_refuse"))
+        lines.append(
+            f"| `{row['attack']}` | {row.get('dataset', 'cifar100')}, `{row['model']}` "
+            f"| {row['clients']} × {row['images_each']} | {row['noise']:g} | {row['updates']} "
+            f"| {row['exact']:.0%} [{low:.0f}, {high:.0f}] | {row['psnr']:.1f} "
+            f"| {row['identified']:.0%} ({row['identified_floor']:.0%}) | {' | '.join(refused)} "
+            f"| {row['cpu_seconds']:.1f} |"
+        )
+    return lines
+
+
 def many_rounds(_words: Mapping[str, str]) -> list[str]:
     """What membership attacks tell by the number of rounds, against the other clients' scores."""
     rows = {
@@ -522,6 +543,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "analytic": analytic,
     "attackers": attackers,
     "batches": batches,
+    "active-servers": active_servers,
     "many-rounds": many_rounds,
     "suite": suite,
     "recovery": recovery,

@@ -59,6 +59,20 @@ def test_who_fishes_nothing_is_told(lenet, photos):
         bait(lenet, SHAPE, 10)
 
 
+def test_making_a_class_unlikely_is_enough_to_read_what_its_image_gave_the_head(photos):
+    """No row is touched, so no inspection of rows or of what they do to images can see it."""
+    torch.manual_seed(0)
+    model = CNN(SHAPE, CLASSES)
+    with torch.no_grad():
+        model.output.bias[9] = -30
+    gradients = observe(model, photos, LABELS, batch=8).gradients
+    read = gradients["output.weight"][0, 9] / gradients["output.bias"][0, 9]
+    given: list[torch.Tensor] = []
+    model.output.register_forward_pre_hook(lambda _m, inputs: given.append(inputs[0].detach()))
+    model(photos)
+    assert torch.allclose(read, given[0][ONCE], atol=1e-5)
+
+
 def test_a_search_inverts_what_was_caught_from_a_network_with_relus(photos):
     torch.manual_seed(0)
     seen = observe(bait(CNN(SHAPE, CLASSES), SHAPE, 9), photos, LABELS, batch=8)
