@@ -18,8 +18,8 @@ import torch
 from written import write_result
 
 from fedveil.analytic import Statistics, quantised
-from fedveil.analytic.privacy import GaussianRelease
-from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
+from fedveil.analytic.privacy import GaussianRelease, traceable
+from fedveil.attacks.membership.leverage import Leverage, Tracing
 from fedveil.audit.metrics import roc_of_one
 from fedveil.data import load_dataset
 from fedveil.features import default_options, features_of, learn_dictionary

@@ -20,9 +20,9 @@ from fedveil.analytic import (
     load_classifier,
     rows_of,
 )
-from fedveil.analytic.privacy import GaussianRelease, noise_sharers
+from fedveil.analytic.privacy import GaussianRelease, noise_sharers, traceable
 from fedveil.attacks.inversion.feature_maps import FeatureInversion
-from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
+from fedveil.attacks.membership.leverage import Leverage, Tracing
 from fedveil.audit.members import Members, joined
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.data import Images

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedveil.analytic import AnalyticClassifier, load_classifier
-from fedveil.analytic.privacy import NOISE_FROM, NoisyRelease
+from fedveil.analytic.privacy import NOISE_FROM, NoisyRelease, traceable
 from fedveil.copies.fingerprint import FINGERPRINT_STRENGTH, Fingerprint
 from fedveil.copies.noise import NoiseKey
 from fedveil.data import Dataset, Images, load_dataset, parse_partition
@@ -383,6 +383,8 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
 def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
     """Return what ``summary.json`` says of an analytic run's sums."""
     features, solved = MapDescription.of(strategy.model.features), strategy.outcome
+    images = solved.images
+    _, traced = traceable(features.dimension, images=images, public=images)
     return {
         "features": features.name,
         "feature_map_sha256": features.digest,
@@ -393,6 +395,7 @@ def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
         "penalty": solved.head.penalty,
         "answer_bytes": 8 * strategy.layout.length,
         "noise": solved.noise,
+        "traceable": None if solved.noise else traced,
         "server_sees": "sums of a round's clients" if config.secure_aggregation else SEEN_ALONE,
     }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedveil.analytic import Statistics, quantised
-from fedveil.analytic.privacy import GaussianRelease
-from fedveil.attacks.membership.leverage import Leverage, Tracing, traceable
+from fedveil.analytic.privacy import GaussianRelease, traceable
+from fedveil.attacks.membership.leverage import Leverage, Tracing
 from fedveil.audit.metrics import roc_of_one
 from fedveil.secure_random import SecureGenerator
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -103,22 +102,6 @@ class Tracing:
         weighed = (given @ vectors / left) @ vectors.T
         score: Tensor = ((weighed @ more) * weighed).sum(1) / (weighed * given).sum(1)
         return score
-
-
-def traceable(dimension: int, *, images: int, public: int) -> tuple[float, float]:
-    """Return the area and the share found at a false-positive rate of 1 % that tracing comes to.
-
-    Two normal distributions so many standard deviations apart as ``Tracing`` says; on images of
-    photographs a little less is found, since their features are no normal numbers.
-
-    Args:
-        dimension: D.
-        images: N, of the sums, without noise.
-        public: P, images of the same kind that the attacker has besides.
-    """
-    apart = dimension / math.sqrt(2 * images * (1 + images / public))
-    normal = NormalDist()
-    return normal.cdf(apart / math.sqrt(2)), normal.cdf(apart - normal.inv_cdf(0.99))
 
 
 def _joint(sums: Statistics, counts: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_who_was_away_is_asked_next_time_and_nobody_twice(tmp_path, plain):
     assert same_bits(directory.path, plain[0].path)
     refused = fedveil("--resume", directory.path, "--rounds", 3, check=False)
     assert refused.returncode == 2
-    assert "all 8 clients are in the sum already" in refused.stderr
+    assert "every one of 8 clients is in the sum already" in refused.stderr
 
 
 def test_a_sum_goes_on_without_clients_that_drop_out_of_it(tmp_path):
