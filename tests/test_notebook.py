@@ -41,4 +41,4 @@ def test_it_runs_from_an_empty_folder(notebook, tmp_path):
     assert "clients of strategy analytic received no model" in told
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "clients of runs/both-ways returned sums over their images" in page
-    assert "which shows nothing about that run" in page
+    assert "which show nothing about that run" in page

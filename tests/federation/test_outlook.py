@@ -24,7 +24,7 @@ def _folder(root, images):
         (5, "iid", "320 training images: 64 a client; 5 of 5 clients a round; 40 images to cal"),
         (40, "iid", "320 training images: 8 a client; 10 of 40 clients a round (--fraction 1 a"),
         (100, "iid", "320 training images: 3 to 4 a client; 10 of 100 clients a round (--frac"),
-        (1, "iid", "320 training images: 320 a client; 1 of 1 clients a round; 40 images to cal"),
+        (1, "iid", "320 training images: 320 a client; 1 of 1 client a round; 40 images to cal"),
     ],
 )
 def test_the_first_line_says_what_a_round_will_be(tmp_path, clients, partition, words):
