@@ -54,7 +54,9 @@ def test_a_member_has_a_leverage_of_one_at_most():
 
 
 def test_noise_hides_members_even_of_small_sums():
-    assert told(0.7, GaussianRelease(1.0)) == pytest.approx(0.5, abs=0.15)
+    # Of 42 members one release's area is uncertain by 0.05.
+    areas = [told(0.7, GaussianRelease(1.0)) for _ in range(8)]
+    assert sum(areas) / len(areas) < 0.64
 
 
 def traced(count, public, release=None):
