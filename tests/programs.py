@@ -5,7 +5,7 @@ one to five seconds of a core to import what it may need before it does anything
 ``warm_programs`` they are forks of one process that has loaded the libraries and computed nothing.
 Flower and fedveil themselves are imported by each, as they read the environment then. A fork has
 its own number, group, signals, files and end, as any process; that the programs start from nothing
-is shown where this is not used (``test_examples``, ``test_package``, the slow tests).
+is shown where this is not used (``test_examples``, ``test_package``, ``test_interrupts``).
 """
 
 import atexit
