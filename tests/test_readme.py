@@ -170,3 +170,13 @@ def test_a_page_begins_with_five_lines_of_what_to_do_and_is_listed(page):
     assert [line[:3] for line in lines[2:7]] == [f"{number}. " for number in range(1, 6)]
     assert f"({page.relative_to(DOCS)})" in text("docs/index.md")
     assert f" {page.relative_to(DOCS)}\n" in text("mkdocs.yml")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md", "docs/index.md"])
+def test_what_is_said_of_the_picture_is_what_the_demo_gave(page):
+    told = re.search(r"!\[([^\]]*)\]\((?:docs/)?demo\.png\)", text(page))[1]
+    content = (ROOT / "docs/results/demo.json").read_text(encoding="utf-8")
+    given = {round(100 * float(number)) for number in re.findall(r"(?<=: )[01](?:\.\d+)?", content)}
+    said = {int(number) for number in re.findall(r"(\d+) %", told)}
+    assert len(said) >= 4
+    assert said <= given
