@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -131,7 +132,7 @@ class SumsReport:
         subject: The run.
         settings: How.
         dimension: D.
-        epsilon: ε of the run; None without noise.
+        release: The noise of the run; None without.
         public: Images that the attacker has besides.
         strangers: Images that are in no sum, nor among those.
         rows: What the server held, and what one client's sums would be.
@@ -142,7 +143,7 @@ class SumsReport:
     subject: str
     settings: SumsSettings
     dimension: int
-    epsilon: float | None
+    release: GaussianRelease | None
     public: int
     strangers: int
     rows: tuple[Told, ...]
@@ -150,9 +151,22 @@ class SumsReport:
     untold: tuple[str, ...]
 
     @property
+    def allowed(self) -> dict[str, float] | None:
+        """What noise leaves possible to the best attack on an image; None without noise."""
+        if self.release is None:
+            return None
+        area, found = self.release.allows
+        return {"auc": area, "tpr_at_1": found}
+
+    @property
+    def epsilon(self) -> float | None:
+        """ε of the run; None without noise."""
+        return None if self.release is None else self.release.epsilon
+
+    @property
     def forecast(self) -> dict[str, float] | None:
         """What tracing the server's sums comes to with as many public images; None under noise."""
-        if self.epsilon is not None:
+        if self.release is not None:
             return None
         images = next(row.images for row in self.rows if row.seen)
         area, found = traceable(self.dimension, images=images, public=images)
@@ -170,6 +184,7 @@ class SumsReport:
             "public": self.public,
             "strangers": self.strangers,
             "forecast": self.forecast,
+            "allowed": self.allowed,
             "rows": [row.as_json() for row in self.rows],
             "rebuilt": self.rebuilt.as_json() if self.rebuilt else None,
             "untold": list(self.untold),
@@ -193,6 +208,10 @@ class SumsReport:
                 f"with {self.forecast['public']:,} public images of the same kind tracing comes to "
                 f"an area of {self.forecast['auc']:.2f} and {self.forecast['tpr_at_1']:.0%} found "
                 "at 1 %, by its formula"
+            )
+        if self.allowed:
+            lines.append(
+                f"noise leaves the best of all attacks {self.allowed['tpr_at_1']:.0%} found at 1 %"
             )
         if self.rebuilt:
             found = self.rebuilt.as_json()
@@ -249,7 +268,7 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
         str(path),
         settings,
         case.dimension,
-        case.config.epsilon,
+        case.release,
         len(case.public),
         len(case.strangers),
         rows,
@@ -270,6 +289,7 @@ class _Case:
         config: Its settings.
         classifier: w, with the map.
         sums: What the server holds in the end.
+        noise: Standard deviation of the noise on their diagonal; 0 without.
         images: What each client summed, by partition.
         bound: How many of its images a client summed at most; None for all.
         own: The server's images.
@@ -280,6 +300,7 @@ class _Case:
     config: TrainConfig
     classifier: AnalyticClassifier
     sums: Statistics
+    noise: float
     images: Mapping[int, Images]
     bound: int | None
     own: Images
@@ -306,13 +327,14 @@ class _Case:
         checkpoint = directory.checkpoint()
         if checkpoint is None or not checkpoint.state.memory:
             raise FedveilError(f"{path} has no sums yet: end it with fedveil train --resume {path}")
-        sums, heard = summed_so_far(layout, checkpoint.state.memory)
+        sums, heard, noise = summed_so_far(layout, checkpoint.state.memory)
         members = Members.of(config, job.dataset.train)
         return cls(
             path,
             config,
             classifier,
             sums,
+            noise,
             {client: members.images(client) for client in heard},
             members.bound,
             job.evaluation.calibration,
@@ -361,15 +383,24 @@ class _Case:
         rows, classes = self.rows(images), self.classifier.classes
         return Statistics.of(rows, images.labels, classes=classes, dimension=self.dimension)
 
+    @property
+    def sharers(self) -> int:
+        """How many clients' noise is enough together."""
+        return noise_sharers(len(self.images) if self.config.secure_aggregation else None)
+
+    @property
+    def noise_alone(self) -> float:
+        """Standard deviation of the noise that one client adds; 0 without."""
+        if self.release is None:
+            return 0.0
+        return self.release.scale(self.most_images) / math.sqrt(self.sharers)
+
     def released(self, sums: Statistics) -> Statistics:
         """Return a client's sums with the noise that it adds in this run."""
         if self.release is None:
             return sums
-        together = len(self.images) if self.config.secure_aggregation else None
-        sharers = noise_sharers(together)
-        return self.release.noised(
-            sums, SecureGenerator(), most_images=self.most_images, sharers=sharers
-        )
+        most, sharers = self.most_images, self.sharers
+        return self.release.noised(sums, SecureGenerator(), most_images=most, sharers=sharers)
 
     def check(self, plain: PlainLines) -> None:
         """Refuse images that are not those in the sums: who is in them could not be told by others.
@@ -395,38 +426,51 @@ class _Case:
 def _told(case: _Case, settings: SumsSettings, generator: torch.Generator) -> Iterator[Told]:
     clients = list(case.images.values())
     everybody = quantity(len(clients), "client")
-    yield from _by_each_attack(
-        case, (everybody, True), case.sums, joined(clients), settings, generator
-    )
+    whole = _Held(everybody, True, case.sums, case.noise, joined(clients))
+    yield from _by_each_attack(case, whole, settings, generator)
     # Neither the client with the most images, which hide one another best, nor that with the least.
     middle = sorted(clients, key=len)[len(clients) // 2]
     if len(middle) >= 2:
-        alone = ("one client", not case.config.secure_aggregation)
+        seen = not case.config.secure_aggregation
         sums = case.released(case.of_client(middle))
-        yield from _by_each_attack(case, alone, sums, middle, settings, generator)
+        alone = _Held("one client", seen, sums, case.noise_alone, middle)
+        yield from _by_each_attack(case, alone, settings, generator)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Sums that are attacked.
+
+    Attributes:
+        holder: Whose they are.
+        seen: Whether the server of this run held them.
+        sums: Themselves.
+        noise: Standard deviation of the noise on their diagonal; 0 without.
+        members: The images in them.
+    """
+
+    holder: str
+    seen: bool
+    sums: Statistics
+    noise: float
+    members: Images
 
 
 def _by_each_attack(
-    case: _Case,
-    whose: tuple[str, bool],
-    sums: Statistics,
-    members: Images,
-    settings: SumsSettings,
-    generator: torch.Generator,
+    case: _Case, held: _Held, settings: SumsSettings, generator: torch.Generator
 ) -> Iterator[Told]:
-    some = members[torch.randperm(len(members), generator=generator)[: settings.images]]
+    count = len(held.members)
+    some = held.members[torch.randperm(count, generator=generator)[: settings.images]]
     asked = joined([some, case.strangers])
     rows = case.rows(asked)[:, : case.dimension]
-    noise = case.release.scale(case.most_images) if case.release else 0.0
-    tracing = Tracing(noise=noise)
-    public = case.of_client(case.public)
+    tracing, public = Tracing(noise=held.noise), case.of_client(case.public)
     scores = {
-        "leverage": Leverage()(sums, rows, asked.labels),
-        "tracing": tracing(sums, rows, asked.labels, images=len(members), public=public),
+        "leverage": Leverage()(held.sums, rows, asked.labels),
+        "tracing": tracing(held.sums, rows, asked.labels, images=count, public=public),
     }
     for attack, score in scores.items():
         roc = roc_of_one(score[: len(some)], score[len(some) :])
-        yield Told(whose[0], attack, whose[1], len(members), roc)
+        yield Told(held.holder, attack, held.seen, count, roc)
 
 
 def _rebuilt(
@@ -488,8 +532,17 @@ def _untold(
 
 
 def _mean_correlation(images: Tensor, originals: Tensor) -> float:
+    """Return the mean correlation with the originals or, where that is more, mirrored ones.
+
+    A map that takes mirror images for alike cannot tell which of the two it was.
+    """
+    upright, mirrored = (_correlations(images, some) for some in (originals, originals.flip(3)))
+    return float(torch.maximum(upright, mirrored).mean())
+
+
+def _correlations(images: Tensor, originals: Tensor) -> Tensor:
     one, other = ((x.flatten(1) - x.flatten(1).mean(1, keepdim=True)) for x in (images, originals))
-    return float(F.cosine_similarity(one, other).mean())
+    return F.cosine_similarity(one, other)
 
 
 def _picture(rebuilt: Rebuilt) -> bytes:

@@ -262,6 +262,13 @@ class TracingForecast(_Content):
     tpr_at_1: Share
 
 
+class AllowedByNoise(_Content):
+    """``allowed`` of ``sums.json``: what noise leaves possible to any attack."""
+
+    auc: Share
+    tpr_at_1: Share
+
+
 class SumsAudit(_Content):
     """``sums.json``: what sums over clients' images tell of them."""
 
@@ -272,6 +279,7 @@ class SumsAudit(_Content):
     public: Count
     strangers: Count
     forecast: TracingForecast | None = None
+    allowed: AllowedByNoise | None = None
     rows: tuple[SumsRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     rebuilt: RebuiltFromSums | None = None
     untold: tuple[Text, ...] = Field(default=(), max_length=100)

@@ -10,6 +10,8 @@ IMAGES = "Clients' images"
 _CHANCE, _GUESSING = 0.01, 0.5
 _SHOWN = 0.9  # correlation from which somebody would call the two one image
 _OVER_FLOOR = 0.05
+_LOOSE = 0.1  # found by the best attack that noise allows: ε of about 4 and more
+_FEWEST = 5  # images rebuilt, of fewer than which nothing is said
 _TRACED = 0.02  # found where 1 % of others are: twice as many as by chance
 
 
@@ -48,11 +50,17 @@ def _judged(audit: SumsAudit, row: SumsRow) -> tuple[str, str]:
         return "Nobody named, a little told of all", "unknown"
     if row.tpr_at_1 is None:
         return "Cannot tell", "unknown"
+    if audit.allowed is not None and audit.allowed.tpr_at_1 > _LOOSE:
+        return "Nobody found, much allowed", "unknown"
     return "No better than chance", "good"
 
 
 def _foretold(audit: SumsAudit) -> str:
     """Say what somebody with more public images than the audit had is to be expected to find."""
+    if audit.allowed is not None:
+        return (
+            f"; the noise would let the best of all attacks find {percent(audit.allowed.tpr_at_1)}"
+        )
     if audit.forecast is None:
         return ""
     return (
@@ -114,6 +122,8 @@ def rebuilt_from_sums(audits: Sequence[SumsAudit]) -> Finding:
         told += f"{own.from_one_client:.2f}"
     if seen > min(_SHOWN, own.floor + _OVER_FLOOR):
         mark, kind = "Rebuilt" if seen > _SHOWN else "Partly rebuilt", "bad"
+    elif own.images < _FEWEST:
+        mark, kind = "Too few to tell", "unknown"
     elif own.from_one_client > max(_SHOWN, own.floor):
         mark, kind = "Not rebuilt", "good"
     else:

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from fedveil.audit.sums import SumsSettings, audit_sums
+from fedveil.audit.sums import SumsSettings, _mean_correlation, audit_sums
 from fedveil.cli.main import app as command
 from fedveil.data import Images
 from fedveil.errors import FedveilError
@@ -70,6 +71,7 @@ def test_under_noise_nobody_is_told_from_one_clients_sums(tmp_path):
     path = trained(tmp_path / "run", epsilon=1.0, filters=None, clients=20)
     report = audit_sums(path, SumsSettings(rebuilt=2), out=None)
     assert report.epsilon == 1.0
+    assert report.allowed["tpr_at_1"] < 0.03
     for row in report.rows:
         assert row.roc.auc.value < 0.78
     assert report.rebuilt is not None
@@ -85,3 +87,9 @@ def test_what_has_no_sums_or_no_images_here_is_refused(tmp_path):
         )
     with pytest.raises(FedveilError, match="--images 5 is out of range"):
         SumsSettings(images=5)
+
+
+def test_a_mirror_image_is_the_image_where_a_map_takes_both_for_alike():
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert _mean_correlation(images.flip(3), images) == pytest.approx(1.0, abs=1e-5)
+    assert _mean_correlation(images.flip(2), images) < 0.6

@@ -229,7 +229,13 @@ def sums_row(*, seen=True, auc=0.6, found=0.01, holder="100 clients", images=140
 
 
 def make_sums(
-    path: Path, rows=(), *, subject="runs/a", rebuilt=(8, 1.0, 0.6, 0.9), forecast=0.01
+    path: Path,
+    rows=(),
+    *,
+    subject="runs/a",
+    rebuilt=(8, 1.0, 0.6, 0.9),
+    forecast=0.01,
+    allowed=None,
 ) -> Path:
     path.mkdir(parents=True)
     names = ("images", "from_one_client", "from_the_round", "floor")
@@ -242,6 +248,7 @@ def make_sums(
         "public": 500,
         "strangers": 1000,
         "forecast": forecast and {"public": 1400, "auc": 0.6, "tpr_at_1": forecast},
+        "allowed": allowed and {"auc": 0.6, "tpr_at_1": allowed},
         "rows": list(rows) or [sums_row(), alone],
         "rebuilt": dict(zip(names, rebuilt, strict=True)) if rebuilt else None,
         "untold": ["another map may <b>"],

@@ -419,9 +419,19 @@ def test_few_public_images_clear_no_sum_that_more_would_trace(tmp_path):
         assert (said in found.sentence) == bool(forecast)
 
 
+def test_noise_that_would_let_a_better_attack_find_many_clears_no_sum(tmp_path):
+    row = sums_row(auc=0.51, found=0.01)
+    for allowed, kind in ((0.3, "unknown"), (0.03, "good")):
+        place = make_sums(tmp_path / f"{allowed}", [row], forecast=None, allowed=allowed)
+        (found,) = of_sums(read_artifacts([place]).sums)
+        assert found.kind == kind
+        assert f"let the best of all attacks find {percent(allowed)}" in found.sentence
+
+
 @pytest.mark.parametrize(
     ("rebuilt", "seen", "kind", "mark"),
     [
+        ((4, 1.0, 0.6, 0.9), False, "unknown", "Too few to tell"),
         ((8, 1.0, 0.6, 0.9), False, "good", "Not rebuilt"),
         ((8, 1.0, 0.6, 0.9), True, "bad", "Rebuilt"),
         ((8, 0.5, 0.3, 0.4), True, "bad", "Partly rebuilt"),

@@ -94,15 +94,15 @@ class _Past:
         }
 
 
-def summed_so_far(layout: Layout, memory: Weights) -> tuple[Statistics, tuple[int, ...]]:
-    """Return the sums that an analytic run holds, and the partitions of the clients in them.
+def summed_so_far(layout: Layout, memory: Weights) -> tuple[Statistics, tuple[int, ...], float]:
+    """Return the sums that an analytic run holds, the clients in them, and the noise's deviation.
 
     Args:
         layout: D and K.
         memory: ``State.memory`` of the run's checkpoint.
     """
     past = _Past.of(layout, memory)
-    return past.sums, tuple(past.heard.tolist())
+    return past.sums, tuple(past.heard.tolist()), past.noise
 
 
 class Analytic(SeededFedAvg):
