@@ -213,7 +213,7 @@ def draw(rows: list[dict[str, Any]], plain: list[float], path: Path) -> None:
         axes.plot([row["epsilon"] for row in noisy], heights, "o-", color="#2563eb", alpha=0.6)
     height = 100 * sum(plain) / len(plain)
     axes.axhline(height, color="#555", ls="--")
-    axes.annotate("without noise", (EPSILONS[0], height), (0, 3), textcoords="offset points")
+    axes.annotate("without noise", (EPSILONS[0], height), (0, -12), textcoords="offset points")
     axes.set_xscale("log", base=2)
     axes.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
     axes.set(xlabel="ε of one image, δ = 10⁻⁵", ylabel="accuracy of w in %")

@@ -109,7 +109,7 @@ class ResponseInspection:
         if seen.dominance > self.dominance:
             return (
                 f"refused to train: one class reaches this client's images {seen.dominance:.3g} "
-                f"times as far as the others, where honest models have at most {self.dominance}, "
+                f"times as far as the others, and more than {self.dominance} times is the limit, "
                 "so the update would be of that class's images alone; ask who runs the server why"
             )
         for layer, count in seen.alike.items():
