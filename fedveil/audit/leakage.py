@@ -33,6 +33,7 @@ from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.files import write_results
 from fedveil.models import build_model
+from fedveil.pictures import Column, draw_images, png
 from fedveil.progress import ProgressBars, say
 from fedveil.runs.state_files import load_checkpoint
 from fedveil.wording import quantity
@@ -487,25 +488,15 @@ def _picture(report: LeakageReport) -> bytes:
 
     columns = _columns(report)
     count = min(len(report.originals), _DRAWN)
-    figure = Figure(figsize=(1.5 * len(columns), 1.6 * count + 0.6), layout="constrained")
-    axes = figure.subplots(count, len(columns), squeeze=False)
-    for place, (title, images, scores) in enumerate(columns):
-        axes[0][place].set_title(title, fontsize=7)
-        for index in range(count):
-            axis = axes[index][place]
-            pixels = images[index].clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if scores is not None:
-                axis.set_xlabel(f"{scores[index]:.1f} dB", fontsize=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    size = (1.5 * len(columns), 1.6 * count + 0.6)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    draw_images(grid, columns, range(count), size=7)
+    return png(figure)
 
 
-def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:
-    columns: list[tuple[str, Tensor, Tensor | None]] = [("original", report.originals, None)]
+def _columns(report: LeakageReport) -> list[Column]:
+    columns: list[Column] = [("original", report.originals, None)]
     for label, images in report.trained.items():
         if not torch.equal(images, report.originals):
             scores = psnr(images.clamp(0, 1), report.originals)

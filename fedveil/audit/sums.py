@@ -1,6 +1,5 @@
 """``fedveil audit sums``: what sums over clients' images tell of those images."""
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from fedveil.features import FeatureMap, slow_beneath
 from fedveil.federation.server_app import load_job
 from fedveil.federation.strategies.analytic import Analytic, summed_so_far
 from fedveil.files import write_results
+from fedveil.pictures import draw_images, png
 from fedveil.progress import PlainLines
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory, versions
@@ -548,22 +548,14 @@ def _correlations(images: Tensor, originals: Tensor) -> Tensor:
 def _picture(rebuilt: Rebuilt) -> bytes:
     from matplotlib.figure import Figure
 
-    columns = {
-        "original": rebuilt.originals,
-        "from one\nclient's sums": rebuilt.alone,
-        "from the\nround's sums": rebuilt.together,
-        "nearest\npublic image": rebuilt.nearest,
-    }
+    columns = (
+        ("original", rebuilt.originals, None),
+        ("from one\nclient's sums", rebuilt.alone, None),
+        ("from the\nround's sums", rebuilt.together, None),
+        ("nearest\npublic image", rebuilt.nearest, None),
+    )
     count = len(rebuilt.originals)
-    figure = Figure(figsize=(6, 1.5 * count + 0.5), layout="constrained")
-    axes = figure.subplots(count, len(columns), squeeze=False)
-    for place, (title, images) in enumerate(columns.items()):
-        axes[0][place].set_title(title, fontsize=8)
-        for index in range(count):
-            axis = axes[index][place]
-            pixels = images[index].clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    figure = Figure(figsize=(6, 1.5 * count + 0.5), dpi=150, layout="constrained")
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    draw_images(grid, columns, range(count), size=8)
+    return png(figure)

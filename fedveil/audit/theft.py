@@ -1,6 +1,5 @@
 """``fedveil audit theft``: what clients can make of the copies they were sent."""
 
-import io
 import json
 import multiprocessing
 import sys
@@ -23,8 +22,8 @@ from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, write_atomically, write_results
+from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, png
 from fedveil.progress import ProgressBars
-from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.runs.directory import versions
 
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
@@ -472,9 +471,7 @@ def _draw(report: TheftReport) -> bytes:
     grid[1][0].set_ylabel("theft advantage over training alone")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _line(

@@ -1,19 +1,15 @@
 """Pictures of a run."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedveil.files import write_atomically
+from fedveil.pictures import BLUE, GREY, ORANGE, png
 from fedveil.runs.directory import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Okabe and Ito's colours, told apart by colour-blind readers.
-BLACK, BLUE, ORANGE = "#000000", "#0072B2", "#D55E00"
-GREEN, GREY = "#009E73", "#666666"
 
 
 def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None) -> None:
@@ -28,9 +24,7 @@ def draw_curves(rounds: Sequence[RoundRecord], path: Path, *, cap: float | None)
 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     draw_curves_on(figure.subplots(), rounds, cap=cap)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png(figure))
 
 
 def draw_curves_on(axes: "Axes", rounds: Sequence[RoundRecord], *, cap: float | None) -> None:

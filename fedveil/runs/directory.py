@@ -17,6 +17,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -483,6 +484,11 @@ def versions() -> dict[str, str]:
     """Return the versions of fedveil, Python and the libraries results depend on."""
     libraries = {name: version(name) for name in _VERSIONED}
     return {"fedveil": __version__, "python": platform.python_version(), **libraries}
+
+
+def origin() -> dict[str, Any]:
+    """Return what every result says of where it comes from: ``date`` in UTC, and ``versions``."""
+    return {"date": datetime.now(UTC).date().isoformat(), "versions": versions()}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -17,12 +17,11 @@ images do for accuracy, never for measuring what the transformation removes. The
 therefore read another, lossless dataset.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -37,10 +36,13 @@ from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
-from fedveil.files import check_directory, write_atomically
+from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, Column, draw_images
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.studies.study import OnPiece, audited, described, png, spread, trained, with_interval
+from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
+from fedveil.studies.study import Piece, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
@@ -73,6 +75,7 @@ class DctStudy:
         FedveilError: Nothing to measure, or a ``keep`` out of range.
     """
 
+    name: ClassVar[str] = "dct"
     images: int = 100
     seeds: int = 3
     dataset: str = "cifar100"
@@ -167,6 +170,52 @@ class DctStudy:
             for seed in range(self.seeds)
         }
 
+    def check(self) -> None:
+        """Refuse what would fail hours later; nothing has been written yet."""
+        data = load_dataset(self.dataset)
+        for settings in (self.figure_audits | self.sweep_audits).values():
+            ground_truth(data, settings)
+        prepare_job(self.training(_NONE, 0))
+
+    def pieces(self, out: Path) -> list[Piece]:
+        """Return the audits, each with a directory in ``leakage``, and the training runs."""
+        audits, leakage = self.figure_audits | self.sweep_audits, out / "leakage"
+        return [
+            *(
+                Piece(name, audited, (self.dataset, self.model, settings, leakage / name))
+                for name, settings in audits.items()
+            ),
+            *(Piece(name, trained, (run, out, name)) for name, run in self.trainings.items()),
+        ]
+
+    def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """Return the settings, a row for each defence, and the rows of figure 3."""
+        return {
+            **settings_of(self),
+            "rows": [_row(self, defense, found) for defense in (_NONE, *map(_defense, self.keeps))],
+            "figure3": [row for name in self.figure_audits for row in found[name]],
+        }
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return leakage and accuracy for each keep."""
+        head = (
+            *("keep", "ceiling, dB", "attacker", "dB to original", "dB to T(x)", "T(x) exactly"),
+            *("identified", "labels", "accuracy on T(x)", "accuracy on x"),
+        )
+        lines = (
+            _cells(row, kind, first=kind == "naive")
+            for row in result["rows"]
+            for kind in (("naive",) if row["defense"] == _NONE else ("naive", "adaptive"))
+        )
+        return markdown(head, lines)
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw the paper's figure 3, and what is leaked and learnt for each keep."""
+        return {
+            "figure3.png": _draw_figure3(self, out / "leakage"),
+            "dct.png": _draw(result["rows"]),
+        }
+
     def _audit(self, attack: str, defense: str, images: int) -> LeakageSettings:
         return LeakageSettings(
             clients=self.clients,
@@ -177,93 +226,21 @@ class DctStudy:
         )
 
 
-def reproduce(
-    study: DctStudy, out: Path, *, on_piece: OnPiece = lambda name, done, total: None
-) -> dict[str, Any]:
-    """Measure what is missing of a study, then write dct.json, dct.png, dct.md and figure3.png.
-
-    Every audit has its directory under ``out/leakage``, every training run its directory under
-    ``out/runs`` and its result in ``out/accuracy``. What is complete is not done again; a training
-    run that was cut short goes on from its last round, an audit begins again.
-
-    Args:
-        study: What to measure.
-        out: Directory of the study.
-        on_piece: Called before each piece as ``on_piece(name, pieces done, pieces in all)``.
-
-    Returns:
-        The content of ``dct.json``.
-
-    Raises:
-        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
-    """
-    _check(study, out)
-    (out / "accuracy").mkdir(parents=True, exist_ok=True)
-    audits = study.figure_audits | study.sweep_audits
-    total = len(audits) + len(study.trainings)
-    leaks: dict[str, list[dict[str, Any]]] = {}
-    accuracies: dict[str, dict[str, Any]] = {}
-    for name, settings in audits.items():
-        on_piece(f"leakage: {name}", len(leaks), total)
-        leaks[name] = audited(study.dataset, study.model, settings, out / "leakage" / name)
-    for name, config in study.trainings.items():
-        on_piece(f"accuracy: {name}", len(leaks) + len(accuracies), total)
-        accuracies[name] = trained(config, out, name)
-    return _report(study, out, leaks, accuracies)
-
-
-def _report(
-    study: DctStudy,
-    out: Path,
-    leaks: Mapping[str, Sequence[Mapping[str, Any]]],
-    accuracies: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    rows = [_row(study, defense, leaks, accuracies) for defense in _defenses(study)]
-    result = {
-        **described(study),
-        "rows": rows,
-        "figure3": [row for name in study.figure_audits for row in leaks[name]],
-    }
-    write_atomically(out / "figure3.png", _draw_figure3(study, out / "leakage"))
-    write_atomically(out / "dct.png", _draw(rows))
-    write_atomically(out / "dct.md", _table(rows).encode())
-    write_atomically(out / "dct.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
-
-
-def _check(study: DctStudy, out: Path) -> None:
-    """Refuse before anything is written what would fail hours later."""
-    check_directory(out)
-    data = load_dataset(study.dataset)
-    for settings in (*study.figure_audits.values(), *study.sweep_audits.values()):
-        ground_truth(data, settings)
-    prepare_job(study.training(_NONE, 0))
-
-
 def _defense(keep: int) -> str:
     return f"dct:keep={keep}"
-
-
-def _defenses(study: DctStudy) -> tuple[str, ...]:
-    return (_NONE, *map(_defense, study.keeps))
 
 
 def _slug(defense: str) -> str:
     return defense.removeprefix("dct:").replace("=", "-")
 
 
-def _row(
-    study: DctStudy,
-    defense: str,
-    leaks: Mapping[str, Sequence[Mapping[str, Any]]],
-    accuracies: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    found = leaks[study.sweep_audit(defense)]
-    naive = next(row for row in found if not row["adaptive"])
-    adaptive = next((row for row in found if row["adaptive"]), naive)
+def _row(study: DctStudy, defense: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    leaks = found[study.sweep_audit(defense)]
+    naive = next(row for row in leaks if not row["adaptive"])
+    adaptive = next((row for row in leaks if row["adaptive"]), naive)
     keep = _ALL if defense == _NONE else int(defense.partition("=")[2])
     learnt = _NONE if keep == _ALL else defense
-    runs = [accuracies[f"{_slug(learnt)}-{seed}"] for seed in range(study.seeds)]
+    runs = [found[f"{_slug(learnt)}-{seed}"] for seed in range(study.seeds)]
     return {
         "defense": defense,
         "keep": keep,
@@ -278,7 +255,7 @@ def _row(
     }
 
 
-def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), dpi=130, layout="constrained")
@@ -323,7 +300,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_xlabel("DCT coefficients kept of 64")
         axes.grid(alpha=0.2)
         axes.legend(fontsize=8)
-    return png(figure)
+    return figure
 
 
 def _line(
@@ -348,29 +325,18 @@ def _line(
     axes.fill_between(keeps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def _draw_figure3(study: DctStudy, folder: Path) -> bytes:
+def _draw_figure3(study: DctStudy, folder: Path) -> "Figure":
     from matplotlib.figure import Figure
 
     columns = _figure3_columns(study, folder)
     count = study.figure_images
     figure = Figure(figsize=(1.5 * len(columns), 1.65 * count + 0.6), dpi=130, layout="constrained")
-    grid = figure.subplots(count, len(columns), squeeze=False)
-    originals = columns[0][1]
-    for place, (title, images) in enumerate(columns):
-        grid[0][place].set_title(title, fontsize=8)
-        scores = psnr(images.clamp(0, 1), originals).tolist()
-        for index in range(count):
-            axes = grid[index][place]
-            pixels = images[index].clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
-            axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            if place:
-                axes.set_xlabel(f"{scores[index]:.1f} dB", fontsize=7)
-    return png(figure)
+    draw_images(figure.subplots(count, len(columns), squeeze=False), columns, range(count), size=8)
+    return figure
 
 
-def _figure3_columns(study: DctStudy, folder: Path) -> list[tuple[str, Tensor]]:
-    """Return titles and images, the originals first; PSNR is to these."""
+def _figure3_columns(study: DctStudy, folder: Path) -> list[Column]:
+    """Return titles, images and their PSNR to the originals, which come first."""
     defense = _defense(study.figure_keep)
     columns: list[tuple[str, Tensor]] = []
     for attack in study.figure_attacks:
@@ -386,7 +352,11 @@ def _figure3_columns(study: DctStudy, folder: Path) -> list[tuple[str, Tensor]]:
             (f"{attack} on\ntransformed", hidden[f"images/{attack}/{defense}/naive"]),
             (f"{attack},\nknows T", hidden[f"images/{attack}/{defense}/adaptive"]),
         ]
-    return columns
+    originals = columns[0][1]
+    return [
+        ("original", originals, None),
+        *((title, images, psnr(images.clamp(0, 1), originals)) for title, images in columns[1:]),
+    ]
 
 
 def _arrays(folder: Path) -> dict[str, Tensor]:
@@ -399,27 +369,14 @@ def _arrays(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| keep | ceiling, dB | attacker | dB to original | dB to T(x) | T(x) exactly "
-        "| identified | labels | accuracy on T(x) | accuracy on x |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        naive = row["defense"] == _NONE
-        kinds = ("naive",) if naive else ("naive", "adaptive")
-        lines += [_table_line(row, kind, first=kind == "naive") for kind in kinds]
-    return "\n".join(lines) + "\n"
-
-
-def _table_line(row: Mapping[str, Any], kind: str, *, first: bool) -> str:
+def _cells(row: Mapping[str, Any], kind: str, *, first: bool) -> list[str]:
     scores = row[kind]
     # A ceiling where nothing is removed is the rounding of the transformation, no finding.
     endless = row["keep"] == _ALL
     keep = "none" if row["defense"] == _NONE else str(row["keep"])
     ceiling = "none" if endless else f"{row['ceiling']:.1f}"
     transformed, plain = row["accuracy_transformed"], row["accuracy_plain"]
-    cells = [
+    return [
         keep if first else "",
         ceiling if first else "",
         "knows T" if kind == "adaptive" else "naive",
@@ -431,4 +388,3 @@ def _table_line(row: Mapping[str, Any], kind: str, *, first: bool) -> str:
         f"{transformed['mean']:.1%} ± {transformed['sd']:.1%}" if first else "",
         f"{plain['mean']:.1%} ± {plain['sd']:.1%}" if first else "",
     ]
-    return f"| {' | '.join(cells)} |"

@@ -1,12 +1,9 @@
 """Both directions at once, the two papers' protections, and what attacks leave of each."""
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised, ridge
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, Row, run_leakage_audit
@@ -14,14 +11,13 @@ from fedveil.audit.sums import SumsSettings, Told, audit_sums
 from fedveil.audit.theft import OWNER, TheftSettings, run_theft_audit
 from fedveil.data import Images, parse_partition
 from fedveil.data.partition import partition
-from fedveil.errors import FedveilError
 from fedveil.features import features_of
 from fedveil.federation.server_app import load_job
-from fedveil.federation.training_run import run_to_completion
 from fedveil.files import write_atomically
+from fedveil.pictures import BLUE, GREY, ORANGE, Column, draw_images, png
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.curves import BLUE, GREY, ORANGE
 from fedveil.runs.directory import RunDirectory
+from fedveil.studies.measured import run_of
 
 _Recognised = dict[str, float | None]
 
@@ -82,13 +78,17 @@ def run_demo(out: Path) -> str:
     Raises:
         FedveilError: ``out`` holds something that is not a demo.
     """
-    sums, copies = _trained(out / "sums", _SUMS), _trained(out / "copies", _COPIES)
-    kept = {"capped copies": _stolen(copies, out / "theft"), "sums": _not_stolen(sums)}
-    recognised = _recognised(sums.directory)
+    sums, of_sums = run_of(_SUMS, out / "sums")
+    copies, of_copies = run_of(_COPIES, out / "copies")
+    kept = {
+        "capped copies": _stolen(copies, of_copies, out / "theft"),
+        "sums": _not_stolen(sums, of_sums),
+    }
+    recognised = _recognised(sums)
     report = run_leakage_audit("photos", "lenet", _LEAKAGE, out=out / "leakage")
     write_atomically(out / "demo.png", _picture(kept, report, recognised))
     summary = {
-        "training": {"sums": sums.summary, "copies": copies.summary},
+        "training": {"sums": of_sums, "copies": of_copies},
         "kept": {name: vars(one) for name, one in kept.items()},
         "recognised": {name.replace("\n", " "): share for name, share in recognised.items()},
         "leakage": report.as_json(),
@@ -97,33 +97,16 @@ def run_demo(out: Path) -> str:
     return _sentences(kept, report, recognised, out)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A run that is finished, and what it says of itself."""
-
-    directory: RunDirectory
-    summary: dict[str, Any]
-
-
-def _trained(path: Path, config: TrainConfig) -> _Trained:
-    directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
-    if directory.config != config:
-        raise FedveilError(f"{path} is of another demo; remove it, or name another --out")
-    return _Trained(directory, run_to_completion(directory))
-
-
-def _stolen(run: _Trained, out: Path) -> _Kept:
+def _stolen(run: RunDirectory, known: dict[str, Any], out: Path) -> _Kept:
     settings = TheftSettings(
-        run=run.directory.path, labels=(_LABELS,), colluders=(_COLLUDERS,), thieves=_THIEVES
+        run=run.path, labels=(_LABELS,), colluders=(_COLLUDERS,), thieves=_THIEVES
     )
     worst = run_theft_audit(settings, out=out).row(OWNER, _LABELS, _COLLUDERS)
-    known = run.summary
     return _Kept(known["accuracy"], known["copies_max"], worst["accuracy"], worst["alone"])
 
 
-def _not_stolen(run: _Trained) -> _Kept:
+def _not_stolen(directory: RunDirectory, known: dict[str, Any]) -> _Kept:
     """Let thieves learn from the map, which is all they got, as they would without the run."""
-    directory = run.directory
     job = load_job(directory.config)
     features = load_classifier(directory.model()).features
     report = job.evaluation.report
@@ -136,7 +119,7 @@ def _not_stolen(run: _Trained) -> _Kept:
         named = (asked @ head.weight.T + head.bias).argmax(1)
         found.append(float((named == report.labels).double().mean()))
     alone = sum(found) / len(found)
-    return _Kept(run.summary["accuracy"], run.summary["copies_max"], alone, alone)
+    return _Kept(known["accuracy"], known["copies_max"], alone, alone)
 
 
 def _share(directory: RunDirectory, train: Images, client: int) -> Images:
@@ -209,9 +192,7 @@ def _picture(kept: dict[str, _Kept], report: LeakageReport, recognised: _Recogni
     _draw_kept(left.subplots(), kept)
     _draw_images(middle, report)
     _draw_recognised(right.subplots(), recognised)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_kept(axes: "Axes", kept: dict[str, _Kept]) -> None:
@@ -243,17 +224,7 @@ def _draw_images(figure: "SubFigure", report: LeakageReport) -> None:
     figure.suptitle("What the server reads from one update", fontsize=11)
     columns = _columns(report)
     grid = figure.subplots(_DRAWN, len(columns))
-    drawn = _most_detailed(report)
-    for column, (title, images, scores) in enumerate(columns):
-        grid[0, column].set_title(title, fontsize=8)
-        for row, index in enumerate(drawn):
-            axis = grid[row, column]
-            pixels = images[index].clamp(0, 1).permute(1, 2, 0)
-            axis.imshow(pixels.numpy(), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if scores is not None:
-                axis.set_xlabel(f"{scores[index]:.0f} dB", fontsize=7)
+    draw_images(grid, columns, _most_detailed(report), size=8)
 
 
 def _draw_recognised(axes: "Axes", recognised: _Recognised) -> None:
@@ -267,7 +238,7 @@ def _draw_recognised(axes: "Axes", recognised: _Recognised) -> None:
     axes.set_title("Images recognised in sums\n(1 % of strangers are)", fontsize=11)
 
 
-def _columns(report: LeakageReport) -> list[tuple[str, Tensor, Tensor | None]]:
+def _columns(report: LeakageReport) -> list[Column]:
     plain, naive, adaptive = report.rows
     return [
         ("client's image", report.originals, None),

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedveil.attacks.inversion import build_attack
 from fedveil.audit.leakage import LeakageSettings
@@ -25,20 +25,14 @@ from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.strategies.fedsgd import UpdateKind
-from fedveil.files import check_directory, write_atomically
+from fedveil.files import write_results
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
-from fedveil.studies.study import (
-    OnPiece,
-    Piece,
-    audited,
-    described,
-    png,
-    run_pieces,
-    spread,
-    trained,
-    with_interval,
-)
+from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
+from fedveil.studies.study import Piece, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SETTINGS = (
     "none",
@@ -89,6 +83,7 @@ class FrontierStudy:
         FedveilError: Nothing to measure, or a defence or attack that cannot be.
     """
 
+    name: ClassVar[str] = "frontier"
     dataset: str = "cifar10"
     leakage_dataset: str | None = None
     images: int = 96
@@ -207,75 +202,77 @@ class FrontierStudy:
             }
         )
 
+    def check(self) -> None:
+        """Refuse what would fail hours later; nothing has been written yet."""
+        for scenario in self.scenarios:
+            settings = self.audit(scenario, "none", self.attacks(scenario)[0])
+            ground_truth(load_dataset(self.subject(scenario)[0]), settings)
+        job = prepare_job(self.training("none", 0))
+        for defense in self.defenses:
+            check_defense(parse_defense(defense), job.model, job.dataset.shape)
 
-def measure(
-    study: FrontierStudy,
-    out: Path,
-    *,
-    workers: int = 1,
-    on_piece: OnPiece = lambda name, done, total: None,
-) -> dict[str, Any]:
-    """Measure what is missing of a study, then write frontier.json, frontier.png and frontier.md.
-
-    Every training run and every audit is a piece of its own, kept as soon as it is finished, so an
-    interrupted study goes on where it stopped. An attack that does not apply to a model or a batch
-    is noted as such.
-
-    Args:
-        study: What to measure.
-        out: Directory of the study.
-        workers: Processes side by side.
-        on_piece: Called when a piece begins: ``on_piece(name, pieces begun, pieces in all)``.
-
-    Returns:
-        The content of ``frontier.json``.
-
-    Raises:
-        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
-    """
-    if workers < 1:
-        raise FedveilError(f"--workers {workers} is out of range: give at least 1")
-    _check(study, out)
-    (out / "accuracy").mkdir(parents=True, exist_ok=True)
-    trainings = [
-        Piece(f"accuracy of {defense}, seed {seed}", _train, (study, defense, seed, out))
-        for seed in range(study.seeds)
-        for defense in study.defenses
-    ]
-    audits = {
-        scenario: [
-            Piece(f"{scenario}: {attack} on {d}", _attack, (study, scenario, d, attack, out))
-            for d in study.defenses
-            for attack in study.attacks(scenario)
+    def pieces(self, out: Path) -> list[Piece]:
+        """Return every training run, and every audit of the models that they have made."""
+        trainings = [
+            Piece(
+                _training(defense, seed),
+                trained,
+                (self.training(defense, seed), out, f"{_slug(defense)}-{seed}"),
+            )
+            for seed in range(self.seeds)
+            for defense in self.defenses
         ]
-        for scenario in study.scenarios
-    }
-    first = [*trainings, *audits.get("worst", [])]
-    later = [*audits.get("round", []), *audits.get("sum", [])]
-    total = len(first) + len(later)
-    run_pieces(first, workers=workers, on_piece=lambda name, done, _: on_piece(name, done, total))
-    # These attack models that the trainings before have made.
-    run_pieces(
-        later,
-        workers=workers,
-        on_piece=lambda name, done, _: on_piece(name, len(first) + done, total),
-    )
-    return _report(study, out)
+        audits = [
+            Piece(
+                _audit(scenario, attack, defense),
+                _attack,
+                (self, scenario, defense, attack, out),
+                needs=() if scenario == "worst" else (_training(defense, 0),),
+            )
+            for scenario in self.scenarios
+            for defense in self.defenses
+            for attack in self.attacks(scenario)
+        ]
+        return [*trainings, *audits]
+
+    def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """Return the settings, a row for each attack, and why some attacks were not run."""
+        rows = [
+            row
+            for defense in self.defenses
+            for accuracy in [_accuracy(self, defense, found)]
+            for scenario in self.scenarios
+            for row in _rows(self, scenario, defense, accuracy, found)
+        ]
+        return {**settings_of(self), "rows": rows, "refused": _refusals(out)}
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return the best attack on each defence in each scenario."""
+        head = (
+            *("defence", "strength", "accuracy", "scenario", "best attack", "identified"),
+            *("dB to original", "picked out by gradient"),
+        )
+        closest = {
+            (row["defense"], row["scenario"]): row
+            for row in result["rows"]
+            if row["best_membership"] and "recognised" in row
+        }
+        best = (row for row in result["rows"] if row["best"])
+        return markdown(
+            head, (_cells(row, closest.get((row["defense"], row["scenario"]))) for row in best)
+        )
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw accuracy against leakage, a column for each scenario."""
+        return {"frontier.png": _draw(result["rows"])}
 
 
-def _check(study: FrontierStudy, out: Path) -> None:
-    """Refuse before anything is written what would fail hours later."""
-    check_directory(out)
-    for scenario in study.scenarios:
-        settings = study.audit(scenario, "none", study.attacks(scenario)[0])
-        ground_truth(load_dataset(study.subject(scenario)[0]), settings)
-    job = prepare_job(study.training("none", 0))
-    for defense in study.defenses:
-        check_defense(parse_defense(defense), job.model, job.dataset.shape)
+def _training(defense: str, seed: int) -> str:
+    return f"accuracy of {defense}, seed {seed}"
 
 
-def _train(study: FrontierStudy, defense: str, seed: int, out: Path) -> dict[str, Any]:
-    return trained(study.training(defense, seed), out, f"{_slug(defense)}-{seed}")
+def _audit(scenario: str, attack: str, defense: str) -> str:
+    return f"{scenario}: {attack} on {defense}"
 
 
 def _attack(
@@ -293,8 +290,7 @@ def _attack(
             checkpoint=None if scenario == "worst" else weights,
         )
     except InapplicableAttackError as error:
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / _REFUSED, (json.dumps({"reason": str(error)}) + "\n").encode())
+        write_results(path, {_REFUSED: (json.dumps({"reason": str(error)}) + "\n").encode()})
         return []
 
 
@@ -302,27 +298,8 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
 
 
-def _report(study: FrontierStudy, out: Path) -> dict[str, Any]:
-    rows = [
-        row
-        for defense in study.defenses
-        for accuracy in [_accuracy(study, defense, out)]
-        for scenario in study.scenarios
-        for row in _rows(study, scenario, defense, accuracy, out)
-    ]
-    result = {
-        **described(study),
-        "rows": rows,
-        "refused": _refusals(out),
-    }
-    write_atomically(out / "frontier.png", _draw(rows))
-    write_atomically(out / "frontier.md", _table(rows).encode())
-    write_atomically(out / "frontier.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
-
-
-def _accuracy(study: FrontierStudy, defense: str, out: Path) -> dict[str, Any]:
-    runs = [_train(study, defense, seed, out) for seed in range(study.seeds)]
+def _accuracy(study: FrontierStudy, defense: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    runs = [found[_training(defense, seed)] for seed in range(study.seeds)]
     return {
         # Whoever uses the model knows the transformation and may apply it to their own images.
         **spread([run["transformed"] for run in runs]),
@@ -332,21 +309,25 @@ def _accuracy(study: FrontierStudy, defense: str, out: Path) -> dict[str, Any]:
 
 
 def _rows(
-    study: FrontierStudy, scenario: str, defense: str, accuracy: Mapping[str, Any], out: Path
+    study: FrontierStudy,
+    scenario: str,
+    defense: str,
+    accuracy: Mapping[str, Any],
+    found: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     parsed = parse_defense(defense)
-    found = [
+    leaks = [
         row
         for attack in study.attacks(scenario)
-        for row in _attack(study, scenario, defense, attack, out)
+        for row in found[_audit(scenario, attack, defense)]
     ]
-    if not found:
+    if not leaks:
         raise FedveilError(
             f"no attack applies to {defense} in the scenario {scenario}, so its leakage is "
             "unknown; name another --attack or --round-attack"
         )
-    best = max(found, key=lambda row: (row["identified"], row["psnr_original"]))
-    closest = max(found, key=lambda row: row.get("recognised", 0))
+    best = max(leaks, key=lambda row: (row["identified"], row["psnr_original"]))
+    closest = max(leaks, key=lambda row: row.get("recognised", 0))
     return [
         {
             "defense": defense,
@@ -361,7 +342,7 @@ def _rows(
             "best": row is best,
             "best_membership": row is closest,
         }
-        for row in found
+        for row in leaks
     ]
 
 
@@ -394,7 +375,7 @@ _TITLES = {
 }
 
 
-def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
@@ -413,7 +394,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     figure.suptitle("Best attack of the suite. Better is right and below.", fontsize=10)
-    return png(figure)
+    return figure
 
 
 def _look(family: str) -> tuple[str, str]:
@@ -464,33 +445,17 @@ def _end(row: Mapping[str, Any], column: str, end: str) -> float:
     return float(row[column]) if value is None else value
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| defence | strength | accuracy | scenario | best attack | identified | dB to original "
-        "| picked out by gradient |",
-        "|---|---|---|---|---|---|---|---|",
+def _cells(row: Mapping[str, Any], member: Mapping[str, Any] | None) -> list[str]:
+    accuracy = f"{row['accuracy']:.1%} ± {row['accuracy_sd']:.1%}"
+    if row["privacy"]:
+        accuracy += f", ε = {row['privacy']['epsilon']:.3g}"
+    return [
+        f"`{row['defense']}`",
+        f"{row['strength']:.3g}",
+        accuracy,
+        row["scenario"],
+        f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
+        with_interval(row, "identified", ".0%"),
+        with_interval(row, "psnr_original", ".1f"),
+        with_interval(member, "recognised", ".0%") if member else "not measured",
     ]
-    closest = {
-        (row["defense"], row["scenario"]): row
-        for row in rows
-        if row["best_membership"] and "recognised" in row
-    }
-    for row in rows:
-        if not row["best"]:
-            continue
-        accuracy = f"{row['accuracy']:.1%} ± {row['accuracy_sd']:.1%}"
-        if row["privacy"]:
-            accuracy += f", ε = {row['privacy']['epsilon']:.3g}"
-        member = closest.get((row["defense"], row["scenario"]))
-        cells = [
-            f"`{row['defense']}`",
-            f"{row['strength']:.3g}",
-            accuracy,
-            row["scenario"],
-            f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
-            with_interval(row, "identified", ".0%"),
-            with_interval(row, "psnr_original", ".1f"),
-            with_interval(member, "recognised", ".0%") if member else "not measured",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

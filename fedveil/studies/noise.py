@@ -1,69 +1,89 @@
 """The second paper's figure, made anew: baseline, w, w₁ and w₂ over the rounds."""
 
-import io
-import json
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedveil.errors import FedveilError, UnreachableCapError
-from fedveil.federation.training_run import run_to_completion
-from fedveil.files import check_directory, write_atomically
-from fedveil.runs.config import TrainConfig
-from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.runs.directory import RoundRecord, RunDirectory, versions
+from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE
+from fedveil.studies.comparison import Arm, ArmRun, Comparison, finals
+from fedveil.studies.study import Piece, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One line of the comparison.
+class NoiseSearch(Comparison):
+    """Settings that are compared to choose some."""
 
-    Attributes:
-        name: What the table calls it; the first arm of a partition is its baseline.
-        partition: How the data is shared out.
-        settings: What differs from the common settings.
-    """
-
-    name: str
-    partition: str
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A comparison of arms over seeds.
-
-    Attributes:
-        common: Settings of every run.
-        arms: The lines of the comparison.
-        seeds: A run each.
-        prefix: Begins the names of the runs' directories.
-    """
-
-    common: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    prefix: str = ""
-
-    def config(self, arm: Arm, seed: int) -> TrainConfig:
-        """Return the settings of one run."""
-        settings = {**self.common, **arm.settings, "partition": arm.partition, "seed": seed}
-        return TrainConfig.check(settings)
+    name: ClassVar[str] = "noise-search"
 
     @property
-    def partitions(self) -> tuple[str, ...]:
-        """The partitions, in the order of the arms."""
-        return tuple(dict.fromkeys(arm.partition for arm in self.arms))
+    def command(self) -> str:
+        """The command that runs this study."""
+        return "fedveil reproduce noise --search"
 
-    def on(self, partitions: Sequence[str]) -> "Study":
-        """Return the study of these partitions only."""
-        return replace(self, arms=tuple(arm for arm in self.arms if arm.partition in partitions))
+    def pieces(self, out: Path) -> list[Piece]:
+        """Return every run of every arm."""
+        return [
+            Piece(self.run_name(arm, seed), self.run, (arm, seed, out))
+            for arm in self.arms
+            for seed in self.seeds
+        ]
+
+    def result(self, found: Mapping[str, ArmRun], out: Path) -> dict[str, Any]:
+        """Return the seeds, the common settings and a row for each arm."""
+        rows = [
+            _row(self, arm, [found[self.run_name(arm, seed)] for seed in self.seeds])
+            for arm in self.arms
+        ]
+        return {"seeds": list(self.seeds), "common": dict(self.common), "rows": rows}
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return what each setting came to."""
+        head = (
+            "partition",
+            "noise",
+            "rounds",
+            "accuracy of w",
+            "lowest",
+            "best copy",
+            "last sigma",
+        )
+        return markdown(head, map(_search_cells, result["rows"]))
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class NoiseStudy(NoiseSearch):
+    """The comparison that is reported, and drawn."""
+
+    name: ClassVar[str] = "noise"
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        return "fedveil reproduce noise"
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return what each strategy came to."""
+        head = (
+            *("partition", "strategy", "rounds", "final accuracy of w", "best copy"),
+            *("rounds over the cap", "evaluations a round", "share of time"),
+        )
+        return markdown(head, map(_cells, result["rows"]))
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw the rounds of each arm, and the price of each cap."""
+        rows = result["rows"]
+        return {"noise.png": _draw(self, rows), "noise-frontier.png": _draw_frontier(rows)}
 
 
 _IID = {"learning_rate": 0.2, "clip": 20.0}
@@ -91,7 +111,7 @@ _SHARDS_DELTA = {
 
 # Reported on a sixth of the training images by which no setting was chosen: SEARCH reads another
 # sixth, and the test images had a part in what came before SEARCH.
-NOISE = Study(
+NOISE = NoiseStudy(
     common={
         "dataset": "mnist@4+5/12",
         "model": "cnn",
@@ -166,7 +186,7 @@ def _on_shards(learning_rate: float, smoothing: float, *, bias: bool) -> Arm:
 
 # How the settings of NOISE were chosen: the baseline's learning rate, where the noise goes, at
 # which temperature, how fast, how smooth.
-SEARCH = Study(
+SEARCH = NoiseSearch(
     common={**NOISE.common, "dataset": "mnist@1+6/12"},
     arms=(
         *(
@@ -191,152 +211,29 @@ SEARCH = Study(
 )
 
 
-def select(study: Study, names: Sequence[str] | None) -> Study:
-    """Return a study of the baselines and of the arms of some names only; None for all.
-
-    Raises:
-        FedveilError: No arm has such a name.
-    """
-    known = list(dict.fromkeys(arm.name for arm in study.arms))
-    for name in names or ():
-        if name not in known:
-            raise FedveilError(f"--arm {name!r} is not in the study; allowed: {', '.join(known)}")
-    kept = {*(names or known), known[0]}
-    return replace(study, arms=tuple(arm for arm in study.arms if arm.name in kept))
-
-
-def reproduce(study: Study, out: Path) -> dict[str, Any]:
-    """Run what is missing of a study, then write ``noise.json``, ``noise.png`` and ``noise.md``.
-
-    Each run has its directory under ``out/runs``; one that is complete is not run again, and one
-    that was cut short goes on from its last round.
-
-    Args:
-        study: What to run.
-        out: Directory of the study.
-
-    Returns:
-        The content of ``noise.json``.
-
-    Raises:
-        FedveilError: Anything the user can mend; a run whose noise cannot reach the cap is a
-            result, and is reported as such instead.
-    """
-    check_directory(out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows = _rows(study, out)
-    result = _result("fedveil reproduce noise", study, rows)
-    write_atomically(out / "noise.json", (json.dumps(result) + "\n").encode())
-    write_atomically(out / "noise.png", _draw(study, rows))
-    write_atomically(out / "noise-frontier.png", _draw_frontier(rows))
-    write_atomically(out / "noise.md", _table(rows).encode())
-    return result
-
-
-def search(study: Study, out: Path) -> dict[str, Any]:
-    """Run what is missing of the search, then write ``noise-search.json`` and ``.md``.
-
-    Args:
-        study: What to run.
-        out: Directory of the study; runs are kept and resumed as by ``reproduce``.
-
-    Returns:
-        The content of ``noise-search.json``.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    rows = _rows(study, out)
-    result = _result("fedveil reproduce noise --search", study, rows)
-    write_atomically(out / "noise-search.json", (json.dumps(result) + "\n").encode())
-    write_atomically(out / "noise-search.md", _search_table(rows).encode())
-    return result
-
-
-def _result(command: str, study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "seeds": list(study.seeds),
-        "common": dict(study.common),
-        "rows": rows,
-    }
-
-
-def _rows(study: Study, out: Path) -> list[dict[str, Any]]:
-    return [_row(study, arm, out) for arm in study.arms]
-
-
-def _row(study: Study, arm: Arm, out: Path) -> dict[str, Any]:
-    runs = [train_arm(study, arm, seed, out) for seed in study.seeds]
-    finals = [
-        final_accuracy(study, arm, seed, out, rounds)
-        for seed, rounds in zip(study.seeds, runs, strict=True)
-    ]
+def _row(study: Comparison, arm: Arm, runs: Sequence[ArmRun]) -> dict[str, Any]:
     cap = arm.settings.get("cap", study.common["cap"])
-    calibration = sum(r.calibration_seconds for rounds in runs for r in rounds)
+    every = [record for run in runs for record in run.rounds]
+    calibration = sum(record.calibration_seconds for record in every)
     return {
         "arm": arm.name,
         "partition": arm.partition,
         "settings": dict(arm.settings),
-        "rounds": [len(rounds) for rounds in runs],
-        "accuracy": [[r.accuracy for r in rounds] for rounds in runs],
-        "copies_high": [[max(r.copies) for r in rounds] for rounds in runs],
-        "copies_low": [[min(r.copies) for r in rounds] for rounds in runs],
-        "sigma": [[r.sigma for r in rounds] for rounds in runs],
-        "final": finals,
-        "final_mean": float(np.mean(finals)),
-        "final_sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0,
-        "copies_max": max(max(r.copies) for rounds in runs for r in rounds),
+        "rounds": [len(run.rounds) for run in runs],
+        "accuracy": [[r.accuracy for r in run.rounds] for run in runs],
+        "copies_high": [[max(r.copies) for r in run.rounds] for run in runs],
+        "copies_low": [[min(r.copies) for r in run.rounds] for run in runs],
+        "sigma": [[r.sigma for r in run.rounds] for run in runs],
+        **finals(runs),
+        "copies_max": max(max(r.copies) for r in every),
         "cap": cap,
-        "rounds_over_cap": sum(max(r.copies) > cap for rounds in runs for r in rounds),
-        "evaluations_per_round": sum(r.calibration_evaluations for rounds in runs for r in rounds)
-        / sum(len(rounds) for rounds in runs),
-        "calibration_share_of_time": calibration
-        / sum(r.seconds for rounds in runs for r in rounds),
+        "rounds_over_cap": sum(max(r.copies) > cap for r in every),
+        "evaluations_per_round": sum(r.calibration_evaluations for r in every) / len(every),
+        "calibration_share_of_time": calibration / sum(r.seconds for r in every),
     }
 
 
-def arm_directory(study: Study, arm: Arm, seed: int, out: Path) -> Path:
-    """Return where a run of a study is kept."""
-    name = f"{study.prefix}{arm.name}-{arm.partition}-{seed}"
-    return out / "runs" / "".join(c if c.isalnum() else "-" for c in name)
-
-
-def final_accuracy(
-    study: Study, arm: Arm, seed: int, out: Path, rounds: list[RoundRecord]
-) -> float:
-    """Return the accuracy of w on all report images, or of its last round where it broke off."""
-    summary = arm_directory(study, arm, seed, out) / "summary.json"
-    if not summary.exists():
-        return rounds[-1].accuracy
-    return float(json.loads(summary.read_text())["accuracy"])
-
-
-def train_arm(study: Study, arm: Arm, seed: int, out: Path) -> list[RoundRecord]:
-    """Run one arm of a study with one seed, from where it stopped; nothing where it is complete.
-
-    A run whose noise cannot reach the cap ends early, and says so in ``ended.txt``.
-
-    Raises:
-        FedveilError: The directory holds a run of other settings, or anything the user can mend.
-    """
-    config, path = study.config(arm, seed), arm_directory(study, arm, seed, out)
-    directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
-    if directory.config != config:
-        raise FedveilError(
-            f"{path} was run with other settings; remove it, or name another directory with --out"
-        )
-    try:
-        run_to_completion(directory)
-    except UnreachableCapError as error:
-        if not directory.rounds():
-            raise
-        (path / "ended.txt").write_text(f"{error}\n")
-        logging.getLogger(__name__).warning("%s: %s", path.name, error)
-    return directory.rounds()
-
-
-def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _draw(study: Comparison, rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = {
@@ -362,12 +259,10 @@ def _draw(study: Study, rows: Sequence[Mapping[str, Any]]) -> bytes:
         line[0].set_ylabel("accuracy on report images")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * columns))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
-def _draw_frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _draw_frontier(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.8), dpi=130, layout="constrained")
@@ -388,9 +283,7 @@ def _draw_frontier(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.set(xlabel="cap on the accuracy of every copy", ylabel="final accuracy of w", xlim=(0, 1))
     axes.grid(alpha=0.2)
     axes.legend(title="dotted: fedavg, no cap", loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _band(axes: Any, runs: Sequence[Sequence[float]], color: str, label: str, style: str) -> None:
@@ -404,31 +297,26 @@ def _band(axes: Any, runs: Sequence[Sequence[float]], color: str, label: str, st
     axes.fill_between(number, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| partition | strategy | rounds | final accuracy of w | best copy | rounds over the cap "
-        "| evaluations a round | share of time |",
-        "|---|---|---|---|---|---|---|---|",
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["partition"],
+        row["arm"],
+        str(min(row["rounds"])),
+        f"{row['final_mean']:.2%} ± {row['final_sd']:.2%}",
+        f"{row['copies_max']:.1%}",
+        f"{row['rounds_over_cap']} of {sum(row['rounds'])}",
+        f"{row['evaluations_per_round']:.1f}",
+        f"{row['calibration_share_of_time']:.1%}",
     ]
-    lines += [
-        f"| {row['partition']} | {row['arm']} | {min(row['rounds'])} "
-        f"| {row['final_mean']:.2%} ± {row['final_sd']:.2%} | {row['copies_max']:.1%} "
-        f"| {row['rounds_over_cap']} of {sum(row['rounds'])} | {row['evaluations_per_round']:.1f} "
-        f"| {row['calibration_share_of_time']:.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
 
 
-def _search_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| partition | noise | rounds | accuracy of w | lowest | best copy | last sigma |",
-        "|---|---|---|---|---|---|---|",
+def _search_cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["partition"],
+        row["arm"],
+        str(min(row["rounds"])),
+        f"{row['final_mean']:.2%}",
+        f"{min(row['final']):.2%}",
+        f"{row['copies_max']:.1%}",
+        f"{row['sigma'][0][-1]:.3g}",
     ]
-    lines += [
-        f"| {row['partition']} | {row['arm']} "
-        f"| {min(row['rounds'])} | {row['final_mean']:.2%} | {min(row['final']):.2%} "
-        f"| {row['copies_max']:.1%} | {row['sigma'][0][-1]:.3g} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,179 +1,134 @@
-"""Pieces of long studies: each kept in a file as soon as it is finished, none measured twice."""
+"""The engine of studies: pieces, each measured once, and a result, a table and pictures of them."""
 
-import dataclasses
-import io
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
 import torch
-from torch import nn
 
 from fedveil import interrupts
-from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
-from fedveil.audit.pieces import plain, read_piece
-from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
-from fedveil.federation.evaluation import count_correct
-from fedveil.federation.server_app import load_job
-from fedveil.federation.training_run import run_to_completion
-from fedveil.files import write_atomically
+from fedveil.files import check_directory, write_results
 from fedveil.memory import keep_freed_memory
-from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.pictures import png
+from fedveil.runs.directory import origin
 
-_EVALUATION_BLOCK = 1_000
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _PATIENCE_SECONDS = 10.0
 
 OnPiece = Callable[[str, int, int], None]
-"""Called as ``on_piece(name, pieces done, pieces in all)``."""
-
-
-def audited(
-    dataset: str,
-    model: str,
-    settings: LeakageSettings,
-    path: Path,
-    *,
-    checkpoint: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Return the rows of an audit, from its directory where it is complete.
-
-    Args:
-        dataset: What is attacked, by name.
-        model: What is trained on it, by name.
-        settings: What is audited.
-        path: Directory of the audit.
-        checkpoint: Weights of the model; freshly initialised ones otherwise.
-
-    Raises:
-        FedveilError: The directory is of another audit or damaged, or what the audit refuses.
-    """
-    stored = path / "leakage.json"
-    if not stored.exists():
-        run_leakage_audit(dataset, model, settings, out=path, checkpoint=checkpoint)
-    content = read_piece(stored)
-    # A setting that was added later is as it was before there was one.
-    added = {
-        field.name: field.default
-        for field in dataclasses.fields(LeakageSettings)
-        if field.default is not dataclasses.MISSING
-    }
-    asked = {"dataset": dataset, "model": model, **asdict(settings)}
-    if plain(added | content.get("settings", {})) != plain(asked):
-        raise other_settings(path)
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
-
-
-def trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
-    """Return the accuracies of a training run, from its file where it is complete.
-
-    Args:
-        config: The run's settings.
-        out: Directory of the study, which keeps runs in ``runs`` and results in ``accuracy``.
-        name: Of the run.
-
-    Returns:
-        ``plain`` and ``transformed``, accuracies on the report images as they are and as clients
-        would have transformed them; ``rounds``, accuracies on the way; ``privacy``, (ε, δ) of
-        DP-SGD; ``report_images`` and ``configuration``.
-
-    Raises:
-        FedveilError: The directory is of another run or damaged, or what the training refuses.
-    """
-    stored = out / "accuracy" / f"{name}.json"
-    if stored.exists():
-        content = read_piece(stored)
-        if TrainConfig.check(content.get("configuration", {})) != config:
-            raise other_settings(stored)
-        return content
-    path = out / "runs" / name
-    started = (path / "config.json").exists()
-    directory = RunDirectory.open(path) if started else RunDirectory.create(path, config)
-    if directory.config != config:
-        raise other_settings(path)
-    summary = run_to_completion(directory)
-    content = {
-        "configuration": config.model_dump(),
-        "report_images": summary["report_images"],
-        "plain": summary["accuracy"],
-        "transformed": _accuracy_transformed(directory),
-        "privacy": summary.get("privacy"),
-        "rounds": [record.accuracy for record in directory.rounds()],
-    }
-    write_atomically(stored, (json.dumps(content, indent=1) + "\n").encode())
-    return content
-
-
-def _accuracy_transformed(run: RunDirectory) -> float:
-    """Return the accuracy on the report images as the clients would have transformed them."""
-    config = run.config
-    job = load_job(config)
-    job.model.load_state_dict(run.model())
-    transform = parse_defense(config.defense).transform or nn.Identity()
-    report, correct = job.evaluation.report, 0
-    for start in range(0, len(report), _EVALUATION_BLOCK):
-        block = report[start : start + _EVALUATION_BLOCK]
-        with torch.no_grad():
-            correct += count_correct(job.model, transform(block.pixels), block.labels)
-    return correct / len(report)
-
-
-def other_settings(path: Path) -> FedveilError:
-    """Return the refusal of a piece that was measured with other settings."""
-    return FedveilError(
-        f"{path} was made with other settings; remove it, or name another directory with --out"
-    )
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return values with their mean and standard deviation."""
-    return {
-        "seeds": list(values),
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-    }
-
-
-def png(figure: Any) -> bytes:
-    """Return a matplotlib figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
-    """Return a column of an audit's row with its interval and its floor, each in one format."""
-    low, high, floor = (row.get(f"{name}_{end}") for end in ("low", "high", "floor"))
-    text = f"{row[name]:{form}}"
-    text += " [one update]" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
-    return text if floor is None else f"{text}, floor {floor:{form}}"
+"""Called as ``on_piece(name, pieces begun before, pieces in all)`` when a piece begins."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Work of its own process, which leaves its result in a file.
+    """A part of a study, which leaves what it finds in files and is not done again where it is.
 
     Attributes:
-        name: For progress.
-        work: What is done; picklable.
+        name: Of no other piece of the study; for progress, and to find what it found.
+        work: Does it, or reads what an earlier process has found; picklable.
         arguments: Of ``work``.
+        needs: Names of the pieces that must have ended before it begins.
     """
 
     name: str
-    work: Callable[..., object]
+    work: Callable[..., Any]
     arguments: tuple[Any, ...]
+    needs: tuple[str, ...] = ()
+
+    def found(self) -> Any:
+        """Do it where it is not done, and return what it found."""
+        return self.work(*self.arguments)
+
+
+class Study(Protocol):
+    """What is measured, in which pieces, and what is made of what they find.
+
+    Attributes:
+        name: Of its files: ``NAME.json``, ``NAME.md``, and ``NAME.png`` where there are pictures.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+
+    def check(self) -> None:
+        """Refuse what would fail hours later; nothing has been written yet."""
+
+    def pieces(self, out: Path) -> Sequence[Piece]:
+        """Return its pieces, in the order in which they begin."""
+
+    def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """Return what is stored below command, date and versions, of what each piece found."""
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return the result in Markdown."""
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> Mapping[str, "Figure"]:
+        """Return its pictures, by the names of their files."""
+
+
+def measure(
+    study: Study,
+    out: Path,
+    *,
+    workers: int | None = None,
+    on_piece: OnPiece = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """Measure what is missing of a study, then write its result, table and pictures.
+
+    What is complete is not done again, and what was cut short goes on, or begins again where its
+    piece cannot.
+
+    Args:
+        study: What to measure.
+        out: Directory of the study, for its pieces too.
+        workers: Processes side by side, a piece each; None for one after another in this process.
+        on_piece: Told of each piece that begins.
+
+    Returns:
+        The content of ``NAME.json``.
+
+    Raises:
+        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
+    """
+    if workers is not None and workers < 1:
+        raise FedveilError(f"--workers {workers} is out of range: give at least 1")
+    check_directory(out)
+    study.check()
+    pieces, found = study.pieces(out), dict[str, Any]()
+    if workers is not None:
+        run_pieces(pieces, workers=workers, on_piece=on_piece)
+    for piece in pieces:
+        if workers is None:
+            on_piece(piece.name, len(found), len(pieces))
+        found[piece.name] = piece.found()
+    result = {"command": study.command, **origin(), **study.result(found, out)}
+    pictures = {name: png(figure) for name, figure in study.figures(result, out).items()}
+    written = {
+        f"{study.name}.md": study.table(result).encode(),
+        f"{study.name}.json": (json.dumps(result, indent=1) + "\n").encode(),
+    }
+    write_results(out, pictures | written)
+    return result
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def run_pieces(
@@ -187,19 +142,20 @@ def run_pieces(
     An interrupt reaches every process, and the call ends when all have cleaned up.
 
     Args:
-        pieces: In the order in which they begin.
+        pieces: In the order in which they begin, save those that wait for what they need.
         workers: Processes at a time, at least 1.
-        on_piece: Called as ``on_piece(name, pieces begun before, pieces in all)`` when one begins.
+        on_piece: Told of each that begins.
 
     Raises:
         FedveilError: A piece failed; those under way are interrupted, and finished ones kept.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting, running = list(pieces), dict[int, tuple[BaseProcess, Any, Piece]]()
+    waiting, ended = list(pieces), set[str]()
+    running = dict[int, tuple[BaseProcess, Any, Piece]]()
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
-                piece = waiting.pop(0)
+            while len(running) < workers and (piece := _next(waiting, ended)):
+                waiting.remove(piece)
                 on_piece(piece.name, len(pieces) - len(waiting) - 1, len(pieces))
                 process, receiver = _start(context, piece)
                 running[process.sentinel] = (process, receiver, piece)
@@ -210,8 +166,13 @@ def run_pieces(
                 if process.exitcode:
                     told = receiver.recv() if receiver.poll() else f"exit {process.exitcode}"
                     raise FedveilError(f"{piece.name}: {told}")
+                ended.add(piece.name)
     finally:
         _stop([process for process, _, _ in running.values()])
+
+
+def _next(waiting: Sequence[Piece], ended: set[str]) -> Piece | None:
+    return next((piece for piece in waiting if ended.issuperset(piece.needs)), None)
 
 
 def _start(context: BaseContext, piece: Piece) -> tuple[BaseProcess, Any]:
@@ -233,7 +194,7 @@ def _work(piece: Piece, sender: Any) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
-        piece.work(*piece.arguments)
+        piece.found()
     except KeyboardInterrupt:
         sys.exit(130)
     except FedveilError as error:
@@ -253,18 +214,3 @@ def _stop(processes: Sequence[BaseProcess]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def described(study: Any) -> dict[str, Any]:
-    """Return what stands above a study's rows: its command, date, versions, seeds and settings.
-
-    Args:
-        study: A dataclass with ``command`` and ``seeds``, how many.
-    """
-    return {
-        "command": study.command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "seeds": list(range(study.seeds)),
-        "settings": plain(asdict(study)),
-    }

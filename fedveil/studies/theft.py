@@ -1,35 +1,24 @@
 """Every protection's price in accuracy against what clients can still steal."""
 
-import io
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points, run_theft_audit
-from fedveil.errors import FedveilError
-from fedveil.federation.server_app import prepare_job
-from fedveil.files import check_directory, write_atomically
-from fedveil.runs.curves import BLUE, GREEN, GREY, ORANGE
-from fedveil.runs.directory import versions
-from fedveil.studies.noise import (
-    PAPER,
-    Arm,
-    Study,
-    arm_directory,
-    final_accuracy,
-    train_arm,
-)
-from fedveil.studies.noise import select as select_arms
-from fedveil.studies.study import OnPiece
+from fedveil.pictures import BLUE, GREEN, GREY, ORANGE
+from fedveil.studies.comparison import Arm, ArmRun, Comparison, check_known, finals
+from fedveil.studies.noise import PAPER
+from fedveil.studies.study import Piece, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NEAR = 0.05  # of a figure's height, which a name takes
-_Key = tuple[str, str, int]
+_Found = tuple[ArmRun, TheftReport | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +31,90 @@ class TheftStudy:
         labels: As of ``TheftSettings``.
         colluders: As of ``TheftSettings``.
         thieves: Thieves of each run; seeds and thieves together are the samples of an interval.
+        workers: Worker processes of an audit; one a core by default.
         command: The command that runs this study.
     """
 
-    trainings: tuple[Study, ...]
+    name: ClassVar[str] = "theft-study"
+    trainings: tuple[Comparison, ...]
     labels: tuple[int, ...] = (10, 50, 100, 600)
     colluders: tuple[int, ...] = (1, 2, 5)
     thieves: int = 1
+    workers: int | None = None
     command: str = "fedveil reproduce theft --out DIR"
 
     @property
-    def pieces(self) -> tuple[tuple[Study, Arm, int], ...]:
+    def runs(self) -> tuple[tuple[Comparison, Arm, int], ...]:
         """Every run of the study."""
-        return tuple(
-            (study, arm, seed)
-            for study in self.trainings
-            for arm in study.arms
-            for seed in study.seeds
+        return tuple((t, arm, seed) for t in self.trainings for arm in t.arms for seed in t.seeds)
+
+    def check(self) -> None:
+        """Refuse settings of an arm that could not be trained; nothing has been written yet."""
+        for training in self.trainings:
+            training.check()
+
+    def pieces(self, out: Path) -> list[Piece]:
+        """Return every run of every arm, each with its audit."""
+        return [
+            Piece(training.run_name(arm, seed), self.run, (training, arm, seed, out))
+            for training, arm, seed in self.runs
+        ]
+
+    def run(self, training: Comparison, arm: Arm, seed: int, out: Path) -> _Found:
+        """Train one arm with one seed and audit it; audits are kept under ``out/audits``."""
+        run = training.run(arm, seed, out)
+        if _unaudited(arm.settings):
+            return run, None
+        settings = TheftSettings(
+            run=out / "runs" / run.name,
+            labels=self.labels,
+            colluders=self.colluders,
+            thieves=self.thieves,
+        )
+        audits = out / "audits" / run.name
+        return run, run_theft_audit(settings, out=audits, workers=self.workers)
+
+    def result(self, found: Mapping[str, _Found], out: Path) -> dict[str, Any]:
+        """Return the settings, and a row for each arm with its seeds' audits pooled."""
+        return {
+            "settings": {
+                "labels": list(self.labels),
+                "colluders": list(self.colluders),
+                "thieves": self.thieves,
+                "trainings": [
+                    {"common": dict(t.common), "seeds": list(t.seeds)} for t in self.trainings
+                ],
+            },
+            "rows": [
+                _row(training, arm, [found[training.run_name(arm, s)] for s in training.seeds])
+                for training in self.trainings
+                for arm in training.arms
+            ],
+        }
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return two tables: the frontier, and the whole audit of every arm."""
+        head = ("dataset", "partition", "protection", "final accuracy of w")
+        audit = (
+            *("dataset", "partition", "protection", "colluders", "labels", "alone", "direct"),
+            *("thief's choice", "advantage", "owner's view", "advantage", "attack"),
+        )
+        audits = (
+            _audit_cells(row, labels, colluders)
+            for row in result["rows"]
+            if row["theft"]
+            for colluders in self.colluders
+            for labels in self.labels
+        )
+        frontier = markdown((*head, *(case.title for case in _CASES)), map(_cells, result["rows"]))
+        return (
+            f"Worst theft advantage, by the owner's view:\n\n{frontier}\n"
+            f"The whole audit:\n\n{markdown(audit, audits)}"
         )
 
-    def audit(self, run: Path) -> TheftSettings:
-        """Return the audit of one run."""
-        return TheftSettings(
-            run=run, labels=self.labels, colluders=self.colluders, thieves=self.thieves
-        )
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw final accuracy against theft advantage."""
+        return {"theft-study.png": _draw(result["rows"])}
 
 
 _COMMON = {
@@ -122,12 +171,12 @@ def _arms(
 # of each is joined.
 THEFT = TheftStudy(
     trainings=(
-        Study(
+        Comparison(
             common={**_COMMON, "dataset": "mnist@4+5/12"},
             arms=_arms(0.2, 0.05, augment="crop:2,rotate:15,zoom:0.15,shear:0.15", label_share=0.0),
             prefix="mnist ",
         ),
-        Study(
+        Comparison(
             common={**_COMMON, "dataset": "cifar10"},
             arms=_arms(0.1, 0.05, augment="crop:4,flip", label_share=0.9),
             prefix="cifar10 ",
@@ -146,6 +195,7 @@ def select(
     seeds: tuple[int, ...],
     thieves: int,
     colluders: tuple[int, ...] | None,
+    workers: int | None = None,
 ) -> TheftStudy:
     """Return a part of a study, or with other rounds, seeds or thieves.
 
@@ -158,21 +208,22 @@ def select(
         seeds: Runs of each arm.
         thieves: Thieves of each run.
         colluders: How many collude, each at least 1; None for the study's own.
+        workers: Worker processes of an audit; one a core by default.
 
     Raises:
         FedveilError: The study has no such dataset, partition or protection.
     """
     known = [training.common["dataset"] for training in study.trainings]
     shares = list(dict.fromkeys(arm.partition for t in study.trainings for arm in t.arms))
-    _check_known("--dataset", datasets, known)
-    _check_known("--partition", partitions, shares)
+    check_known("--dataset", datasets, known)
+    check_known("--partition", partitions, shares)
     changed = {} if rounds is None else {"rounds": rounds}
     kept = (t for t in study.trainings if datasets is None or t.common["dataset"] in datasets)
     return replace(
         study,
         trainings=tuple(
             replace(
-                select_arms(training, arms).on(partitions or shares),
+                training.of(arms).on(partitions or shares),
                 common={**training.common, **changed},
                 seeds=seeds,
             )
@@ -180,6 +231,7 @@ def select(
         ),
         thieves=thieves,
         colluders=colluders or study.colluders,
+        workers=workers,
         command=_command(
             study.command,
             ("dataset", datasets or ()),
@@ -193,117 +245,27 @@ def select(
     )
 
 
-def _check_known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
-    for name in names or ():
-        if name not in known:
-            raise FedveilError(
-                f"{option} {name!r} is not in the study; allowed: {', '.join(known)}"
-            )
-
-
 def _command(start: str, *options: tuple[str, Sequence[object]]) -> str:
     words = (f"--{name} {shlex.quote(str(value))}" for name, values in options for value in values)
     return " ".join((start, *words))
 
 
-def reproduce(
-    study: TheftStudy,
-    out: Path,
-    *,
-    workers: int | None = None,
-    on_piece: OnPiece = lambda name, done, total: None,
-) -> dict[str, Any]:
-    """Train and audit what is missing, then write theft-study.json, .png and .md.
-
-    Every run has its directory under ``out/runs``, its audit one under ``out/audits``; what is
-    complete is not done again, and what was cut short goes on.
-
-    Args:
-        study: What to measure.
-        out: Directory of the study.
-        workers: Worker processes of an audit.
-        on_piece: Called before each run as ``on_piece(name, runs done, runs in all)``.
-
-    Returns:
-        The content of ``theft-study.json``.
-
-    Raises:
-        FedveilError: Anything the user can mend; nothing is written where a setting is wrong.
-    """
-    check_directory(out)
-    for training, arm, seed in study.pieces:
-        if seed == training.seeds[0]:
-            prepare_job(training.config(arm, seed))
-    out.mkdir(parents=True, exist_ok=True)
-    reports: dict[_Key, TheftReport] = {}
-    finals: dict[_Key, float] = {}
-    for number, (training, arm, seed) in enumerate(study.pieces):
-        path = arm_directory(training, arm, seed, out)
-        on_piece(path.name, number, len(study.pieces))
-        rounds = train_arm(training, arm, seed, out)
-        finals[_key(training, arm, seed)] = final_accuracy(training, arm, seed, out, rounds)
-        if _is_audited(arm):
-            audited = out / "audits" / path.name
-            report = run_theft_audit(study.audit(path), out=audited, workers=workers)
-            reports[_key(training, arm, seed)] = report
-    rows = [
-        _row(training, arm, reports, finals)
-        for training in study.trainings
-        for arm in training.arms
-    ]
-    result = {
-        "command": study.command,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "settings": {
-            "labels": list(study.labels),
-            "colluders": list(study.colluders),
-            "thieves": study.thieves,
-            "trainings": [
-                {"common": dict(t.common), "seeds": list(t.seeds)} for t in study.trainings
-            ],
-        },
-        "rows": rows,
-    }
-    write_atomically(out / "theft-study.png", _draw(rows))
-    write_atomically(out / "theft-study.md", _table(study, rows).encode())
-    write_atomically(out / "theft-study.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
-
-
-def _key(training: Study, arm: Arm, seed: int) -> _Key:
-    return f"{training.prefix}{arm.partition}", arm.name, seed
-
-
-def _is_audited(arm: Arm) -> bool:
-    """Return False for plain averaging, whose clients are sent w itself, and for no clients."""
-    return _unaudited(arm.settings) is None
-
-
 def _unaudited(settings: Mapping[str, Any]) -> str | None:
-    """Return why there is nothing to audit, in the table's words."""
+    """Return why there is nothing to audit, in the table's words; None where there is."""
     if settings["strategy"] == "fedavg":
         return "sent w itself"
     return "learnt from no client" if settings.get("label_share") == 1.0 else None
 
 
-def _row(
-    training: Study,
-    arm: Arm,
-    reports: Mapping[_Key, TheftReport],
-    accuracies: Mapping[_Key, float],
-) -> dict[str, Any]:
-    keys = [_key(training, arm, seed) for seed in training.seeds]
-    finals = [accuracies[key] for key in keys]
+def _row(training: Comparison, arm: Arm, found: Sequence[_Found]) -> dict[str, Any]:
+    audits = [audit for _, audit in found if audit is not None]
     return {
         "dataset": training.common["dataset"],
         "partition": arm.partition,
         "arm": arm.name,
         "settings": dict(arm.settings),
-        "final": finals,
-        "final_mean": float(np.mean(finals)),
-        "final_sd": float(np.std(finals, ddof=1)) if len(finals) > 1 else 0.0,
-        "theft": _pooled([reports[key] for key in keys]).rows() if _is_audited(arm) else [],
+        **finals([run for run, _ in found]),
+        "theft": _pooled(audits).rows() if audits else [],
     }
 
 
@@ -346,7 +308,7 @@ def _worst(row: Mapping[str, Any], case: _Case) -> Mapping[str, Any] | None:
     return max(found, key=lambda theft: theft["advantage"], default=None)
 
 
-def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["dataset"], row["partition"]) for row in rows))
@@ -364,9 +326,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     handles, names = grid[0].get_legend_handles_labels()
     columns = 3 if len(panels) > 1 else 1
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _name_rows(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -411,40 +371,17 @@ def _draw_case(axes: Any, rows: Sequence[Mapping[str, Any]], case: _Case) -> Non
     )
 
 
-def _table(study: TheftStudy, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return two tables: the frontier, and the whole audit of every arm."""
-    titles = " | ".join(case.title for case in _CASES)
-    lines = [
-        "Worst theft advantage, by the owner's view:",
-        "",
-        f"| dataset | partition | protection | final accuracy of w | {titles} |",
-        "|---" * (4 + len(_CASES)) + "|",
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["dataset"],
+        row["partition"],
+        row["arm"],
+        f"{row['final_mean']:.1%} ± {row['final_sd']:.1%}",
+        *(_advantage(row, case) for case in _CASES),
     ]
-    for row in rows:
-        cells = [_advantage(row, case) for case in _CASES]
-        lines.append(
-            f"| {row['dataset']} | {row['partition']} | {row['arm']} "
-            f"| {row['final_mean']:.1%} ± {row['final_sd']:.1%} | {' | '.join(cells)} |"
-        )
-    lines += [
-        "",
-        "The whole audit:",
-        "",
-        "| dataset | partition | protection | colluders | labels | alone | direct "
-        "| thief's choice | advantage | owner's view | advantage | attack |",
-        "|---" * 12 + "|",
-    ]
-    for row in rows:
-        lines += [
-            _audit_line(row, labels, colluders)
-            for colluders in study.colluders
-            for labels in study.labels
-            if row["theft"]
-        ]
-    return "\n".join(lines) + "\n"
 
 
-def _audit_line(row: Mapping[str, Any], labels: int, colluders: int) -> str:
+def _audit_cells(row: Mapping[str, Any], labels: int, colluders: int) -> list[str]:
     direct, thief, owner = (
         next(
             theft
@@ -453,7 +390,7 @@ def _audit_line(row: Mapping[str, Any], labels: int, colluders: int) -> str:
         )
         for name in ("direct", THIEF, OWNER)
     )
-    cells = [
+    return [
         row["dataset"],
         row["partition"],
         row["arm"],
@@ -467,7 +404,6 @@ def _audit_line(row: Mapping[str, Any], labels: int, colluders: int) -> str:
         points(owner),
         owner["chosen"][0],
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _advantage(row: Mapping[str, Any], case: _Case) -> str:

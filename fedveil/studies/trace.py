@@ -1,43 +1,46 @@
 """How surely the receivers of a leaked copy are named, and how surely nobody else is."""
 
-import io
 import json
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from multiprocessing.pool import Pool
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedveil import interrupts
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
-from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.federation.job import Job
-from fedveil.federation.server_app import load_job
+from fedveil.federation.server_app import load_job, prepare_job
 from fedveil.federation.training import LocalTraining, train_locally
-from fedveil.federation.training_run import run_to_completion
-from fedveil.files import check_directory, write_atomically
+from fedveil.files import write_atomically
 from fedveil.models import build_model
+from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE
+from fedveil.progress import ProgressBars
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.curves import BLACK, BLUE, GREEN, GREY, ORANGE
-from fedveil.runs.directory import RunDirectory, versions
-from fedveil.studies.study import OnPiece
+from fedveil.runs.directory import RunDirectory
+from fedveil.studies.measured import run_of
+from fedveil.studies.study import Piece, markdown
 from fedveil.types import Weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Treatment = Callable[[Weights, torch.Generator], Weights]
 
 _IMAGES = 600  # as many as a client of the run has
 _REPORT_IMAGES = 1_000
 _INNOCENT = ("trained alone", "copies of another run", "models of a FedAvg run", "w")
+_RUNS = ("leaked", "other", "fedavg")
+_TRACED = "models traced"
 _OF_ALL_COPIES = ("as it is", "fine-tuned, 20 epochs")
 
 
@@ -58,6 +61,7 @@ class TraceStudy:
         seed: Of the run, the leaks and the innocent models.
     """
 
+    name: ClassVar[str] = "trace"
     dataset: str = "mnist"
     clients: int = 100
     rounds: int = 50
@@ -82,9 +86,72 @@ class TraceStudy:
             "strategy": "fedavg" if name == "fedavg" else "noise-delta",
             "fingerprint": None if name == "fedavg" else self.strength,
             "workers": self.workers,
-            "seed": self.seed + ("leaked", "other", "fedavg").index(name),
+            "seed": self.seed + _RUNS.index(name),
         }
         return TrainConfig.check(settings)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this study."""
+        return "fedveil reproduce trace"
+
+    def check(self) -> None:
+        """Refuse settings that could not be trained; nothing has been written yet."""
+        prepare_job(self.config("leaked"))
+
+    def pieces(self, out: Path) -> list[Piece]:
+        """Return the three runs, and the tracing of every model."""
+        return [
+            *(Piece(name, run_of, (self.config(name), out / "runs" / name)) for name in _RUNS),
+            Piece(_TRACED, _traced, (self, out), needs=_RUNS),
+        ]
+
+    def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
+        """Return the settings, a row for each kind of leak, and each kind of innocent model."""
+        bench: Bench
+        bench, pieces = found[_TRACED]
+        delivered = found["leaked"][0].model()
+        fingerprint = bench.entries[0].fingerprint
+        traced = [piece for task, piece in pieces if isinstance(task, Innocent)]
+        return {
+            "study": asdict(self),
+            "strength": fingerprint.strength if fingerprint else 0.0,
+            "alpha": ALPHA,
+            "tests": trace(delivered, bench.among).tests,
+            "accuracy_of_w": bench.thief.accuracy(delivered),
+            "rows": _gathered([piece for task, piece in pieces if isinstance(task, Leak)]),
+            "innocent": [
+                {
+                    "kind": kind,
+                    "models": len(of),
+                    "accused": sum(model["accused"] for model in of),
+                    "largest_z": [round(model["largest_z"], 3) for model in of],
+                }
+                for kind in bench.innocents
+                for of in [[model for model in traced if model["kind"] == kind]]
+            ],
+        }
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Return who was named of each kind of leak, and of each kind of innocent model."""
+        head = (
+            *("leaked", "treated", "accuracy, 1 colluder", "named, 1 colluder", "2 to 5"),
+            *("6 to 10", "least z", "falsely named"),
+        )
+        groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in result["rows"]:
+            groups.setdefault((row["source"], row["treatment"]), []).append(row)
+        innocent = (
+            (of["kind"], str(of["models"]), str(of["accused"]), f"{max(of['largest_z']):.2f}")
+            for of in result["innocent"]
+        )
+        leaks = markdown(head, (_cells(*kind, rows) for kind, rows in groups.items()))
+        kinds = markdown(("innocent models", "traced", "naming anybody", "largest z"), innocent)
+        return f"{leaks}\n{kinds}"
+
+    def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
+        """Draw how surely the guilty are told from the innocent."""
+        return {"trace.png": _draw(result)}
 
 
 @dataclass(frozen=True)
@@ -192,70 +259,16 @@ def averaged(models: Sequence[Weights]) -> dict[str, Tensor]:
     }
 
 
-def reproduce(study: TraceStudy, out: Path, *, on_piece: OnPiece) -> dict[str, Any]:
-    """Run what is missing of the study, then write ``trace.json``, ``trace.png``, ``trace.md``.
-
-    The runs stay under ``out/runs`` and are resumed; each model traced stays in ``pieces.jsonl``.
-
-    Args:
-        study: What to run.
-        out: Directory of the study.
-        on_piece: Told (name, number, all) of each part as it begins.
-
-    Returns:
-        The content of ``trace.json``.
-
-    Raises:
-        FedveilError: Anything the user can mend.
-    """
-    check_directory(out)
-    runs = {name: _run(study, name, out) for name in ("leaked", "other", "fedavg")}
+def _traced(
+    study: TraceStudy, out: Path
+) -> tuple["Bench", list[tuple["Leak | Innocent", dict[str, Any]]]]:
+    """Trace every model of the study; each that is traced stays in ``pieces.jsonl``."""
+    runs = {name: RunDirectory.open(out / "runs" / name) for name in _RUNS}
     archive = _archive(runs["leaked"])
     thief = Disguiser(load_job(runs["leaked"].config))
-    among = tuple(lineups(archive))
-    delivered = runs["leaked"].model()
-    bench = Bench(study, thief, tuple(archive), among, _innocents(study, thief, runs, delivered))
-    pieces = _done(bench, (*_models(study), *_leaks(study, thief)), out, on_piece)
-    rows = [piece for task, piece in pieces if isinstance(task, Leak)]
-    traced = [piece for task, piece in pieces if isinstance(task, Innocent)]
-    fingerprint = archive.read(1).fingerprint
-    result = {
-        "command": "fedveil reproduce trace",
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "study": asdict(study),
-        "strength": fingerprint.strength if fingerprint else 0.0,
-        "alpha": ALPHA,
-        "tests": trace(delivered, among).tests,
-        "accuracy_of_w": thief.accuracy(delivered),
-        "rows": _gathered(rows),
-        "innocent": [
-            {
-                "kind": kind,
-                "models": len(of),
-                "accused": sum(model["accused"] for model in of),
-                "largest_z": [round(model["largest_z"], 3) for model in of],
-            }
-            for kind in bench.innocents
-            for of in [[model for model in traced if model["kind"] == kind]]
-        ],
-    }
-    write_atomically(out / "trace.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_atomically(out / "trace.png", _draw(result))
-    write_atomically(out / "trace.md", _table(result).encode())
-    return result
-
-
-def _run(study: TraceStudy, name: str, out: Path) -> RunDirectory:
-    config, path = study.config(name), out / "runs" / name
-    directory = RunDirectory.open(path) if path.is_dir() else RunDirectory.create(path, config)
-    # The number of workers changes no result, only when it is there.
-    if directory.config.model_copy(update={"workers": config.workers}) != config:
-        raise FedveilError(
-            f"{path} was run with other settings; remove it, or name another directory with --out"
-        )
-    run_to_completion(directory)
-    return directory
+    innocents = _innocents(study, thief, runs, runs["leaked"].model())
+    bench = Bench(study, thief, tuple(archive), tuple(lineups(archive)), innocents)
+    return bench, _done(bench, (*_models(study), *_leaks(study, thief)), out)
 
 
 def _archive(run: RunDirectory) -> Archive:
@@ -377,19 +390,22 @@ def _on_bench(task: Leak | Innocent) -> tuple[str, dict[str, Any]]:
 
 
 def _done(
-    bench: Bench, tasks: Sequence[Leak | Innocent], out: Path, on_piece: OnPiece
+    bench: Bench, tasks: Sequence[Leak | Innocent], out: Path
 ) -> list[tuple[Leak | Innocent, dict[str, Any]]]:
     """Run the tasks that no earlier process of this study has run, and return all."""
     path = out / "pieces.jsonl"
     done = _pieces(path)
     missing = [task for task in tasks if str(task) not in done]
     write_atomically(path, "".join(json.dumps(piece) + "\n" for piece in done.items()).encode())
-    with _workers(bench, bench.study.workers) as pool, path.open("a", buffering=1) as stream:
+    with (
+        _workers(bench, bench.study.workers) as pool,
+        path.open("a", buffering=1) as stream,
+        ProgressBars(left=True) as bars,
+    ):
         for name, piece in pool.imap_unordered(_on_bench, missing):
-            if len(done) % 20 == 0:
-                on_piece("models traced", len(done), len(tasks))
             done[name] = piece
             stream.write(json.dumps((name, piece)) + "\n")
+            bars(_TRACED, len(done), len(tasks))
     return [(task, done[str(task)]) for task in tasks]
 
 
@@ -475,7 +491,7 @@ def _threshold(tests: int) -> float:
     return -float(torch.special.ndtri(level))
 
 
-def _draw(result: Mapping[str, Any]) -> bytes:
+def _draw(result: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
@@ -505,32 +521,18 @@ def _draw(result: Mapping[str, Any]) -> bytes:
     right.set(xlabel="largest z of any client", ylabel="innocent models")
     right.set_title(f"{len(largest):,} innocent models; grey: the threshold")
     right.grid(alpha=0.2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    lines = [
-        "| leaked | treated | accuracy, 1 colluder | named, 1 colluder | 2 to 5 | 6 to 10 "
-        "| least z | falsely named |",
-        "|---|---|---|---|---|---|---|---|",
+def _cells(source: str, treatment: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        source,
+        treatment,
+        f"{rows[0]['accuracy']:.1%}",
+        *(_share(rows, low, high) for low, high in ((1, 1), (2, 5), (6, 10))),
+        f"{min(row['least_z'] for row in rows):.1f}",
+        str(sum(row["falsely"] for row in rows)),
     ]
-    kinds = dict.fromkeys((row["source"], row["treatment"]) for row in result["rows"])
-    for source, treatment in kinds:
-        rows = [r for r in result["rows"] if (r["source"], r["treatment"]) == (source, treatment)]
-        shares = " | ".join(_share(rows, low, high) for low, high in ((1, 1), (2, 5), (6, 10)))
-        lines.append(
-            f"| {source} | {treatment} | {rows[0]['accuracy']:.1%} | {shares} "
-            f"| {min(row['least_z'] for row in rows):.1f} | {sum(r['falsely'] for r in rows)} |"
-        )
-    lines += ["", "| innocent models | traced | naming anybody | largest z |", "|---|---|---|---|"]
-    lines += [
-        f"| {group['kind']} | {group['models']} | {group['accused']} "
-        f"| {max(group['largest_z']):.2f} |"
-        for group in result["innocent"]
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _share(rows: Sequence[Mapping[str, Any]], low: int, high: int) -> str:

@@ -25,8 +25,9 @@ from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
-from fedveil.studies.noise import Arm, Study
-from fedveil.studies.theft import THEFT, TheftStudy, reproduce, select
+from fedveil.studies.comparison import Arm, Comparison
+from fedveil.studies.study import measure
+from fedveil.studies.theft import THEFT, TheftStudy, select
 from tests.commands import forked, started
 
 SMALL = {
@@ -289,7 +290,7 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
     common = {key: value for key, value in SMALL.items() if key != "strategy"}
     study = TheftStudy(
         trainings=(
-            Study(
+            Comparison(
                 common={**common, "rounds": 4},
                 arms=(Arm("noise-delta", "iid", {"strategy": "noise-delta"}),),
                 seeds=(0, 1),
@@ -298,8 +299,9 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
         ),
         labels=(10,),
         colluders=(1,),
+        workers=2,
     )
-    result = reproduce(study, tmp_path, workers=2)
+    result = measure(study, tmp_path)
     row = result["rows"][0]
     audits = sorted(tmp_path.glob("audits/*/theft.json"))
     single = [json.loads(path.read_text())["rows"] for path in audits]
@@ -311,7 +313,7 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
     assert "| digits | iid | noise-delta |" in (tmp_path / "theft-study.md").read_text()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("audits/*/thieves/*")}
     assert len(before) == 2
-    again = reproduce(study, tmp_path)
+    again = measure(study, tmp_path)
     assert again["rows"] == result["rows"]
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
@@ -330,10 +332,10 @@ def part(**chosen):
 
 
 def test_the_committed_study_is_of_valid_settings():
-    configs = [training.config(arm, seed) for training, arm, seed in THEFT.pieces]
+    configs = [training.config(arm, seed) for training, arm, seed in THEFT.runs]
     assert len(set(configs)) == len(configs)
     study = part(datasets=["cifar10"], partitions=["shards:2"], rounds=3)
-    chosen = [training.config(arm, seed) for training, arm, seed in study.pieces]
+    chosen = [training.config(arm, seed) for training, arm, seed in study.runs]
     settings = {(config.dataset, config.partition, config.rounds) for config in chosen}
     assert settings == {("cifar10", "shards:2", 3)}
 

@@ -24,7 +24,7 @@ from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.directory import RunDirectory
-from fedveil.studies.trace import reproduce
+from fedveil.studies.study import measure
 from tests.commands import forked, started
 
 KEY = NoiseKey(b"thirty-two bytes of a secret key")
@@ -313,9 +313,9 @@ def test_the_study_names_everybody_it_should_on_digits(tmp_path, monkeypatch):
 
     def small(study, out, **told):
         asked.append(study)
-        return reproduce(replace(study, colluders=(1, 2, 10)), out, **told)
+        return measure(replace(study, colluders=(1, 2, 10)), out, **told)
 
-    monkeypatch.setattr("fedveil.studies.trace.reproduce", small)
+    monkeypatch.setattr("fedveil.studies.study.measure", small)
     options = ["--dataset", "digits", "--rounds", "3", "--trials", "1", "--innocents", "10"]
     command = ["reproduce", "trace", "--out", str(tmp_path / "study"), *options, "--workers", "2"]
     done = CliRunner().invoke(app, command)

@@ -14,8 +14,9 @@ from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
 from fedveil.runs.directory import RunDirectory
-from fedveil.studies import study as audit_study
-from fedveil.studies.dct import DctStudy, reproduce
+from fedveil.studies import measured
+from fedveil.studies.dct import DctStudy
+from fedveil.studies.study import measure
 
 SMALL = DctStudy(
     images=2,
@@ -37,7 +38,7 @@ ZIGZAG = [(0, 0), (0, 1), (1, 0)]
 def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("studies") / "dct"
     pieces = []
-    result = reproduce(SMALL, out, on_piece=lambda *told: pieces.append(told))
+    result = measure(SMALL, out, on_piece=lambda *told: pieces.append(told))
     return out, result, pieces
 
 
@@ -136,9 +137,9 @@ def test_what_is_finished_is_not_done_again(study, monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(audit_study, "run_leakage_audit", never)
-    monkeypatch.setattr(audit_study, "run_to_completion", never)
-    assert reproduce(SMALL, out)["rows"] == result["rows"]
+    monkeypatch.setattr(measured, "run_leakage_audit", never)
+    monkeypatch.setattr(measured, "run_to_completion", never)
+    assert measure(SMALL, out)["rows"] == result["rows"]
 
 
 def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, monkeypatch):
@@ -156,12 +157,12 @@ def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit_study, "run_leakage_audit", interrupted)
+        patch.setattr(measured, "run_leakage_audit", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            reproduce(SMALL, out)
+            measure(SMALL, out)
     assert attacked == [("dct:keep=3",)]
     assert not (out / "dct.json").exists()
-    rows = reproduce(SMALL, out)["rows"]
+    rows = measure(SMALL, out)["rows"]
     for row, before in zip(rows, study[1]["rows"], strict=True):
         for kind in ("naive", "adaptive"):
             assert row[kind]["psnr_trained"] == pytest.approx(before[kind]["psnr_trained"], abs=1)
@@ -170,11 +171,11 @@ def test_a_study_cut_short_goes_on_with_the_piece_it_was_at(study, tmp_path, mon
 
 def test_a_directory_of_another_study_is_refused(study, monkeypatch):
     out = study[0]
-    monkeypatch.setattr(audit_study, "run_leakage_audit", None)
+    monkeypatch.setattr(measured, "run_leakage_audit", None)
     for changes in ({"images": 3}, {"rounds": 2}):
         other = DctStudy(**{**vars(SMALL), **changes})
         with pytest.raises(FedveilError, match="made with other settings; remove it"):
-            reproduce(other, out)
+            measure(other, out)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_a_directory_of_another_study_is_refused(study, monkeypatch):
 )
 def test_a_wrong_setting_leaves_nothing_behind(tmp_path, changes, message):
     with pytest.raises(FedveilError, match=message):
-        reproduce(DctStudy(**{**vars(SMALL), **changes}), tmp_path / "out")
+        measure(DctStudy(**{**vars(SMALL), **changes}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +204,7 @@ def test_damaged_pieces_are_named(study, tmp_path):
     (out / "leakage" / "figure3-rgap-none").mkdir(parents=True)
     (out / "leakage" / "figure3-rgap-none" / "leakage.json").write_text("{")
     with pytest.raises(FedveilError, match=r"leakage\.json is damaged .* remove it"):
-        reproduce(SMALL, out)
+        measure(SMALL, out)
     assert (done / "dct.json").exists()
 
 
