@@ -1,43 +1,24 @@
 """``fedveil`` in a process of its own that need not load PyTorch first.
 
 A new interpreter takes five seconds of a core to import what a command may import, and the suite
-runs some hundred commands. They are forks of one process that has imported and computed nothing: a
-fork of the tests' own would hang in its first parallel loop, as OpenMP's other threads stay behind.
-A fork has its own number, signals, files and end, as any process; what only a new interpreter shows
-is tested with one (``test_interrupts``, ``test_package``).
+runs some hundred commands. They are forks of one process that has imported and computed nothing
+(``tests.programs``): a fork of the tests' own would hang in its first parallel loop, as OpenMP's
+other threads stay behind.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_PRELOADED = (
-    "torch",
-    "torch._dynamo",  # the first optimiser imports it, in every worker of every run
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "kornia.filters",
-    "sklearn.datasets",
-    "torchmetrics.functional.image",
-    "fedveil.cli.main",
-    "fedveil.audit.egress",
-    "fedveil.audit.leakage",
-    "fedveil.audit.recorded",
-    "fedveil.audit.sums",
-    "fedveil.audit.theft",
-    "fedveil.audit.trace",
-    "fedveil.federation.training_run",
-    "fedveil.report",
-    "fedveil.studies.frontier",
-)
+from tests.programs import Fork
+
+_PROGRAM = Path(sys.executable).with_name("fedveil")
 
 
 @dataclass(frozen=True)
@@ -79,17 +60,14 @@ class Started:
     def __init__(self, words, cwd, env, before):
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._err = self._folder / "out", self._folder / "err"
-        if sys.platform == "linux":
-            server = multiprocessing.get_context("forkserver")
-            server.set_forkserver_preload(list(_PRELOADED))
-            told = (words, str(self._out), str(self._err), cwd, env, before)
-            self._process = server.Process(target=_become, args=told)
-            self._process.start()
-        else:
-            self._process = _Interpreter(words, self._out, self._err, cwd, env, before)
+        with (
+            Path(os.devnull).open() as none,
+            self._out.open("wb") as out,
+            self._err.open("wb") as err,
+        ):
+            begin = _fork if sys.platform == "linux" else _Interpreter
+            self._process = begin(words, (none, out, err), cwd, env, before)
         self.pid = self._process.pid
-        while not self._err.exists() and self.running:  # from then on it leads its group
-            time.sleep(0.001)
 
     @property
     def running(self):
@@ -111,7 +89,7 @@ class Started:
         """Wait for its end; after ``timeout`` seconds it is killed, and the test fails."""
         self._process.join(timeout)
         late = self.running
-        out, err = (p.read_text() if p.exists() else "" for p in (self._out, self._err))
+        out, err = self._out.read_text(), self._err.read_text()
         if late:
             self.kill()
             raise AssertionError(f"the command did not end within {timeout:g} seconds\n{err}")
@@ -119,22 +97,25 @@ class Started:
         return Done(self._process.exitcode, out, err)
 
 
-class _Interpreter:
-    """A new interpreter, where there are no forks; with what is used of a ``Process``."""
+def _fork(words, files, cwd, env, before):
+    files = [file.fileno() for file in files]
+    return Fork([str(_PROGRAM), *words], files, folder=cwd, environment=env, before=before)
 
-    def __init__(self, words, out, err, cwd, env, before):
-        program = Path(sys.executable).with_name("fedveil")
-        with out.open("wb") as stdout, err.open("wb") as stderr:
-            self._popen = subprocess.Popen(
-                [program, *words],
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-                preexec_fn=before,
-            )
+
+class _Interpreter:
+    """A new interpreter, where there are no forks; with what is used of a ``Fork``."""
+
+    def __init__(self, words, files, cwd, env, before):
+        self._popen = subprocess.Popen(
+            [_PROGRAM, *words],
+            cwd=cwd,
+            env=env,
+            stdin=files[0],
+            stdout=files[1],
+            stderr=files[2],
+            start_new_session=True,
+            preexec_fn=before,
+        )
         self.pid = self._popen.pid
 
     def is_alive(self):
@@ -147,34 +128,3 @@ class _Interpreter:
     @property
     def exitcode(self):
         return self._popen.returncode
-
-
-def _become(words, out, err, cwd, env, before):
-    """Be the command from here on; never returns."""
-    code = 1
-    try:
-        os.setsid()
-        for number, place in ((0, os.devnull), (1, out), (2, err)):
-            os.dup2(os.open(place, os.O_RDWR | os.O_CREAT, 0o600), number)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(cwd)
-        os.environ.clear()
-        os.environ.update(env)
-        sys.argv = ["fedveil", *words]
-        if before is not None:
-            before()
-        from fedveil.cli.main import main
-
-        main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)

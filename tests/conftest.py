@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
+
+from tests.programs import share_forks
 
 # Threads that wait for one another wait busily, each on the core that another needs: of two runs
 # side by side each took three times as long. It is read when torch is loaded, also by what is
@@ -43,6 +46,12 @@ LONG = (
     "audit/test_adaptive.py",
     "test_readme.py",
 )
+
+
+def pytest_configure(config):
+    """Let all workers use one process that has loaded the libraries: each would load them again."""
+    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+        share_forks()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,9 +3,11 @@
 A deployment is a dozen processes, and one more for each message and each question, and each takes
 one to five seconds of a core to import what it may need before it does anything. Within
 ``warm_programs`` they are forks of one process that has loaded the libraries and computed nothing.
-Flower and fedveil themselves are imported by each, as they read the environment then. A fork has
-its own number, group, signals, files and end, as any process; that the programs start from nothing
-is shown where this is not used (``test_examples``, ``test_package``, ``test_interrupts``).
+Flower and fedveil themselves are imported by each, as they read the environment then; only the
+commands of ``tests.commands`` are forks of a second process, a fork of the first, that has imported
+fedveil as well. All workers of the suite share the two. A fork has its own number, group, signals,
+files and end, as any process; that the programs start from nothing is shown where this is not used
+(``test_examples``, ``test_package``, ``test_interrupts``).
 """
 
 import atexit
@@ -13,6 +15,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import selectors
 import shutil
 import signal
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +42,9 @@ _LIBRARIES = (
     "grpc",
     "grpc_health.v1.health_pb2_grpc",
     "httpx",
+    "kornia.filters",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "numpy",
     "packaging.requirements",
     "pathspec",
@@ -58,10 +64,24 @@ _LIBRARIES = (
     "tomli",
     "torch",
     "torch._dynamo",  # the first optimiser imports it
+    "torchmetrics.functional.image",
     "typer.rich_utils",
     "uvicorn",
     "yaml",
 )
+_FEDVEIL = (
+    "fedveil.cli.main",
+    "fedveil.audit.egress",
+    "fedveil.audit.leakage",
+    "fedveil.audit.recorded",
+    "fedveil.audit.sums",
+    "fedveil.audit.theft",
+    "fedveil.audit.trace",
+    "fedveil.federation.training_run",
+    "fedveil.report",
+    "fedveil.studies.frontier",
+)
+_SHARED = "FEDVEIL_TESTS_FORKS"
 
 
 @contextmanager
@@ -72,7 +92,7 @@ def warm_programs():
         return
     hooks = str(Path(__file__).with_name("warm"))
     added = {
-        "FEDVEIL_TESTS_WARM": _server(),
+        "FEDVEIL_TESTS_WARM": f"{_server()}/libraries",
         "PYTHONPATH": os.pathsep.join(filter(None, [hooks, os.environ.get("PYTHONPATH")])),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -81,24 +101,66 @@ def warm_programs():
         yield
 
 
+class Fork:
+    """A program that is a fork of the process that has imported fedveil.
+
+    Attributes:
+        pid: Its number; it leads a session.
+        exitcode: How it ended, as a ``multiprocessing.Process`` tells it; None before.
+    """
+
+    def __init__(self, words, files, *, folder, environment, before=None):
+        self.exitcode = None
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(f"{_server()}/fedveil")
+        told = {"words": words, "folder": folder, "environment": environment}
+        if before is not None:
+            told["before"] = (before.__code__.co_filename, before.__name__)
+        told = json.dumps(told).encode()
+        socket.send_fds(self._line, [len(told).to_bytes(8, "big")], files)
+        self._line.sendall(told)
+        self.pid = int.from_bytes(self._line.recv(4), "big")
+
+    def is_alive(self):
+        """Whether it goes on."""
+        self.join(0)
+        return self.exitcode is None
+
+    def join(self, timeout=None):
+        """Wait for its end, at most so many seconds."""
+        if self.exitcode is None and select.select([self._line], [], [], timeout)[0]:
+            code, number = self._line.recv(2) or (1, 0)
+            self.exitcode = -number or code
+            self._line.close()
+
+
+def share_forks():
+    """Let the processes started from here on use this one's."""
+    os.environ[_SHARED] = _server()
+
+
 @cache
 def _server():
-    """Start what is forked, which ends with this process, and return the path of its socket."""
+    """Return the folder of the sockets of what is forked, which ends with who began it."""
+    if _SHARED in os.environ:
+        return os.environ[_SHARED]
     folder = tempfile.mkdtemp()
-    place = str(Path(folder) / "socket")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(place)
-        listener.listen(100)
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        for listener, name in zip(listeners, ("libraries", "fedveil"), strict=True):
+            listener.bind(f"{folder}/{name}")
+            listener.listen(100)
+        numbers = [listener.fileno() for listener in listeners]
         server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listener.fileno())],
+            [sys.executable, "-m", __name__, *map(str, numbers)],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()],
+            pass_fds=numbers,
             start_new_session=True,
         )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.communicate)  # it ends with its input
-    return place
+    return folder
 
 
 class _Forks:
@@ -136,6 +198,8 @@ class _Forks:
         number = os.fork()
         if not number:
             os.setsid()
+            with suppress(OSError):
+                line.sendall(os.getpid().to_bytes(4, "big"))
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
@@ -233,6 +297,9 @@ def _become(told, files):
     import numpy as np
 
     np.random.seed()  # else every fork would draw the same
+    if "before" in told:
+        file, name = told["before"]
+        runpy.run_path(file)[name]()
     words = told["words"]
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -244,12 +311,30 @@ def _become(told, files):
         runpy.run_path(words[0], run_name="__main__")
 
 
-if __name__ == "__main__":
-    for name in _LIBRARIES:
+def _serve(listener, modules):
+    """Load modules and make forks until the end; returns in every fork alone what it is to be."""
+    for name in modules:
         with suppress(ImportError):
             import_module(name)
     gc.freeze()  # a collection in a fork would copy all of it
-    with socket.socket(fileno=int(sys.argv[1])) as listener:
-        be = _Forks(listener).serve()
-    if be is not None:
-        _be(*be)
+    with socket.socket(fileno=listener) as listening:
+        be = _Forks(listening).serve()
+    if be is None:
+        os._exit(0)
+    return be
+
+
+def _main(libraries, fedveil):
+    """Serve both sockets, each from a process of its own."""
+    for name in _LIBRARIES:
+        with suppress(ImportError):
+            import_module(name)
+    if os.fork():
+        os.close(fedveil)
+        return _serve(libraries, ())
+    os.close(libraries)
+    return _serve(fedveil, _FEDVEIL)
+
+
+if __name__ == "__main__":
+    _be(*_main(*map(int, sys.argv[1:])))

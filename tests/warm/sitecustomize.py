@@ -32,6 +32,7 @@ def _be(place, words):
         line.sendall(told)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: line.send(bytes([number])))
+        line.recv(4)  # the number of the fork
         ended = line.recv(2)
     if len(ended) < 2:
         os._exit(1)

@@ -26,7 +26,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     # Flower looks for the next message once a second; a look on loopback costs nothing.
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's own executor would otherwise copy the working directory's environment.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
