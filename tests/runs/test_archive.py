@@ -33,7 +33,14 @@ def entry(number=1):
 @pytest.mark.parametrize("strategy", ["fedavg", "noise-delta", "noise-pair"])
 def test_it_holds_bit_for_bit_what_every_message_carried(tmp_path, strategy):
     _, directory, grid, delivered = train(
-        tmp_path / "run", strategy=strategy, model="resnet-bn", noise="output.*", sigma_step=10.0
+        tmp_path / "run",
+        strategy=strategy,
+        model="resnet-bn",
+        noise="output.*",
+        sigma_step=10.0,
+        cap=0.3,
+        epochs=1,
+        rounds=3,
     )
     archive = Archive.open(directory.path, directory.noise_key())
     assert archive.rounds == tuple(record.round for record, _, _ in delivered)
@@ -42,11 +49,11 @@ def test_it_holds_bit_for_bit_what_every_message_carried(tmp_path, strategy):
         (int(m.content["config"]["server-round"]), m.metadata.dst_node_id - 2): arrays(m)
         for m in messages
     }
-    assert len(sent) == len(messages) == 6 * 6
+    assert len(sent) == len(messages) == 3 * 6
     assert strategy == "fedavg" or any(record.sigma for record, _, _ in delivered)
     for client in range(6):
         received = list(archive.received(client))
-        assert [r.round for r in received] == [1, 2, 3, 4, 5, 6]
+        assert [r.round for r in received] == [1, 2, 3]
         for r in received:
             assert same(r.weights, sent[r.round, client])
 
