@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tests.programs import share_forks
@@ -48,10 +49,19 @@ LONG = (
 )
 
 
+# The first optimiser imports Dynamo, and the first score Torchmetrics, else in every client's fork.
+LOADED = ("matplotlib.backends.backend_agg", "sklearn.cluster", "torch._dynamo", "torchmetrics")
+
+
 def pytest_configure(config):
-    """Let all workers use one process that has loaded the libraries: each would load them again."""
-    if getattr(config.option, "numprocesses", None) and sys.platform == "linux":
+    """Load once what is long to load: for the programs of all workers, and for a worker's forks."""
+    if sys.platform != "linux":
+        return
+    if getattr(config.option, "numprocesses", None):
         share_forks()
+    elif hasattr(config, "workerinput"):
+        for name in LOADED:
+            import_module(name)
 
 
 def pytest_collection_modifyitems(items):

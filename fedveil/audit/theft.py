@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +21,7 @@ from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, write_atomically, write_results
+from fedveil.forks import START_METHOD, load_before_forking
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, png
 from fedveil.progress import ProgressBars
 from fedveil.runs.directory import versions
@@ -29,7 +29,6 @@ from fedveil.runs.directory import versions
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 """Rows of the best of the suite; see ``TheftReport``."""
 
-_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 _CORE = ("direct", "batch-norm", "probe", "fine-tune", "retrain-noised")
 _ALL = tuple(ATTACKS)
 _ONE = (("last", _ALL), ("averaged", _CORE), ("every", ("cluster",)))
@@ -332,8 +331,9 @@ def _stolen(settings: TheftSettings, thieves: Sequence[Thief], workers: int) -> 
     if not thieves:
         return
     before = set(multiprocessing.active_children())
+    load_before_forking("sklearn.cluster", "torch._dynamo")  # the latter by the first optimiser
     pool = ProcessPoolExecutor(
-        min(workers, len(thieves)), multiprocessing.get_context(_START_METHOD), _prepare_worker
+        min(workers, len(thieves)), multiprocessing.get_context(START_METHOD), _prepare_worker
     )
     try:
         futures: list[Future[Theft]] = [

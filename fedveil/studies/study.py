@@ -17,6 +17,7 @@ import torch
 from fedveil import interrupts
 from fedveil.errors import FedveilError
 from fedveil.files import check_directory, write_results
+from fedveil.forks import START_METHOD, load_before_forking
 from fedveil.memory import keep_freed_memory
 from fedveil.pictures import png
 from fedveil.runs.directory import origin
@@ -149,7 +150,9 @@ def run_pieces(
     Raises:
         FedveilError: A piece failed; those under way are interrupted, and finished ones kept.
     """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(START_METHOD)
+    if pieces:  # their pictures and scores
+        load_before_forking("matplotlib.backends.backend_agg", "torchmetrics.functional.image")
     waiting, ended = list(pieces), set[str]()
     running = dict[int, tuple[BaseProcess, Any, Piece]]()
     try:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,9 +42,9 @@ from fedveil.federation.engines.worker import (
     usable_cores,
     work,
 )
+from fedveil.forks import START_METHOD
 
 _RUN_ID = 1
-_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 _ATTEMPTS = 2
 # As often as Flower's own in-memory grid looks for replies.
 _PULL_SECONDS = 0.1
@@ -197,7 +196,7 @@ class LocalGrid(Grid):
         workers = usable_cores() if workers is None else workers
         if nodes < 1 or workers < 1:
             raise FedveilError(f"nodes = {nodes} and workers = {workers}: both must be at least 1")
-        self._forked = (start_method or _START_METHOD) == "fork"
+        self._forked = (start_method or START_METHOD) == "fork"
         if isinstance(client_app, str):
             loaded = load_client_app(client_app)
             client_app = loaded if self._forked else client_app
