@@ -11,15 +11,20 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow test-examples docs package sbom audit
+.PHONY: demo test lint tests test-slow test-examples docs package sbom audit
 
 demo: $(STAMP)
 	$(BIN)/fedveil demo --out demo
 
 test: $(STAMP)
+	$(MAKE) --jobs 2 lint tests
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)

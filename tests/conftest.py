@@ -28,7 +28,6 @@ LONG = (
     "test_notebook.py",
     "studies/test_frontier.py",
     "federation/secagg/test_secure_aggregation.py",
-    "test_examples.py",
     "test_contributing.py",
     "federation/strategies/test_analytic.py",
     "audit/test_leakage.py",

@@ -59,15 +59,9 @@ def test_an_example_does_what_it_promises(example, tmp_path, monkeypatch):
     check(example, run_here(example, tmp_path, monkeypatch))
 
 
-def test_the_quickstart_runs_by_flwr_run(home, tmp_path):
-    told, log = example_apps.run("quickstart-pytorch", home, tmp_path / "result.json")
-    check("quickstart-pytorch", told)
-    assert log.count("clients evaluate nothing") == 1
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("example", example_apps.APPS[1:])
-def test_the_others_run_by_flwr_run(home, example, tmp_path):
+@pytest.mark.parametrize("example", example_apps.APPS)
+def test_it_runs_by_flwr_run(home, example, tmp_path):
     told, log = example_apps.run(example, home, tmp_path / "result.json")
     check(example, told)
     if example == "custom-mods":

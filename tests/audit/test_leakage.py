@@ -23,6 +23,7 @@ from fedveil.data import Dataset, Images, load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
+from fedveil.models.resnet import ResNet
 from fedveil.runs.state_files import load_checkpoint
 
 
@@ -240,9 +241,10 @@ def test_an_audit_of_federated_averaging(dataset, model):
 @pytest.mark.parametrize("update", ["gradient", "fedavg"])
 def test_batch_normalisation_is_scored_in_the_clients_own_mode(dataset, update):
     """In evaluation mode such a model's gradients are others', and nobody seemed recognised."""
-    model = build_model("resnet-bn", dataset.shape, len(dataset.classes), seed=0)
+    torch.manual_seed(0)
+    model = ResNet(dataset.shape, len(dataset.classes), blocks=1, norm=nn.BatchNorm2d)
     settings = _settings(
-        images=16, batch=8, batch_size=8, update=update, attacks=("ig:steps=1",), workers=1
+        images=8, batch=4, batch_size=4, update=update, attacks=("ig:steps=1",), workers=1
     )
     (row,) = audit_leakage(dataset, model, settings).rows
     assert row.scores["recognised"].mean() > 0.9

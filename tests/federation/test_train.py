@@ -321,7 +321,7 @@ def test_local_and_ray_agree(tmp_path):
     options = [*FAST, "--strategy", "noise-delta", "--rounds", 3, "--learning-rate", 0.1]
     fedveil("--out", tmp_path / "local", *options)
     key = tmp_path / "local/noise.key"
-    fedveil("--out", tmp_path / "ray", *options, "--engine", "ray", "--noise-key", key)
+    fedveil("--out", tmp_path / "ray", *options, *RAY, "--noise-key", key)
     local, ray = (load_file(tmp_path / e / "model.safetensors") for e in ("local", "ray"))
     for name in local:
         assert torch.allclose(local[name], ray[name], rtol=1e-5, atol=1e-6)
