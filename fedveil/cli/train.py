@@ -125,12 +125,24 @@ def _finish_training(directory: "RunDirectory") -> None:
         f"w{_of_round(summary)}: {summary['accuracy']:.2%} on "
         f"{quantity(summary['report_images'], 'image')} it never met"
     )
+    if taught := _distilled(summary):
+        typer.echo(taught)
     typer.echo(_received(summary, kept_cap(directory.config)))
     if seen := _seen_of_clients(summary):
         typer.echo(seen, err=True)
     if traced := _traced(summary):
         typer.echo(traced, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _distilled(summary: dict[str, Any]) -> str | None:
+    found = (summary.get("analytic") or {}).get("distilled")
+    if found is None:
+        return None
+    return (
+        f"{found['model']}, taught by w on {quantity(found['images'], 'image')}: "
+        f"{found['accuracy']:.2%} on the images w was asked (distilled.safetensors)"
+    )
 
 
 def _received(summary: dict[str, Any], cap: float | None) -> str:

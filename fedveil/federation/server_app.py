@@ -27,6 +27,7 @@ from fedveil.defenses.dp_sgd import ADJACENCY, DPSGD
 from fedveil.errors import FedveilError
 from fedveil.features import MapDescription
 from fedveil.federation.acceptance import Acceptance
+from fedveil.federation.distillation import distil_job, student_of
 from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.job import Evaluation, Job, shares_of
 from fedveil.federation.roster import Client, round_size
@@ -69,6 +70,7 @@ def prepare_job(config: TrainConfig) -> Job:
         FedveilError: A setting does not fit the data or the model, or a step fails.
     """
     job = load_job(config)
+    student_of(job)
     shares = shares_of(config, job.dataset)
     strategy = build_strategy(job, Resume(), NoiseKey.generate())
     trial = Trial(
@@ -373,6 +375,10 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     summary["sends"] = strategy.sends
     if isinstance(strategy, Analytic):
         summary["analytic"] = sums_in_words(strategy, job.config)
+        if found := distil_job(job, last.delivered):
+            directory.write_distilled(found.weights)
+            told = ("model", "images", "accuracy")
+            summary["analytic"]["distilled"] = {name: getattr(found, name) for name in told}
     if isinstance(strategy, EnsembleDistillation):
         summary["answers"] = answers_in_words(strategy, job.config)
     if len(history := directory.version_history()) > 1:

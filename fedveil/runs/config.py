@@ -170,6 +170,13 @@ class TrainConfig(BaseModel):
         ge=1,
         le=100_000,
     )
+    distil_into: str | None = setting(
+        None,
+        "Both ways",
+        "analytic: teach w to this network, too, named as of --model, by the calibration images: "
+        "distilled.safetensors.",
+        min_length=1,
+    )
     epsilon: float | None = setting(
         None,
         "Both ways",
@@ -415,6 +422,11 @@ class TrainConfig(BaseModel):
                 "dp-sgd:noise=N"
             )
         of_sums = self.strategy == "analytic"
+        if self.distil_into is not None and not of_sums:
+            raise ValueError(
+                f"distil-into {self.distil_into} is of strategy analytic; {self.strategy} trains "
+                "--model itself: leave it out"
+            )
         if of_sums and self.epsilon and self.privacy_unit == "client" and not self.weight_limit:
             raise ValueError(
                 "privacy-unit client bounds a client's images: give a weight-limit above 0"

@@ -7,9 +7,10 @@
 ``releases.jsonl``      under DP-SGD, who was asked for an update in each round that was started
 ``archive/``            what each client was sent in each round, encrypted under that key
 ``model.safetensors``   w, once the run is complete (0600)
+``distilled.safetensors``  the network that w was taught to, if one was asked for (0600)
 ``summary.json``, ``curves.png``
 
-With ``FEDVEIL_KEY_FILE`` the three of mode 0600 are encrypted, and end in ``.enc``.
+With ``FEDVEIL_KEY_FILE`` those of mode 0600 are encrypted, and end in ``.enc``.
 """
 
 import json
@@ -34,7 +35,7 @@ from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.lock import lock
-from fedveil.runs.secrets import CHECKPOINT, MODEL, RunSecrets
+from fedveil.runs.secrets import CHECKPOINT, DISTILLED, MODEL, RunSecrets
 from fedveil.sealing import OperatorKey
 from fedveil.types import Weights
 
@@ -264,7 +265,8 @@ class RunDirectory:
         try:
             # Before all else, since its presence says that the run is complete.
             (self.path / "summary.json").unlink(missing_ok=True)
-            self.secrets.path(MODEL).unlink(missing_ok=True)
+            for name in (MODEL, DISTILLED):
+                self.secrets.path(name).unlink(missing_ok=True)
         except OSError as error:
             raise FedveilError(f"{self.path}: {error.strerror}") from None
         held = self.secrets.noise_key() if self.secrets.sealed else None
@@ -446,17 +448,32 @@ class RunDirectory:
         """Write ``model.safetensors``: w alone, for the party that ordered it."""
         self._write_secret(MODEL, save(_contiguous(weights)))
 
+    def write_distilled(self, weights: Mapping[str, Tensor]) -> None:
+        """Write ``distilled.safetensors``: the network that w was taught to."""
+        self._write_secret(DISTILLED, save(_contiguous(weights)))
+
     def model(self) -> dict[str, Tensor]:
         """Return w of the complete run.
 
         Raises:
             FedveilError: It is not there yet, damaged, or encrypted under a key not at hand.
         """
-        path, content = self.secrets.path(MODEL), self.secrets.read(MODEL)
+        return self._weights(MODEL, f"the run is not complete; fedveil train --resume {self.path}")
+
+    def distilled(self) -> dict[str, Tensor]:
+        """Return the network that w was taught to.
+
+        Raises:
+            FedveilError: As ``model``; or none was asked for.
+        """
+        return self._weights(
+            DISTILLED, "the run is not complete, or was started without --distil-into"
+        )
+
+    def _weights(self, name: str, missing: str) -> dict[str, Tensor]:
+        path, content = self.secrets.path(name), self.secrets.read(name)
         if content is None:
-            raise FedveilError(
-                f"{path} is not there: the run is not complete; fedveil train --resume {self.path}"
-            )
+            raise FedveilError(f"{path} is not there: {missing}")
         try:
             return load(content)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:

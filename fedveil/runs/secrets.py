@@ -30,6 +30,7 @@ from fedveil.sealing import (
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
+DISTILLED = "distilled.safetensors"
 _KEY = "noise.key"
 _SEALED = ".enc"
 _MODE = 0o600
@@ -183,7 +184,7 @@ class RunSecrets:
         Raises:
             FedveilError: A file cannot be read or written, or the run is under another key.
         """
-        names, taken = (CHECKPOINT, MODEL), []
+        names, taken = (CHECKPOINT, MODEL, DISTILLED), []
         try:
             if not self.sealed:
                 key = NoiseKey.load(self.directory / _KEY)

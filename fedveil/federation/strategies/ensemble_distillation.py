@@ -12,11 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LinearLR
 
 from fedveil.analytic.privacy import noise_sharers
 from fedveil.copies.noise import NoiseKey
-from fedveil.data.augmentation import Augmentation, parse_augmentation
+from fedveil.data.augmentation import parse_augmentation
 from fedveil.errors import FedveilError
 from fedveil.federation.answers import (
     FRACTION_BITS,
@@ -30,6 +29,7 @@ from fedveil.federation.answers import (
     logits_of,
     pixels_of,
 )
+from fedveil.federation.distillation import Distillation, teach
 from fedveil.federation.job import Job
 from fedveil.federation.question_images import question_images
 from fedveil.federation.replies import WEIGHT_KEY, Update, read_replies
@@ -52,31 +52,6 @@ from fedveil.runs.config import TrainConfig
 from fedveil.types import Weights
 
 _ANSWERS, _EXAMPLES, _HEARD, _NOISE = "answers", "examples", "heard", "noise"
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How the server teaches w what a round's answers know.
-
-    Attributes:
-        steps: Steps of gradient descent a round.
-        batch_size: Images a step.
-        learning_rate: Step size of a round's first step; falls in a straight line to zero.
-        momentum: Part of the last step that the next one repeats.
-        label_share: Weight λ of the images' own labels, where the server has them: w is taught
-            (1 - λ)·answers + λ·labels (Hinton et al., "Distilling the Knowledge in a Neural
-            Network", 2015, section 2). 0 asks for no labels, 1 for no clients.
-        temperature: T of the softmax(z/T) that clients answer and w is taught (the same source).
-        augmentation: Changes the images anew in every step, while what they are stays the same.
-    """
-
-    steps: int = 120
-    batch_size: int = 50
-    learning_rate: float = 0.05
-    momentum: float = 0.9
-    label_share: float = 0.0
-    temperature: float = 1.0
-    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)
@@ -420,27 +395,7 @@ class EnsembleDistillation(SeededFedAvg):
 
     def _teach(self, start: Weights, targets: Tensor, generator: torch.Generator) -> Weights:
         self.model.load_state_dict(dict(start))
-        self.model.train()
-        how = self.distillation
-        optimiser = torch.optim.SGD(self.model.parameters(), how.learning_rate, how.momentum)
-        schedule = LinearLR(optimiser, start_factor=1.0, end_factor=0.0, total_iters=how.steps)
-        size = min(how.batch_size, len(targets))
-        for _ in range(how.steps):
-            index = torch.randint(len(targets), (size,), generator=generator)
-            pixels = how.augmentation(self._pixels[index], generator)
-            optimiser.zero_grad(set_to_none=True)
-            cooled = self.model(pixels) / how.temperature
-            # The square keeps a step as long whatever the temperature (Hinton et al., section 2).
-            loss = F.cross_entropy(cooled, targets[index]) * how.temperature**2
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-        if not bool(loss.isfinite()):
-            raise FedveilError(
-                f"teaching w diverged: lower Distillation(learning_rate={how.learning_rate:g}), "
-                "or, where clients' models answer without bounds, --learning-rate"
-            )
-        self.model.eval()
+        teach(self.model, self._pixels, targets, self.distillation, generator)
         return clone({name: value.detach() for name, value in self.model.state_dict().items()})
 
 
