@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from analytic_partitions import CLIENTS, EXCESS, Features, features_of_set
+from analytic_partitions import CLIENTS, Features, features_of_set
 from torch import Tensor
 from torch.nn import functional as F
 from written import write_result
 
-from fedveil.analytic.privacy import GaussianRelease
+from fedveil.analytic.privacy import GaussianRelease, noise_sharers
 from fedveil.data import load_dataset
 from fedveil.features import EfficientNetLite0
 
 CLIENTS_IMAGES, OWN_IMAGES = 42_000, 2_000
+EXCESS = CLIENTS / noise_sharers(CLIENTS)
 COMPONENTS = (204, 400, 800, 1_500)
 EPSILONS = (2.0, 8.0)
 PENALTIES = (1.0, 0.5, 0.25, 0.1)

@@ -1,6 +1,11 @@
 """Classifiers that follow in closed form from sums over images, so that nothing is trained."""
 
-from fedveil.analytic.classifier import AnalyticClassifier, load_classifier, steepness_for
+from fedveil.analytic.classifier import (
+    AnalyticClassifier,
+    load_classifier,
+    steepness_for,
+    sums_of,
+)
 from fedveil.analytic.ridge import Head, ridge
 from fedveil.analytic.rows import rows_of
 from fedveil.analytic.statistics import (
@@ -23,4 +28,5 @@ __all__ = [
     "ridge",
     "rows_of",
     "steepness_for",
+    "sums_of",
 ]

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.analytic.ridge import Head
-from fedveil.analytic.statistics import FRACTION_BITS, quantised
+from fedveil.analytic.rows import rows_of
+from fedveil.analytic.statistics import FRACTION_BITS, Statistics, quantised
+from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.features import FeatureMap, MapDescription, rebuild
 
@@ -84,6 +86,23 @@ def load_classifier(state: Mapping[str, Tensor]) -> AnalyticClassifier:
     module = AnalyticClassifier(rebuild(description, tensors), classes)
     module.load_state_dict(dict(state))
     return module.eval()
+
+
+def sums_of(classifier: AnalyticClassifier, images: Images) -> Statistics:
+    """Return the sums of images on a classifier's map.
+
+    Args:
+        classifier: Its head is not looked at.
+        images: Any number.
+
+    Raises:
+        FedveilError: As ``rows_of``, or a label is out of range.
+    """
+    features = classifier.features
+    rows = rows_of(features, images.raw)
+    return Statistics.of(
+        rows, images.labels, classes=classifier.classes, dimension=features.dimension
+    )
 
 
 def steepness_for(scores: Tensor, labels: Tensor) -> float:

@@ -17,6 +17,8 @@ _LOWEST, _HIGHEST, _PER_OCTAVE = -26, 6, 4
 # much: tried on 500 to 8,000 of CIFAR-10's training images, by hand.
 _FURTHER_VIEW = 0.3
 
+_DRAWS = 4
+
 
 @dataclass(frozen=True)
 class Head:
@@ -78,19 +80,28 @@ def ridge(statistics: Statistics, *, penalty: float | None = None, views: int = 
     return Head(weight, bias, chosen, spectrum.error(chosen))
 
 
-def noisy_ridge(statistics: Statistics, *, noise: float) -> Head:
+def noisy_ridge(
+    statistics: Statistics, *, noise: float, images: int = 0, public: Statistics | None = None
+) -> Head:
     """Return a ridge of sums with noise, for features that are centred already.
 
     Targets are the classes' unit vectors less 1/K, so that no class's number of images is needed:
     W = (G + λI)⁻¹ (H - m·1ᵀ/K), with m = H·1. λ is the length that G's noise has in any direction
     at most, 2·(σ/√2)·√D, in the manner of AdaSSP, and takes nothing of the sums.
 
+    With ``public`` sums each entry of G is a mean of the noisy one and of the public images' own,
+    brought to as many images, weighted by their precisions: σ²/2 of noise, and N²·SᵢᵢSⱼⱼ/P of P
+    public images whose mean φφᵀ is S. Of the noise less is left then, and λ is the mean length
+    of noise drawn anew in what spread is left.
+
     Source: Wang, "Revisiting Differentially Private Linear Regression: Optimal and Adaptive
-    Prediction & Estimation in Unbounded Domain", UAI 2018, algorithm 2.
+    Prediction & Estimation in Unbounded Domain", UAI 2018, algorithm 2. The public images are ours.
 
     Args:
         statistics: The sums; their counts are not looked at.
         noise: Standard deviation of the noise on G's diagonal and on H; σ/√2 beside the diagonal.
+        images: N, how many the sums are of; of no matter without ``public``.
+        public: Sums of images of the same kind that nobody hides; their labels are not looked at.
 
     Raises:
         FedveilError: ``noise`` is not above 0.
@@ -99,11 +110,26 @@ def noisy_ridge(statistics: Statistics, *, noise: float) -> Head:
         raise FedveilError(f"noise={noise} is out of range: give a number above 0")
     moments = statistics.moments
     centred = moments - moments.sum(1, keepdim=True) / moments.shape[1]
-    penalty = math.sqrt(2 * statistics.layout.dimension) * noise
-    values, vectors = torch.linalg.eigh(statistics.gram)
+    gram, penalty = statistics.gram, math.sqrt(2 * len(moments)) * noise
+    if public is not None and public.images:
+        known = public.gram.mul_(images / public.images)
+        spread = torch.outer(known.diagonal(), known.diagonal()) / public.images
+        weights = spread / (spread + noise**2 / 2)
+        gram, penalty = torch.lerp(known, gram, weights), noise * length_of_noise(weights)
+    values, vectors = torch.linalg.eigh(gram)
     raised = values.clamp_(min=0)[:, None] + penalty
     weight = (vectors @ ((vectors.T @ centred) / raised)).T
     return Head(weight, torch.zeros(len(weight), dtype=torch.float64), penalty, math.nan)
+
+
+def length_of_noise(weights: Tensor) -> float:
+    """Return the spectral norm of symmetric noise of spread weights/√2, the mean of some draws."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(_DRAWS):
+        drawn = torch.randn(weights.shape, generator=generator, dtype=torch.float64)
+        symmetric = (drawn + drawn.T).div_(2).mul_(weights)
+        found.append(float(torch.linalg.eigvalsh(symmetric).abs().max()))
+    return sum(found) / _DRAWS
 
 
 @dataclass(frozen=True)

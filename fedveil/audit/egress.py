@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedveil.analytic import AnalyticClassifier, Statistics, ridge, rows_of
+from fedveil.analytic import AnalyticClassifier, Statistics, ridge, rows_of, sums_of
 from fedveil.analytic.privacy import GaussianRelease
 from fedveil.analytic.ridge import noisy_ridge
 from fedveil.attacks.membership.released import (
@@ -237,11 +237,13 @@ class LearningBySums:
         classifier: The audited one.
         release: The noise of the run's sums; None for none.
         most_images: Images that a client sums at most.
+        public: Sums of the server's own images, which its ridge of noisy ones takes besides.
     """
 
     classifier: AnalyticClassifier
     release: GaussianRelease | None = None
     most_images: int = 1
+    public: Statistics | None = None
 
     def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
         """Return one that learnt from images, as of ``Learning``; nothing is left to stop at."""
@@ -255,7 +257,7 @@ class LearningBySums:
         else:
             most = self.most_images
             sums = release.noised(sums, SecureGenerator(), most_images=most, sharers=1)
-            head = noisy_ridge(sums, noise=release.scale(most))
+            head = noisy_ridge(sums, noise=release.scale(most), images=len(own), public=self.public)
         made = AnalyticClassifier(features, classes)
         steepness = float(self.classifier.steepness)
         made.load_state_dict(made.with_head(head, steepness=steepness))
@@ -411,7 +413,9 @@ def _learning_of(job: Job, settings: EgressSettings) -> Learning:
     config, dataset = job.config, job.dataset
     if isinstance(job.model, AnalyticClassifier):
         bound = Members.of(config, dataset.train).bound
-        return LearningBySums(job.model, Analytic.release_of(config), bound or 1)
+        release = Analytic.release_of(config)
+        public = sums_of(job.model, job.evaluation.calibration) if release else None
+        return LearningBySums(job.model, release, bound or 1, public)
     classes = len(dataset.classes)
     return LearningByDescent(
         lambda seed: build_model(config.model, dataset.shape, classes, seed=seed),

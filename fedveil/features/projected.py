@@ -67,16 +67,22 @@ def inner_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def project(inner: FeatureMap, features: Tensor, dimension: int) -> Projected:
+def project(
+    inner: FeatureMap, features: Tensor, dimension: int, *, whitening: float = 0.0
+) -> Projected:
     """Return a map's first principal components on unlabelled images.
+
+    With ``whitening`` s a component of variance v is multiplied by v^(-s/2), up to a factor for
+    all: noise is alike on all of them, and so drowns small ones first.
 
     Args:
         inner: The map.
         features: What it gives of images that are no client's, float [N, D].
         dimension: D', at most D and N - 1.
+        whitening: From 0, which leaves variances as they are, to 1, which makes all the same.
 
     Raises:
-        FedveilError: ``dimension`` out of range.
+        FedveilError: ``dimension`` or ``whitening`` out of range.
     """
     most = min(inner.dimension, len(features) - 1)
     if not 1 <= dimension <= most:
@@ -84,7 +90,10 @@ def project(inner: FeatureMap, features: Tensor, dimension: int) -> Projected:
             f"{dimension} components are out of range: {len(features)} images of the server and "
             f"{inner.dimension} features allow 1 to {most}"
         )
+    if not 0 <= whitening <= 1:
+        raise FedveilError(f"whitening={whitening} is out of range: give 0 to 1")
     rows = F.normalize(features, dim=1).double()
     mean = rows.mean(0)
-    _, _, directions = torch.linalg.svd(rows - mean, full_matrices=False)
-    return Projected(inner, mean, directions[:dimension])
+    _, lengths, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    kept = lengths[:dimension].clamp(min=1e-6 * float(lengths[0]) or 1.0)
+    return Projected(inner, mean, directions[:dimension] * (kept[:1] / kept)[:, None] ** whitening)

@@ -29,7 +29,11 @@ from fedveil.runs.config import TrainConfig
 
 _MOST_FILTERS = 512  # unless asked for: 4,096 features, whose sums are 67 MB
 _FEATURES_A_FILTER = 8
-_FEWEST_COMPONENTS, _MOST_COMPONENTS, _SHARE = 16, 512, 0.3
+# Tried on CIFAR-10's training images: benchmarks/analytic_prior.py.
+_FEWEST_COMPONENTS, _MOST_COMPONENTS, _SHARE = 16, 1_024, 0.6
+
+WHITENING = 0.3
+"""Share of whitening of the components under noise."""
 # Part of the key of what is kept: raise it whenever the same settings make another dictionary.
 _FORMAT = 1
 
@@ -47,15 +51,17 @@ def choose_features(config: TrainConfig, own: Images, *, images: int) -> Feature
     """
     channels, height, width = own.raw.shape[1:]
     inner = _inner(config, (channels, height, width), own, images)
+    mirrored = config.backbone is not None and _mirrors(config, own)
     components = config.components
     if components is None and config.epsilon is not None:
-        components = private_components(config, images)
+        # Of fewer images for each component what whitening goes by is chance.
+        components = min(private_components(config, images), max(1, len(own) // 2))
     if components is not None:
-        features = torch.cat(list(blocks_of_features(inner, own.raw)))
-        inner = project(inner, features, min(components, inner.dimension, len(own) - 1))
-    if config.backbone is not None and _mirrors(config, own):
-        return Mirrored(inner)
-    return inner
+        views = (own.raw, own.raw.flip(3)) if mirrored else (own.raw,)
+        features = torch.cat([block for view in views for block in blocks_of_features(inner, view)])
+        count = min(components, inner.dimension, len(own) - 1)
+        inner = project(inner, features, count, whitening=WHITENING if config.epsilon else 0.0)
+    return Mirrored(inner) if mirrored else inner
 
 
 def private_components(config: TrainConfig, images: int) -> int:

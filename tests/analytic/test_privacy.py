@@ -123,6 +123,37 @@ def test_the_noisy_ridge_is_the_plain_one_of_what_it_was_given():
     )
 
 
+def _uneven(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.randint(3, (count,), generator=generator)
+    centres = torch.randn(3, 40, generator=torch.Generator().manual_seed(9))
+    features = centres[labels] + 2 * torch.randn(count, 40, generator=generator)
+    return quantised(features * torch.logspace(0, -1, 40)), labels
+
+
+def test_public_images_count_by_their_precision():
+    generator = torch.Generator().manual_seed(0)
+    (rows, labels), (others, names) = _uneven(500, generator), _uneven(200, generator)
+    sums, public = (Statistics.of(*some, classes=3) for some in ((rows, labels), (others, names)))
+    noise = 4.0
+    mine, theirs = sums.gram.numpy(), public.gram.numpy() * 500 / 200
+    expected, shares = np.empty_like(mine), np.empty_like(mine)
+    for i in range(40):
+        for j in range(40):
+            theirs_variance = theirs[i, i] * theirs[j, j] / 200
+            share = theirs_variance / (theirs_variance + noise**2 / 2)
+            expected[i, j] = share * mine[i, j] + (1 - share) * theirs[i, j]
+            shares[i, j] = share
+    unit = sums.moments.numpy() - sums.moments.numpy().sum(1, keepdims=True) / 3
+    head = noisy_ridge(sums, noise=noise, images=500, public=public)
+    oracle = np.linalg.solve(expected + head.penalty * np.eye(40), unit)
+    np.testing.assert_allclose(head.weight.T, oracle, rtol=1e-8)
+    draws = np.random.default_rng(0).normal(size=(400, 40, 40)) * noise
+    beside = np.triu(draws, 1) / math.sqrt(2)
+    symmetric = beside + beside.transpose(0, 2, 1) + draws * np.eye(40)
+    lengths = np.linalg.norm(symmetric * shares, ord=2, axis=(1, 2))
+    assert abs(head.penalty - lengths.mean()) < 3 * lengths.std() / math.sqrt(4)
+
+
 def test_made_up_noisy_sums_are_found_out():
     layout, release = Layout(20, 3), GaussianRelease(1.0)
     honest = release.noised(Statistics.nothing(layout), SecureGenerator(), most_images=1, sharers=1)

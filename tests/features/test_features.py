@@ -254,6 +254,18 @@ def flat_map(shape):
     return nn.Flatten()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_whitening_takes_a_share_of_how_much_components_differ(share):
+    images = photos(200, 4)
+    inner = OwnFeatures((3, 4, 4), "tests.features.test_features:flat_map")
+    found = features_of(inner, images)
+    plain = features_of(project(inner, found, 6), images).double().var(0)
+    told = features_of(project(inner, found, 6, whitening=share), images).double().var(0)
+    assert torch.allclose(told / told[0], (plain / plain[0]) ** (1 - share), rtol=1e-4)
+    with pytest.raises(FedveilError, match="whitening"):
+        project(inner, found, 6, whitening=1.5)
+
+
 def test_features_of_a_slow_map_are_kept_by_content_block_by_block(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDVEIL_CACHE", str(tmp_path))
     monkeypatch.setattr(Counted, "asked", 0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Unpack
 
@@ -18,6 +19,7 @@ from fedveil.analytic import (
     Statistics,
     ridge,
     steepness_for,
+    sums_of,
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, noisy_fault
 from fedveil.analytic.ridge import Head, noisy_ridge
@@ -123,7 +125,8 @@ class Analytic(SeededFedAvg):
 
     Args:
         model: The classifier with the map; its head is replaced by what is found.
-        labelled: Images of the server by which scores are made probabilities; None leaves them.
+        labelled: Images of the server by which scores are made probabilities, and which say beside
+            noisy sums how features vary; None leaves both.
         images_per_feature: Images a feature that a sum under secure aggregation must have; at
             least 4, below which no client answers. Of no matter with a ``release``.
         release: The differential privacy of the sums; None for none. Of an answer that the server
@@ -356,7 +359,14 @@ class Analytic(SeededFedAvg):
     def _solve(self, past: "_Past") -> Head:
         if self.release is None:
             return ridge(past.sums, views=self.model.features.views)
-        return noisy_ridge(past.sums, noise=past.noise)
+        return noisy_ridge(past.sums, noise=past.noise, images=past.images, public=self.public_sums)
+
+    @cached_property
+    def public_sums(self) -> Statistics | None:
+        """Sums of the server's own images, of which nothing needs hiding; None without any."""
+        if self.labelled is None:
+            return None
+        return sums_of(self.model, self.labelled)
 
     @property
     def _past(self) -> "_Past":
