@@ -6,7 +6,7 @@ from fedveil.analytic.classifier import (
     steepness_for,
     sums_of,
 )
-from fedveil.analytic.ridge import Head, ridge
+from fedveil.analytic.ridge import Head, balanced, ridge
 from fedveil.analytic.rows import rows_of
 from fedveil.analytic.statistics import (
     FRACTION_BITS,
@@ -23,6 +23,7 @@ __all__ = [
     "Head",
     "Layout",
     "Statistics",
+    "balanced",
     "load_classifier",
     "quantised",
     "ridge",

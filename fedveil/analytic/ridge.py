@@ -19,6 +19,8 @@ _FURTHER_VIEW = 0.3
 
 _DRAWS = 4
 
+_NEVER = -1e4  # far below any discriminant
+
 
 @dataclass(frozen=True)
 class Head:
@@ -78,6 +80,37 @@ def ridge(statistics: Statistics, *, penalty: float | None = None, views: int = 
     weight = (vectors @ (targets / (values[:, None] + chosen))).T
     bias = counts / images - weight @ means
     return Head(weight, bias, chosen, spectrum.error(chosen))
+
+
+def balanced(head: Head, statistics: Statistics) -> Head:
+    """Return the same scores turned into discriminants of classes that are all as likely.
+
+    A ridge of few images of a class seldom says it. Its scores z = W·φ + b hold all that the sums
+    tell of which class an image is of; as normal variables with the classes' means m and one
+    covariance S, both of which follow from the sums, class c is told by mᵀS⁻¹z - mᵀS⁻¹m/2, which
+    asks for no class's number of images. A class without any is never said.
+
+    Source: Hastie, Buja and Tibshirani, "Penalized Discriminant Analysis", Annals of Statistics
+    1995, section 3: discriminants by way of regression.
+
+    Args:
+        head: The ridge of the sums.
+        statistics: The sums.
+    """
+    counts = statistics.counts.double()
+    there = counts > 0
+    averages = statistics.moments / counts.clamp(min=1)
+    centres = (head.weight @ averages + head.bias[:, None]).T[there]
+    lengths = counts[there, None] * (head.weight @ averages).T[there]
+    spread = head.weight @ statistics.gram @ head.weight.T
+    spread -= (head.weight @ averages).T[there].T @ lengths
+    # The scores of a ridge with an intercept add up to 1: one direction has no spread.
+    inverse = torch.linalg.pinv(spread / statistics.images, rtol=1e-9, hermitian=True)
+    turned = torch.zeros_like(head.weight @ head.weight.T)
+    turned[there] = centres @ inverse
+    bias = torch.full_like(head.bias, _NEVER)
+    bias[there] = turned[there] @ head.bias - (turned[there] * centres).sum(1) / 2
+    return Head(turned @ head.weight, bias, head.penalty, head.error)
 
 
 def noisy_ridge(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedveil.analytic import AnalyticClassifier, Statistics, ridge, rows_of, sums_of
+from fedveil.analytic import AnalyticClassifier, Statistics, balanced, ridge, rows_of, sums_of
 from fedveil.analytic.privacy import GaussianRelease
 from fedveil.analytic.ridge import noisy_ridge
 from fedveil.attacks.membership.released import (
@@ -238,12 +238,14 @@ class LearningBySums:
         release: The noise of the run's sums; None for none.
         most_images: Images that a client sums at most.
         public: Sums of the server's own images, which its ridge of noisy ones takes besides.
+        balanced: Whether the audited one's classes are as likely.
     """
 
     classifier: AnalyticClassifier
     release: GaussianRelease | None = None
     most_images: int = 1
     public: Statistics | None = None
+    balanced: bool = False
 
     def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
         """Return one that learnt from images, as of ``Learning``; nothing is left to stop at."""
@@ -254,6 +256,7 @@ class LearningBySums:
         sums = Statistics.of(rows, own.labels, classes=classes, dimension=size)
         if release is None:
             head = ridge(sums, views=features.views)
+            head = balanced(head, sums) if self.balanced else head
         else:
             most = self.most_images
             sums = release.noised(sums, SecureGenerator(), most_images=most, sharers=1)
@@ -415,7 +418,7 @@ def _learning_of(job: Job, settings: EgressSettings) -> Learning:
         bound = Members.of(config, dataset.train).bound
         release = Analytic.release_of(config)
         public = sums_of(job.model, job.evaluation.calibration) if release else None
-        return LearningBySums(job.model, release, bound or 1, public)
+        return LearningBySums(job.model, release, bound or 1, public, config.balanced)
     classes = len(dataset.classes)
     return LearningByDescent(
         lambda seed: build_model(config.model, dataset.shape, classes, seed=seed),

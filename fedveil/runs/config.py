@@ -170,6 +170,12 @@ class TrainConfig(BaseModel):
         ge=1,
         le=100_000,
     )
+    balanced: bool = setting(
+        False,
+        "Both ways",
+        "analytic: let every class be as likely, however few images it has.",
+        flags=("--balanced/--no-balanced",),
+    )
     distil_into: str | None = setting(
         None,
         "Both ways",
@@ -426,6 +432,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"distil-into {self.distil_into} is of strategy analytic; {self.strategy} trains "
                 "--model itself: leave it out"
+            )
+        if self.balanced and (not of_sums or self.epsilon is not None):
+            raise ValueError(
+                "balanced is of strategy analytic without epsilon, whose noisy sums do not tell "
+                "how many images a class has: leave it out"
             )
         if of_sums and self.epsilon and self.privacy_unit == "client" and not self.weight_limit:
             raise ValueError(

@@ -17,6 +17,7 @@ from fedveil.analytic import (
     AnalyticClassifier,
     Layout,
     Statistics,
+    balanced,
     ridge,
     steepness_for,
     sums_of,
@@ -129,6 +130,8 @@ class Analytic(SeededFedAvg):
             noisy sums how features vary; None leaves both.
         images_per_feature: Images a feature that a sum under secure aggregation must have; at
             least 4, below which no client answers. Of no matter with a ``release``.
+        balanced: Whether every class is as likely, however few images it has; not with a
+            ``release``, which tells nobody how many these are.
         release: The differential privacy of the sums; None for none. Of an answer that the server
             sees alone, and of a sum, as long as half of the clients it was asked of are in it and
             add their noise.
@@ -138,8 +141,8 @@ class Analytic(SeededFedAvg):
         flower: FedAvg's own arguments, by their names.
 
     Raises:
-        FedveilError: ``images_per_feature`` out of range; or FedAvg's arguments, as of
-            ``SeededFedAvg``.
+        FedveilError: ``images_per_feature`` out of range; balanced and noisy; or FedAvg's
+            arguments, as of ``SeededFedAvg``.
 
     Attributes:
         solved: What the last round came to; None before there was one.
@@ -151,6 +154,7 @@ class Analytic(SeededFedAvg):
         model: AnalyticClassifier,
         labelled: Images | None = None,
         images_per_feature: float = LEAST_RATIO,
+        balanced: bool = False,
         release: GaussianRelease | None = None,
         sampling: Sampling | None = None,
         resume: Resume | None = None,
@@ -165,6 +169,12 @@ class Analytic(SeededFedAvg):
         self.model = model
         self.labelled = labelled
         self.images_per_feature = images_per_feature
+        if balanced and release is not None:
+            raise FedveilError(
+                "balanced classes take each one's number of images, which noisy sums do not tell: "
+                "leave out balanced= or release="
+            )
+        self.balanced = balanced
         self.release = release
         self.layout = Layout(model.features.dimension, model.classes)
         self.solved: Solved | None = None
@@ -202,6 +212,7 @@ class Analytic(SeededFedAvg):
             model=job.model,
             labelled=job.evaluation.calibration,
             images_per_feature=job.config.images_per_feature,
+            balanced=job.config.balanced,
             release=cls.release_of(job.config),
             sampling=job.sampling,
             resume=resume,
@@ -358,7 +369,8 @@ class Analytic(SeededFedAvg):
 
     def _solve(self, past: "_Past") -> Head:
         if self.release is None:
-            return ridge(past.sums, views=self.model.features.views)
+            head = ridge(past.sums, views=self.model.features.views)
+            return balanced(head, past.sums) if self.balanced else head
         return noisy_ridge(past.sums, noise=past.noise, images=past.images, public=self.public_sums)
 
     @cached_property
