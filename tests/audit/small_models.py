@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fedveil.models.resnet import ResNet
+
 
 class TwoLayers(nn.Module):
     """One hidden layer."""
@@ -18,3 +20,8 @@ class TwoLayers(nn.Module):
 
 def two_layers(shape, classes):
     return TwoLayers(shape[0] * shape[1] * shape[2], classes)
+
+
+def batch_norms(shape, classes):
+    """A third of ``resnet-bn``."""
+    return ResNet(shape, classes, blocks=1, norm=nn.BatchNorm2d)

@@ -23,8 +23,8 @@ from fedveil.data import Dataset, Images, load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError
 from fedveil.models import build_model
-from fedveil.models.resnet import ResNet
 from fedveil.runs.state_files import load_checkpoint
+from tests.audit.small_models import batch_norms
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_an_audit_of_federated_averaging(dataset, model):
 def test_batch_normalisation_is_scored_in_the_clients_own_mode(dataset, update):
     """In evaluation mode such a model's gradients are others', and nobody seemed recognised."""
     torch.manual_seed(0)
-    model = ResNet(dataset.shape, len(dataset.classes), blocks=1, norm=nn.BatchNorm2d)
+    model = batch_norms(dataset.shape, len(dataset.classes))
     settings = _settings(
         images=8, batch=4, batch_size=4, update=update, attacks=("ig:steps=1",), workers=1
     )

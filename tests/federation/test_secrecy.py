@@ -124,7 +124,7 @@ def test_batch_statistics_are_the_copys_own(tmp_path):
     """Neither w's running statistics nor any client's are in what the next round sends."""
     job, _, grid, delivered = train(
         tmp_path / "run",
-        model="resnet-bn",
+        model="tests.audit.small_models:batch_norms",
         noise="all",
         rounds=3,
         learning_rate=0.2,
@@ -149,7 +149,11 @@ def test_batch_statistics_are_the_copys_own(tmp_path):
 
 def test_w_of_a_batch_norm_model_works_with_the_statistics_it_is_delivered_with(tmp_path):
     _, _, _, delivered = train(
-        tmp_path / "run", model="resnet-bn", rounds=3, learning_rate=0.2, epochs=4
+        tmp_path / "run",
+        model="tests.audit.small_models:batch_norms",
+        rounds=3,
+        learning_rate=0.2,
+        epochs=4,
     )
     assert delivered[-1][0].accuracy > 0.6
     assert max(max(record.copies) for record, _, _ in delivered) < 0.6

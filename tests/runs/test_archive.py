@@ -35,7 +35,7 @@ def test_it_holds_bit_for_bit_what_every_message_carried(tmp_path, strategy):
     _, directory, grid, delivered = train(
         tmp_path / "run",
         strategy=strategy,
-        model="resnet-bn",
+        model="tests.audit.small_models:batch_norms",
         noise="output.*",
         sigma_step=10.0,
         cap=0.3,

@@ -8,7 +8,15 @@ from fedveil.studies.noise import NOISE, SEARCH, NoiseSearch, NoiseStudy
 from fedveil.studies.study import measure
 
 STUDY = NoiseStudy(
-    common={"dataset": "digits", "clients": 6, "fraction": 0.5, "rounds": 4, "cap": 0.6, "clip": 5},
+    common={
+        "dataset": "digits",
+        "model": "tests.audit.small_models:two_layers",
+        "clients": 6,
+        "fraction": 0.5,
+        "rounds": 4,
+        "cap": 0.6,
+        "clip": 5,
+    },
     arms=(
         Arm("fedavg", "iid", {"strategy": "fedavg"}),
         Arm("noise-delta", "iid", {"strategy": "noise-delta", "epochs": 4}),
