@@ -126,9 +126,8 @@ def test_batch_statistics_are_the_copys_own(tmp_path):
         tmp_path / "run",
         model="tests.audit.small_models:batch_norms",
         noise="all",
-        rounds=3,
-        learning_rate=0.2,
-        epochs=4,
+        rounds=2,
+        cap=0.3,
         fingerprint=0,  # which is added to parameters, after the statistics were measured
     )
     noisy = [item for item in rounds_sent(grid, delivered) if item[0].sigma > 0]
