@@ -284,13 +284,13 @@ class _Lineup:
 def _run(name: str, attacker: Attacker, lineup: _Lineup) -> Recognition | None:
     attack, seen = ATTACKS[name], attacker.observation
     try:
-        scores = attack(seen, lineup.everybody, lineup.public)
+        if not isinstance(attack, Span):
+            scores = attack(seen, lineup.everybody, lineup.public)
+            return _scored(name, attacker.adaptive, scores, lineup)
+        scores, sure = attack.judged(seen, lineup.everybody, lineup.public)
     except InapplicableAttackError:
         return None
-    found = _scored(name, attacker.adaptive, scores, lineup)
-    if not isinstance(attack, Span):
-        return found
-    sure = attack.certain(seen, lineup.suspects, lineup.public)
+    found, sure = _scored(name, attacker.adaptive, scores, lineup), sure[:, : len(lineup.suspects)]
     certain = float(lineup.members(sure).double().mean())
     return replace(found, certain=certain, mistaken=int(sure[:, lineup.scored :].sum()))
 

@@ -59,39 +59,30 @@ class Span:
         Raises:
             FedveilError: No linear layer of the model sees one row an image.
         """
-        layer = self._layer(observation, public)
-        known = layer.inputs(public[: self.public]).double()
-        whitening = _whitening(known, self.ridge)
-        given = layer.inputs(candidates).double() @ whitening
-        scores = []
-        for update in layer.updates:
-            _, values, rows = torch.linalg.svd(update.double() @ whitening, full_matrices=False)
-            weight = values.square() / (values.square() + (_LOST * values[0]).square() + _TINY)
-            scores.append(((given @ rows.T).square() * weight).sum(1) / given.square().sum(1))
-        return torch.stack(scores).cpu()
+        return self.judged(observation, candidates, public)[0]
 
-    def certain(self, observation: Observation, candidates: Images, public: Images) -> Tensor:
-        """Return which candidates were used beyond doubt, bool [V, M].
+    def judged(
+        self, observation: Observation, candidates: Images, public: Images
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of a call, and which candidates were used beyond doubt, bool [V, M].
 
-        A candidate counts if what the row space leaves of its input is a hundredth of what it
-        leaves of the closest of at least 100 public images. An input that was not used lies in a
-        space of fewer dimensions by accident only.
+        Those are the candidates of whose input the row space leaves a hundredth of what it leaves
+        of the closest of at least 100 public images. An input that was not used lies in a space of
+        fewer dimensions by accident only.
+
+        Args:
+            observation: As of a call.
+            candidates: As of a call.
+            public: As of a call.
 
         Raises:
             FedveilError: As of a call.
         """
         layer = self._layer(observation, public)
-        known, given = layer.inputs(public[: self.public]), layer.inputs(candidates)
-        verdicts = []
-        for update in layer.updates:
-            _, values, rows = torch.linalg.svd(update.double(), full_matrices=False)
-            rows = rows[values > _ROUNDED * values[0]]
-            if len(known) < _ENOUGH or len(rows) >= known.shape[1]:
-                verdicts.append(torch.zeros(len(given), dtype=torch.bool))
-                continue
-            nearest = _left(known.double(), rows).min()
-            verdicts.append((_left(given.double(), rows) < _APART * nearest).cpu())
-        return torch.stack(verdicts)
+        known = layer.inputs(public[: self.public]).double()
+        given = layer.inputs(candidates).double()
+        explained = _explained(layer.updates, given, _whitening(known, self.ridge))
+        return explained, _beyond_doubt(layer.updates, given, known)
 
     def _layer(self, observation: Observation, public: Images) -> "_Layer":
         device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +97,29 @@ class Span:
         # The widest input leaves the smallest share of its space to the images of others.
         name = max(fitting, key=fitting.__getitem__)
         return _Layer(gradients, name, observation.gradients[f"{name}.weight"].to(device))
+
+
+def _explained(updates: Tensor, given: Tensor, whitening: Tensor) -> Tensor:
+    """Return the share of each row of ``given`` that each update's rows explain, [V, M]."""
+    given, scores = given @ whitening, []
+    for update in updates:
+        _, values, rows = torch.linalg.svd(update.double() @ whitening, full_matrices=False)
+        weight = values.square() / (values.square() + (_LOST * values[0]).square() + _TINY)
+        scores.append(((given @ rows.T).square() * weight).sum(1) / given.square().sum(1))
+    return torch.stack(scores).cpu()
+
+
+def _beyond_doubt(updates: Tensor, given: Tensor, known: Tensor) -> Tensor:
+    """Return of which rows of ``given`` an update's rows leave next to nothing, bool [V, M]."""
+    verdicts = []
+    for update in updates:
+        _, values, rows = torch.linalg.svd(update.double(), full_matrices=False)
+        rows = rows[values > _ROUNDED * values[0]]
+        if len(known) < _ENOUGH or len(rows) >= known.shape[1]:
+            verdicts.append(torch.zeros(len(given), dtype=torch.bool))
+            continue
+        verdicts.append((_left(given, rows) < _APART * _left(known, rows).min()).cpu())
+    return torch.stack(verdicts)
 
 
 @dataclass(frozen=True)

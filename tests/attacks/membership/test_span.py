@@ -62,7 +62,7 @@ def test_it_is_certain_of_every_member_and_of_no_stranger():
     both = Images(
         torch.cat([batch.pixels, strangers.pixels]), torch.cat([batch.labels, strangers.labels])
     )
-    sure = Span().certain(_observation(model, batch), both, _images(120, 3))[0]
+    sure = Span().judged(_observation(model, batch), both, _images(120, 3))[1][0]
     assert sure[:10].all()
     assert not sure[10:].any()
 
@@ -75,7 +75,7 @@ def test_it_is_certain_of_every_member_and_of_no_stranger():
 def test_it_is_not_certain_where_it_cannot_tell(hidden, images, noise, public):
     model, batch = _model(hidden), _images(images, 1)
     seen = _observation(model, batch, noise)
-    assert not Span().certain(seen, batch, _images(public, 3)).any()
+    assert not Span().judged(seen, batch, _images(public, 3))[1].any()
 
 
 def test_fewer_outputs_than_images_still_tell_members():
