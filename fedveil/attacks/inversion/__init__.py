@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedveil.attacks.inversion.dlg import DLG, IDLG
+from fedveil.attacks.inversion.feature_span import FeatureSpan
 from fedveil.attacks.inversion.fishing import Fishing, bait, fishing_by
 from fedveil.attacks.inversion.fully_connected import FullyConnected
 from fedveil.attacks.inversion.gradients import (
@@ -43,6 +44,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "fc": FullyConnected,
     "peel": Peeling,
     "ica": IndependentComponents,
+    "features": FeatureSpan,
     "latent": LatentBins,
     "fish": Fishing,
     "fish-ig": fishing_by(InvertingGradients),
@@ -93,6 +95,7 @@ __all__ = [
     "IDLG",
     "RGAP",
     "Attack",
+    "FeatureSpan",
     "Fishing",
     "FullyConnected",
     "GradientMap",

@@ -1,0 +1,193 @@
+"""What ten local epochs of ten batches of five images tell of a client's fifty images.
+
+The setting of Dimitrov et al., "Data Leakage in Federated Averaging", TMLR 2022, table 1: their
+network, step size and measure (images above 20 dB after the assignment that suits decibels best,
+as their code has it), on MNIST where they have FEMNIST. Clients' images are training images; their
+orders are drawn anew in each epoch, their steps are torch's SGD. The floor is the best of images
+without content by the same measure: other images with the client's labels, blurred noise, the mean
+of other images. The attack's settings were chosen on a client of seed 100.
+
+    python benchmarks/fedavg_leakage.py --updates 5 --work DIR --out docs/results
+
+What is in DIR already is not done again.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from written import write_result
+
+from fedveil.attacks.inversion import Inversion, LocalSteps, Observation, build_attack
+from fedveil.audit.metrics import identified, over_updates
+from fedveil.data import Dataset, load_dataset
+from fedveil.files import write_atomically
+
+IMAGES, EPOCHS, BATCH = 50, 10, 5
+RECOVERED = 20.0  # decibels
+STRANGERS = 400
+ATTACKS = ("features", "ig:steps=400,tv=0.02")
+RATES = (0.004, 0.04)  # theirs, and ten times that
+
+
+class Network(nn.Module):
+    """Two 3×3 convolutions with average pooling, a hidden layer of 100, as in their code."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(3136, 100), nn.ReLU()),
+        )
+        self.output = nn.Linear(100, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [N, classes] of float [N, 1, 28, 28] in [0, 1]."""
+        logits: Tensor = self.output(self.body((pixels - 0.1307) / 0.3081))
+        return logits
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--work", type=Path, required=True, help="where scores are kept")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    data = load_dataset("mnist")
+    rows = []
+    for rate in RATES:
+        for attack in ATTACKS if rate == RATES[0] else ATTACKS[:1]:
+            scores = [
+                kept(arguments.work, data, attack, rate, update)
+                for update in range(arguments.updates if rate == RATES[0] else 3)
+            ]
+            rows.append({"attack": attack, "learning_rate": rate, **joined(scores)})
+            print(json.dumps(rows[-1]), flush=True)
+    write_result(
+        arguments.out / "fedavg-leakage.json",
+        f"python benchmarks/fedavg_leakage.py --updates {arguments.updates} --work DIR "
+        "--out docs/results",
+        dataset="mnist",
+        images=IMAGES,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        recovered_above=RECOVERED,
+        published=0.45,
+        rows=rows,
+    )
+
+
+def kept(work: Path, data: Dataset, attack: str, rate: float, update: int) -> dict[str, Any]:
+    """Return the scores of one update, from an earlier run where there are any."""
+    place = work / f"{attack.partition(':')[0]}-{rate}-{update}.json"
+    if not place.exists():
+        found = scored(data, attack, rate, update)
+        print(place.name, json.dumps(found), flush=True)
+        write_atomically(place, json.dumps(found).encode())
+    scores: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    return scores
+
+
+def scored(data: Dataset, attack: str, rate: float, update: int) -> dict[str, Any]:
+    """Attack one client's update, and score what is rebuilt beside images without content."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(update))
+    own, others = data.train[order[:IMAGES]], data.train[order[IMAGES : IMAGES + 2 * STRANGERS]]
+    with torch.random.fork_rng():
+        torch.manual_seed(update)
+        model = Network(len(data.classes))
+    observation = observed(model, own.pixels, own.labels, rate, update)
+    begin = time.process_time()
+    result: Inversion
+    if attack.startswith("ig"):
+        # What a server that simulates nothing does: the update as one gradient.
+        observation = Observation(
+            model, observation.gradients, observation.shape, observation.classes, IMAGES
+        )
+    result = build_attack(attack)(observation)
+    spent = time.process_time() - begin
+    found, strangers = result.images[0].float().clamp(0, 1), others.pixels[:STRANGERS]
+    decibels = assigned(found, own.pixels)
+    content_free = [
+        float((assigned(images, own.pixels) > RECOVERED).double().mean())
+        for images in without_content(own.labels, others[torch.arange(STRANGERS, 2 * STRANGERS)])
+    ]
+    return {
+        "recovered": float((decibels > RECOVERED).double().mean()),
+        "floor": max(content_free),
+        "decibels": float(decibels.mean()),
+        "identified": float(identified(found[None], own.pixels, strangers).mean()),
+        "untold": bool(result.untold is not None and result.untold[0]),
+        "loss": float(result.loss[0]),
+        "cpu_seconds": spent,
+    }
+
+
+def observed(
+    model: nn.Module, images: Tensor, labels: Tensor, rate: float, seed: int
+) -> Observation:
+    """Return what a server has of a client that trained on its images and sent weights back."""
+    own, steps = copy.deepcopy(model), 0
+    optimizer = torch.optim.SGD(own.parameters(), rate)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(EPOCHS):
+        for index in torch.randperm(IMAGES, generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(own(images[index]), labels[index]).backward()
+            optimizer.step()
+            steps += 1
+    returned = dict(own.named_parameters())
+    gradients = {
+        name: ((sent - returned[name]) / (rate * steps)).detach()[None]
+        for name, sent in model.named_parameters()
+    }
+    local = LocalSteps(EPOCHS, BATCH, rate)
+    return Observation(model, gradients, (1, 28, 28), 10, IMAGES, local=local)
+
+
+def assigned(found: Tensor, originals: Tensor) -> Tensor:
+    """Return decibels of each original to the image assigned to it, [N]; theirs, by the truth."""
+    from scipy.optimize import linear_sum_assignment
+
+    apart = torch.cdist(originals.double().flatten(1), found.double().flatten(1)).square()
+    decibels = -10 * (apart / originals[0].numel()).clamp_min(1e-20).log10()
+    rows, columns = linear_sum_assignment(decibels.numpy(), maximize=True)
+    return decibels[torch.from_numpy(rows), torch.from_numpy(columns)]
+
+
+def without_content(labels: Tensor, others: Any) -> list[Tensor]:
+    """Return images that hold nothing of a client's: others of its labels, noise, a mean image."""
+    places = [
+        (others.labels == label).nonzero()[:, 0][int((labels[:place] == label).sum())]
+        for place, label in enumerate(labels)
+    ]
+    noise = torch.rand(len(labels), 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    return [
+        others.pixels[torch.stack(places)],
+        F.interpolate(noise, 28, mode="bicubic").clamp(0, 1),
+        others.pixels.mean(dim=0, keepdim=True).repeat(len(labels), 1, 1, 1),
+    ]
+
+
+def joined(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means over updates; intervals are over these."""
+    row: dict[str, Any] = {"updates": len(scores)}
+    for name in ("recovered", "identified"):
+        share = over_updates(torch.tensor([[one[name]] * IMAGES for one in scores]))
+        row |= {name: share.value, f"{name}_low": share.low, f"{name}_high": share.high}
+    for name in ("floor", "decibels", "loss", "cpu_seconds"):
+        row[name] = sum(one[name] for one in scores) / len(scores)
+    return row | {"untold": sum(one["untold"] for one in scores)}
+
+
+if __name__ == "__main__":
+    main()
