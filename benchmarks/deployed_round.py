@@ -210,8 +210,8 @@ def cpu(code: str) -> float:
 
 CONTESTANTS = {
     "flower": (plain("1.0"), False),
-    "poll": (plain("0.05"), False),
-    "eager": (plain("0.05"), True),
+    "poll": (plain(ENVIRONMENT[POLL]), False),
+    "eager": (plain(ENVIRONMENT[POLL]), True),
     "gate": (deployment, True),
 }
 
