@@ -152,7 +152,6 @@ def test_w_of_a_batch_norm_model_works_with_the_statistics_it_is_delivered_with(
         model="tests.audit.small_models:batch_norms",
         rounds=3,
         learning_rate=0.2,
-        epochs=4,
     )
     assert delivered[-1][0].accuracy > 0.6
     assert max(max(record.copies) for record, _, _ in delivered) < 0.6

@@ -52,7 +52,7 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(params=[(s, c) for s in SIZES for c in ("light", "dark")], ids="-".join)
+@pytest.fixture(params=[("desktop", "light"), ("phone", "dark")], ids="-".join)
 def page(request, browser, report):
     """The report at a size and in a theme; fails on any message or request it makes."""
     size, theme = request.param
