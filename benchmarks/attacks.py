@@ -14,7 +14,6 @@ and in batches, and numpy's singular value decomposition of the same gradient.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -45,7 +44,7 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.attacks.membership import ATTACKS as MEMBERSHIP
 from fedveil.data import Images, load_dataset
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.memory import keep_freed_memory
 from fedveil.models import build_model
 
@@ -184,7 +183,7 @@ def main() -> None:
     }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        content = (json.dumps(report, indent=1) + "\n").encode()
+        content = json_bytes(report)
         file = "attacks-suite.json" if args.suite else "attacks.json"
         write_atomically(args.out / file, content)
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedveil.federation.engines.deployed import environment, free_port
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.runs.directory import versions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -142,9 +142,7 @@ def main() -> None:
         "versions": versions(),
         "rows": rows,
     }
-    write_results(
-        options.out, {"example-apps.json": (json.dumps(content, indent=1) + "\n").encode()}
-    )
+    write_results(options.out, {"example-apps.json": json_bytes(content)})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ first-order search with a weak image prior, on the same observations instead.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -32,7 +31,7 @@ from fedveil.attacks.inversion import (
 from fedveil.audit.metrics import exact, label_accuracy, match, psnr
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.models import CNN, LeNet, ViT, group_norm_resnet
 from fedveil.models.normalise import Normalise
 
@@ -170,7 +169,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(rows)
-    write_atomically(args.out / f"{stem}.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.out / f"{stem}.json", json_bytes(report))
     write_atomically(args.out / f"{stem}.md", text.encode())
     print(text)
 

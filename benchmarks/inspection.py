@@ -9,7 +9,6 @@ Images are CIFAR-10's and MNIST's training images.
 """
 
 import argparse
-import json
 import platform
 import sys
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from fedveil.attacks.inversion import FullyConnected, Observation
 from fedveil.audit.metrics import exact, identified, match
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses.model_inspection import ModelInspection
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.models import CNN, Imprint, build_model
 
 ORDINARY = (
@@ -162,7 +161,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(honest, leaky, look)
-    write_atomically(args.out / "inspection.json", (json.dumps(report) + "\n").encode())
+    write_atomically(args.out / "inspection.json", json_bytes(report))
     write_atomically(args.out / "inspection.md", text.encode())
     print(text)
 

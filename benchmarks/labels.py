@@ -7,7 +7,6 @@ neither trained the models nor chose the one constant of the method.
 """
 
 import argparse
-import json
 import platform
 import sys
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from fedveil.attacks.inversion import Observation, infer_labels
 from fedveil.attacks.inversion.gradients import labels_one_by_one
 from fedveil.audit.metrics import label_accuracy
 from fedveil.data import Images, load_dataset
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.models import build_model
 
 TRAINING = 20_000  # images 30,000 to 39,999 chose the constant; the rest is reported
@@ -92,7 +91,7 @@ def main() -> None:
         "rows": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "labels.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(args.out / "labels.json", json_bytes(report))
 
 
 if __name__ == "__main__":

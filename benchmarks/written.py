@@ -1,11 +1,10 @@
 """How a benchmark's result is written: beside what it came from."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.runs.directory import versions
 
 
@@ -14,4 +13,4 @@ def write_result(path: Path, command: str, **content: Any) -> None:
     origin = {"command": command, "date": datetime.now(UTC).date().isoformat()}
     result = origin | {"versions": versions()} | content
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(path, json_bytes(result))

@@ -1,9 +1,11 @@
 """Files that are either whole or not there, and directories for results."""
 
+import json
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedveil.errors import FedveilError
 
@@ -37,6 +39,11 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def json_bytes(content: Any) -> bytes:
+    """Return the content of a JSON file."""
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def write_results(out: Path, files: Mapping[str, bytes]) -> None:

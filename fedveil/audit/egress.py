@@ -1,10 +1,8 @@
 """``fedveil audit egress``: what a model that leaves tells of who was in its training."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,10 +30,10 @@ from fedveil.federation.server_app import load_job
 from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.task import ClientTask
 from fedveil.federation.training import LocalTraining, train_locally
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.models import build_model
 from fedveil.progress import PlainLines
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory, origin
 from fedveil.runs.state_files import load_checkpoint
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
@@ -154,8 +152,7 @@ class EgressReport:
         return {
             "subject": self.subject,
             "settings": asdict(self.settings),
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": versions(),
+            **origin(),
             "members": len(self.members),
             "others": self.others,
             "accuracy_members": self.accuracy[0],
@@ -182,7 +179,7 @@ class EgressReport:
         Raises:
             FedveilError: The directory cannot be written.
         """
-        content = (json.dumps(self.as_json(), indent=1) + "\n").encode()
+        content = json_bytes(self.as_json())
         write_results(out, {"egress.json": content})
 
 
@@ -295,25 +292,12 @@ def audit_egress(
     Raises:
         FedveilError: Fewer than 20 images of either kind.
     """
-    if min(len(used), len(unused)) < _FEWEST:
-        raise FedveilError(
-            f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}; an egress audit "
-            f"needs at least {_FEWEST} of each"
-        )
     generator = torch.Generator().manual_seed(settings.seed)
-    drawn = torch.randperm(len(used), generator=generator)
-    count = min(settings.images, len(used), len(unused))
-    members = drawn[:count]
-    strangers = unused[torch.randperm(len(unused), generator=generator)]
-    # A rate of one in a thousand needs a thousand strangers; but a shadow, which holds half of all,
-    # must not hold more than the model did, or it fits them less well.
-    strangers = strangers[: max(count, min(_DRAWS, 2 * len(used) - count))]
-    pool = _joined(used[members], strangers)
+    members, pool, beside = _drawn(used, unused, settings, generator)
+    count, strangers = len(members), len(pool) - len(members)
     target = confidence(model, pool)
     scores = {"loss": loss(target)}
     if settings.shadows:
-        room = min(settings.companions, len(used) - len(pool) // 2)
-        beside = used[drawn[count : count + max(0, room)]]
         level = float(torch.nn.functional.softplus(-target[:count]).mean())
         shadows, held = _shadows(learning, pool, beside, settings, level, generator, progress)
         population = torch.arange(len(pool)) >= count
@@ -330,10 +314,30 @@ def audit_egress(
         (_right(model, pool[:count]), _right(model, pool[count:])),
         members,
         pool.labels[:count],
-        len(strangers),
+        strangers,
         rows,
-        tuple(_untold(len(strangers), settings)),
+        tuple(_untold(strangers, settings)),
     )
+
+
+def _drawn(
+    used: Images, unused: Images, settings: EgressSettings, generator: torch.Generator
+) -> tuple[Tensor, Images, Images]:
+    """Return which of the used are told from others, both together, and the shadows' companions."""
+    if min(len(used), len(unused)) < _FEWEST:
+        raise FedveilError(
+            f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}; an egress audit "
+            f"needs at least {_FEWEST} of each"
+        )
+    drawn = torch.randperm(len(used), generator=generator)
+    count = min(settings.images, len(used), len(unused))
+    strangers = unused[torch.randperm(len(unused), generator=generator)]
+    # A rate of one in a thousand needs a thousand strangers; but a shadow, which holds half of all,
+    # must not hold more than the model did, or it fits them less well.
+    strangers = strangers[: max(count, min(_DRAWS, 2 * len(used) - count))]
+    pool = _joined(used[drawn[:count]], strangers)
+    room = min(settings.companions, len(used) - len(pool) // 2)
+    return drawn[:count], pool, used[drawn[count : count + max(0, room)]]
 
 
 def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> EgressReport:

@@ -1,7 +1,6 @@
 """``fedveil audit leakage``: attack what a server really received, and score it."""
 
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +30,7 @@ from fedveil.data import Dataset, load_dataset
 from fedveil.data.load import remarks_on
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.models import build_model
 from fedveil.pictures import Column, draw_images, png
 from fedveil.progress import ProgressBars, say
@@ -199,7 +198,7 @@ class LeakageReport:
         files = {
             "reconstructions.npz": _arrays(self),
             "reconstructions.png": _picture(self),
-            "leakage.json": (json.dumps(self.as_json(), indent=2) + "\n").encode(),
+            "leakage.json": json_bytes(self.as_json()),
         }
         write_results(out, files)
 
@@ -258,19 +257,7 @@ def audit_leakage(
     attacked_model = model_name or type(model).__name__
     pieces = Pieces.of(out, settings.described(dataset.name, attacked_model))
     federation = WatchedFederation(dataset, model, settings)
-    check_model(
-        federation.model,
-        dataset.shape,
-        len(dataset.classes),
-        images=settings.batch * settings.aggregate,
-        batch_statistics=True,
-    )
-    defenses = [parse_defense(text) for text in settings.defenses]
-    for defense in defenses:
-        check_defense(defense, model, dataset.shape)
-        federation.try_out(defense)
-    for attack in settings.attacks:
-        build_attack(attack)
+    defenses = _tried_out(federation, settings)
     used = federation.ground_truth()
     parts = []
     for defense in defenses:
@@ -294,6 +281,25 @@ def audit_leakage(
         report.write(out)
     pieces.close()
     return report
+
+
+def _tried_out(federation: WatchedFederation, settings: LeakageSettings) -> list[Defense]:
+    """Return the defences, after a look at whether model, defences and attacks can be."""
+    dataset = federation.data
+    check_model(
+        federation.model,
+        dataset.shape,
+        len(dataset.classes),
+        images=settings.batch * settings.aggregate,
+        batch_statistics=True,
+    )
+    defenses = [parse_defense(text) for text in settings.defenses]
+    for defense in defenses:
+        check_defense(defense, federation.model, dataset.shape)
+        federation.try_out(defense)
+    for attack in settings.attacks:
+        build_attack(attack)
+    return defenses
 
 
 def run_leakage_audit(
@@ -384,26 +390,11 @@ def attacked(
         told += picked_out_over_rounds(defense, rounds, dataset, used, seed=settings.seed)
     measure = _Measure(scorer, told, defense)
     undo = _inverse(dataset, defense, settings, progress)
-    rows = []
-    for name in settings.attacks:
-        attack = build_attack(name)
-        found: dict[int, Inversion] = {}
-        for attacker in attackers(defense, informed, attack.uses, inverse=undo is not None):
-            label = f"{name}+inverse" if attacker.inverse else name
-            step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
-            # The inverse goes on top of what the attacker before it has found already.
-            known = id(attacker.observation)
-            if known not in found:
-                seen, told_of = attacker.observation, _named(progress, step)
-                found[known] = pieces.inversion(
-                    f"{name} on {defense.label}, {len(found)}",
-                    seen,
-                    partial(attack, seen, progress=told_of),
-                )
-            result = found[known]
-            if attacker.inverse and undo is not None:
-                result = _undone(result, undo)
-            rows.append(measure.row(label, attacker, result))
+    rows = [
+        measure.row(label, attacker, found)
+        for name in settings.attacks
+        for label, attacker, found in _attempts(name, defense, informed, undo, pieces, progress)
+    ]
     return LeakageReport(
         dataset=dataset.name,
         model=type(informed.model).__name__,
@@ -413,6 +404,31 @@ def attacked(
         rows=tuple(rows),
         membership={defense.label: told},
     )
+
+
+def _attempts(
+    name: str,
+    defense: Defense,
+    informed: Observation,
+    undo: Callable[[Tensor], Tensor] | None,
+    pieces: Pieces,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Attacker, Inversion]]:
+    """Yield every attacker that one attack serves, by what name, and what each finds."""
+    attack = build_attack(name)
+    found: dict[int, Inversion] = {}
+    for attacker in attackers(defense, informed, attack.uses, inverse=undo is not None):
+        label = f"{name}+inverse" if attacker.inverse else name
+        step = f"{label} on {defense.label}{' (adaptive)' if attacker.adaptive else ''}"
+        # The inverse goes on top of what the attacker before it has found already.
+        seen = attacker.observation
+        if id(seen) not in found:
+            run = partial(attack, seen, progress=_named(progress, step))
+            piece = f"{name} on {defense.label}, {len(found)}"
+            found[id(seen)] = pieces.inversion(piece, seen, run)
+        result = found[id(seen)]
+        undone = _undone(result, undo) if attacker.inverse and undo is not None else result
+        yield label, attacker, undone
 
 
 @dataclass(frozen=True)

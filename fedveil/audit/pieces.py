@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedveil.attacks.inversion import Inversion, Observation
 from fedveil.errors import FedveilError
-from fedveil.files import UNFINISHED, write_results
+from fedveil.files import UNFINISHED, json_bytes, write_results
 
 _OPTIONS = "options.json"
 
@@ -79,7 +79,7 @@ class Pieces:
             return _read(path)
         found = make()
         named = {name: value for name, value in vars(found).items() if value is not None}
-        options = (json.dumps(self.options, indent=1) + "\n").encode()
+        options = json_bytes(self.options)
         content = save({name: value.contiguous() for name, value in named.items()})
         write_results(self.folder, {_OPTIONS: options, path.name: content})
         return found

@@ -1,10 +1,8 @@
 """``fedveil audit sums``: what sums over clients' images tell of those images."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,11 @@ from fedveil.errors import FedveilError
 from fedveil.features import FeatureMap, slow_beneath
 from fedveil.federation.server_app import load_job
 from fedveil.federation.strategies.analytic import Analytic, summed_so_far
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.pictures import draw_images, png
 from fedveil.progress import PlainLines
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory, origin
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
 
@@ -177,8 +175,7 @@ class SumsReport:
         return {
             "subject": self.subject,
             "settings": asdict(self.settings),
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": versions(),
+            **origin(),
             "dimension": self.dimension,
             "epsilon": self.epsilon,
             "public": self.public,
@@ -229,7 +226,7 @@ class SumsReport:
         Raises:
             FedveilError: The directory cannot be written.
         """
-        content = (json.dumps(self.as_json(), indent=1) + "\n").encode()
+        content = json_bytes(self.as_json())
         picture = {"sums.png": _picture(self.rebuilt)} if self.rebuilt else {}
         write_results(out, {**picture, "sums.json": content})
 

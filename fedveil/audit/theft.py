@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from fedveil.audit.metrics import Interval, bootstrap
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
-from fedveil.files import check_directory, write_atomically, write_results
+from fedveil.files import check_directory, json_bytes, write_atomically, write_results
 from fedveil.forks import START_METHOD, load_before_forking
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, png
 from fedveil.progress import ProgressBars
-from fedveil.runs.directory import versions
+from fedveil.runs.directory import origin
 
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 """Rows of the best of the suite; see ``TheftReport``."""
@@ -242,8 +241,7 @@ class TheftReport:
         return {
             "settings": {**asdict(self.settings), "run": str(self.settings.run)},
             "reference": self.reference,
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": versions(),
+            **origin(),
             "rows": self.rows(),
             "thefts": [asdict(theft) for theft in self.thefts],
         }
@@ -280,7 +278,7 @@ class TheftReport:
         """
         files = {
             "theft.png": _draw(self),
-            "theft.json": (json.dumps(self.as_json(), indent=1) + "\n").encode(),
+            "theft.json": json_bytes(self.as_json()),
         }
         write_results(out, files)
 
@@ -372,7 +370,7 @@ def _path(out: Path, thief: Thief) -> Path:
 
 def _store(run: AuditedRun, theft: Theft, out: Path) -> None:
     content = {"audited": run.identity, "theft": asdict(theft)}
-    write_atomically(_path(out, theft.thief), (json.dumps(content) + "\n").encode())
+    write_atomically(_path(out, theft.thief), json_bytes(content))
 
 
 def _stored(run: AuditedRun, thief: Thief, out: Path) -> Theft | None:

@@ -13,11 +13,9 @@ Wang, Liu, "Collusion-resistant fingerprinting for multimedia", IEEE Signal Proc
 (2004) (one mark a user, correlated after subtracting the host, against averaging).
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -31,10 +29,10 @@ from fedveil.audit.align import aligned, mean_state
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.progress import ProgressBars
 from fedveil.runs.archive import Archive, Entry
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory, origin
 from fedveil.runs.secrets import MODEL
 from fedveil.runs.state_files import read_state
 from fedveil.types import Weights
@@ -165,8 +163,7 @@ class Trace:
             "values_compared": self.values,
             "decoys": _spread(self.decoys),
             "clients": [_described(suspect) for suspect in self.suspects],
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": versions(),
+            **origin(),
         }
 
     def table(self, *, is_w: bool) -> str:
@@ -362,7 +359,7 @@ def run_trace(leaked: Path, run: Path, *, alpha: float, out: Path | None) -> str
     if out:
         described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}
         try:
-            write_atomically(out, (json.dumps(described, indent=2) + "\n").encode(), mode=0o600)
+            write_atomically(out, json_bytes(described), mode=0o600)
         except OSError as error:
             raise FedveilError(f"--out {out}: {error.strerror}") from None
     return found.table(is_w=is_w)

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -368,11 +368,7 @@ def observation_from_records(
     gradients: dict[str, Tensor] = {}
     rounding = 0.0
     for name in trained:
-        if any(name not in update for update in updates):
-            raise FedveilError(
-                f"a reply lacks {name}; the client must return every weight it was sent"
-            )
-        stacked = torch.stack([update[name] for update in updates]) if updates else torch.empty(0)
+        stacked = _stacked(updates, name)
         if steps is not None:
             # In float64, so that nothing is lost beyond what the client's own rounding lost.
             length = steps.learning_rate * count
@@ -391,6 +387,12 @@ def observation_from_records(
         rounding=rounding / max(size, 1e-30),
         local=steps if count > 1 else None,
     )
+
+
+def _stacked(updates: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    if any(name not in update for update in updates):
+        raise FedveilError(f"a reply lacks {name}; the client must return every weight it was sent")
+    return torch.stack([update[name] for update in updates]) if updates else torch.empty(0)
 
 
 def _rounding_energy(weights: Tensor) -> float:

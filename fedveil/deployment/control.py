@@ -10,7 +10,7 @@ from fedveil.deployment.admission import Refusals
 from fedveil.deployment.layout import CONNECTION, Deployment
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.deployed import SuperLink, environment
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 
 _REGISTERED = "registered.json"
 
@@ -82,7 +82,7 @@ def register(path: Path) -> dict[str, int]:
                 f"{name} could not be registered: {link.reason(done)}; is start-superlink running?"
             )
         known[name] = int(answer["node-id"])
-        write_atomically(path / _REGISTERED, (json.dumps(known, indent=2) + "\n").encode())
+        write_atomically(path / _REGISTERED, json_bytes(known))
     return known
 
 

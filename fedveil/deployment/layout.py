@@ -228,19 +228,9 @@ def _unit(title: str, home: Path, script: str) -> str:
     )
 
 
-def _readme(home: Path, deployment: Deployment, app: str) -> str:
-    here = shlex.quote(str(home))
-    flwr = f"FLWR_HOME={shlex.quote(str(home / 'flwr'))} flwr"
-    train = (
-        f"fedveil train --engine deployed --superlink {deployment.superlink} \\\n"
-        f"    --root-certificates {shlex.quote(str(home / 'ca.crt'))} --app {app} \\\n"
-        f"    --clients {deployment.nodes} --fraction 1 --dataset digits \\\n"
-        "    --strategy noise-delta --cap 0.6 --rounds 20 --out "
-        f"{shlex.quote(str(home / 'runs' / 'first'))}"
-    )
-    return f"""# A fedveil federation of {quantity(deployment.nodes, "node")}
+_README = """# A fedveil federation of {nodes}
 
-Server: {deployment.host}, port {deployment.port}. Written by `fedveil deploy init`.
+Server: {host}, port {port}. Written by `fedveil deploy init`.
 
 ## On the server
 
@@ -258,17 +248,17 @@ Make the nodes known, once:
 fedveil deploy register {here}
 ```
 
-Only port {deployment.port}, the gate's, may be open to other machines. {deployment.superlink} (the
-SuperLink) and 127.0.0.1:{deployment.shelf_port} (the shelf of signed apps) are on loopback. Keep
+Only port {port}, the gate's, may be open to other machines. {superlink} (the
+SuperLink) and 127.0.0.1:{shelf_port} (the shelf of signed apps) are on loopback. Keep
 them there: the SuperLink asks nobody who reaches it directly for a password.
 
 ## On each node
 
-Copy `nodes/node-N`, and nothing else of this folder, to the node as `{_NODE_HOME}`; install fedveil
-into `{Path(_NODE_PROGRAMS).parent}`; say where its images are, a sub-folder a class:
+Copy `nodes/node-N`, and nothing else of this folder, to the node as `{node_home}`; install fedveil
+into `{node_programs}`; say where its images are, a sub-folder a class:
 
 ```sh
-FEDVEIL_NODE_IMAGES=/srv/images {_NODE_HOME}/start
+FEDVEIL_NODE_IMAGES=/srv/images {node_home}/start
 ```
 
 Then delete `nodes/node-N/node.key` here: nobody but the node needs it.
@@ -284,7 +274,7 @@ On the server, with a dataset whose test images calibrate the noise:
 or with Flower's own command, in a run directory that `fedveil train` made before:
 
 ```sh
-{flwr} run {app} {CONNECTION} --run-config 'out="{home / "runs" / "first"}"'
+{flwr} run {app} {connection} --run-config 'out="{run}"'
 ```
 
 What runs, and which nodes are there:
@@ -297,12 +287,37 @@ fedveil deploy status {here}
 
 ```sh
 fedveil deploy sign {here} /path/to/app
-{flwr} run @publisher/name==1.0.0 {CONNECTION}
+{flwr} run @publisher/name==1.0.0 {connection}
 ```
 
 Nodes refuse every app that `signing.key` has not signed. Keep `signing.key` and `ca.key` on another
 machine; the server needs neither to run.
 """
+
+
+def _readme(home: Path, deployment: Deployment, app: str) -> str:
+    run = home / "runs" / "first"
+    train = (
+        f"fedveil train --engine deployed --superlink {deployment.superlink} \\\n"
+        f"    --root-certificates {shlex.quote(str(home / 'ca.crt'))} --app {app} \\\n"
+        f"    --clients {deployment.nodes} --fraction 1 --dataset digits \\\n"
+        f"    --strategy noise-delta --cap 0.6 --rounds 20 --out {shlex.quote(str(run))}"
+    )
+    return _README.format(
+        app=app,
+        connection=CONNECTION,
+        flwr=f"FLWR_HOME={shlex.quote(str(home / 'flwr'))} flwr",
+        here=shlex.quote(str(home)),
+        host=deployment.host,
+        node_home=_NODE_HOME,
+        node_programs=Path(_NODE_PROGRAMS).parent,
+        nodes=quantity(deployment.nodes, "node"),
+        port=deployment.port,
+        run=run,
+        shelf_port=deployment.shelf_port,
+        superlink=deployment.superlink,
+        train=train,
+    )
 
 
 def _write(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:

@@ -1,6 +1,5 @@
 """Both directions at once, the two papers' protections, and what attacks leave of each."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from fedveil.data import Images, parse_partition
 from fedveil.data.partition import partition
 from fedveil.features import features_of
 from fedveil.federation.server_app import load_job
-from fedveil.files import write_atomically
+from fedveil.files import json_bytes, write_atomically
 from fedveil.pictures import BLUE, GREY, ORANGE, Column, draw_images, png
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
@@ -93,7 +92,7 @@ def run_demo(out: Path) -> str:
         "recognised": {name.replace("\n", " "): share for name, share in recognised.items()},
         "leakage": report.as_json(),
     }
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_atomically(out / "summary.json", json_bytes(summary))
     return _sentences(kept, report, recognised, out)
 
 

@@ -25,7 +25,7 @@ from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
 from fedveil.federation.strategies.fedsgd import UpdateKind
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
 from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
@@ -290,7 +290,7 @@ def _attack(
             checkpoint=None if scenario == "worst" else weights,
         )
     except InapplicableAttackError as error:
-        write_results(path, {_REFUSED: (json.dumps({"reason": str(error)}) + "\n").encode()})
+        write_results(path, {_REFUSED: json_bytes({"reason": str(error)})})
         return []
 
 

@@ -1,7 +1,6 @@
 """What studies are made of: audits and training runs, each kept and not measured twice."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.server_app import load_job
 from fedveil.federation.training_run import run_to_completion
-from fedveil.files import write_results
+from fedveil.files import json_bytes, write_results
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 
@@ -111,7 +110,7 @@ def trained(config: TrainConfig, out: Path, name: str) -> dict[str, Any]:
         "privacy": summary.get("privacy"),
         "rounds": [record.accuracy for record in directory.rounds()],
     }
-    write_results(stored.parent, {stored.name: (json.dumps(content, indent=1) + "\n").encode()})
+    write_results(stored.parent, {stored.name: json_bytes(content)})
     return content
 
 

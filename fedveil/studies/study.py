@@ -1,6 +1,5 @@
 """The engine of studies: pieces, each measured once, and a result, a table and pictures of them."""
 
-import json
 import multiprocessing
 import os
 import sys
@@ -16,7 +15,7 @@ import torch
 
 from fedveil import interrupts
 from fedveil.errors import FedveilError
-from fedveil.files import check_directory, write_results
+from fedveil.files import check_directory, json_bytes, write_results
 from fedveil.forks import START_METHOD, load_before_forking
 from fedveil.memory import keep_freed_memory
 from fedveil.pictures import png
@@ -120,7 +119,7 @@ def measure(
     pictures = {name: png(figure) for name, figure in study.figures(result, out).items()}
     written = {
         f"{study.name}.md": study.table(result).encode(),
-        f"{study.name}.json": (json.dumps(result, indent=1) + "\n").encode(),
+        f"{study.name}.json": json_bytes(result),
     }
     write_results(out, pictures | written)
     return result
