@@ -222,9 +222,7 @@ def main() -> None:
         for row in PARTS[name](arguments.seed):
             found[name].append(row)
             print(row, flush=True)
-            parts = " ".join(f"--part {part}" for part in PARTS if found[part])
-            command = f"python benchmarks/active_servers.py {parts} --seed {arguments.seed}"
-            write_result(path, f"{command} --out DIR", **found)
+            write_result(path, arguments, **found)
 
 
 PARTS = {"fished": fished, "sorted": sorted_into_bins, "honest": honest}

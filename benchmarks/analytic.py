@@ -38,8 +38,7 @@ def main() -> None:
         for seed in range(arguments.seeds):
             rows.append(row(arguments.runs / f"{name}-{seed}", {**settings, "seed": seed}))
             print(rows[-1], flush=True)
-    command = f"python benchmarks/analytic.py --seeds {arguments.seeds} --runs RUNS --out DIR"
-    write_result(arguments.out / "analytic-runs.json", command, rows=rows)
+    write_result(arguments.out / "analytic-runs.json", arguments, rows=rows)
 
 
 def row(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -275,8 +275,7 @@ def main() -> None:
     ):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    command = "python benchmarks/analytic_attacks.py --out docs/results"
-    write_result(arguments.out / "analytic-attacks.json", command, rows=rows)
+    write_result(arguments.out / "analytic-attacks.json", arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -194,12 +194,7 @@ def main() -> None:
             data.train[:500], out, arguments.rounds
         )
         print(json.dumps(found["to_the_same_accuracy"]), flush=True)
-    write_result(
-        arguments.out / "analytic-cost.json",
-        f"python benchmarks/analytic_cost.py --rounds {arguments.rounds} --clients "
-        f"{' '.join(map(str, arguments.clients))} --out docs/results",
-        **found,
-    )
+    write_result(arguments.out / "analytic-cost.json", arguments, **found)
 
 
 if __name__ == "__main__":

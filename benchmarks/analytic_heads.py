@@ -95,7 +95,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     write_result(
         arguments.out / "analytic-heads.json",
-        f"python benchmarks/analytic_heads.py --seeds {arguments.seeds} --out docs/results",
+        arguments,
         dimension=backbone.dimension,
         rows=rows,
     )

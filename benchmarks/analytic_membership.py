@@ -82,8 +82,7 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
     write_result(
         arguments.out / "analytic-membership.json",
-        f"python benchmarks/analytic_membership.py --dataset {arguments.dataset} "
-        f"--filters {arguments.filters} --seeds {arguments.seeds} --out docs/results",
+        arguments,
         dimension=options.dimension,
         scored=_SCORED,
         rows=found,

@@ -121,13 +121,7 @@ def main() -> None:
         for row in rows_of_components(data, count):
             found.append(row)
             print(json.dumps(row), flush=True)
-    write_result(
-        arguments.out / "analytic-noise.json",
-        f"python benchmarks/analytic_noise.py --resolution {arguments.resolution} --stages "
-        f"{arguments.stages} --out docs/results",
-        clients=CLIENTS,
-        rows=found,
-    )
+    write_result(arguments.out / "analytic-noise.json", arguments, clients=CLIENTS, rows=found)
 
 
 if __name__ == "__main__":

@@ -262,11 +262,6 @@ def main() -> None:
     train, test = (
         features_of_set(features, some, len(data.classes)) for some in (data.train, data.test)
     )
-    command = (
-        f"python benchmarks/analytic_partitions.py --dataset {name} --resolution "
-        f"{arguments.resolution} --stages {arguments.stages} --seeds {arguments.seeds} "
-        "--out docs/results"
-    )
     about = {"dimension": features.dimension, "clients": case.clients, "images": len(data.train)}
     partitions = []
     solved: list[tuple[Statistics, Head]] = []
@@ -276,7 +271,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     suffix = "" if name == "cifar10" else f"-{name}"
     path = arguments.out / f"analytic-partitions{suffix}.json"
-    write_result(path, command, **about, partitions=partitions)
+    write_result(path, arguments, **about, partitions=partitions)
 
 
 if __name__ == "__main__":

@@ -131,8 +131,7 @@ def main() -> None:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-            command = "python benchmarks/analytic_secure.py --out docs/results"
-            write_result(arguments.out / "analytic-secure.json", command, rows=rows)
+            write_result(arguments.out / "analytic-secure.json", arguments, rows=rows)
 
 
 if __name__ == "__main__":

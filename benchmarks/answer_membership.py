@@ -162,8 +162,7 @@ def main() -> None:
     if arguments.out:
         write_result(
             arguments.out / "answer-membership.json",
-            f"python benchmarks/answer_membership.py --dataset {arguments.dataset} "
-            f"--seeds {arguments.seeds} --out DIR",
+            arguments,
             strangers=_STRANGERS,
             rows=table,
         )

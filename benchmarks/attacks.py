@@ -15,12 +15,9 @@ and in batches, and numpy's singular value decomposition of the same gradient.
 
 import argparse
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ import torch
 from timed import cpu_seconds
 from torch import nn
 from torch.nn import functional as F
+from written import write_result
 
 from fedveil.attacks.inversion import (
     Attack,
@@ -44,7 +42,6 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.attacks.membership import ATTACKS as MEMBERSHIP
 from fedveil.data import Images, load_dataset
-from fedveil.files import json_bytes, write_atomically
 from fedveil.memory import keep_freed_memory
 from fedveil.models import build_model
 
@@ -173,19 +170,9 @@ def main() -> None:
     for name in () if args.suite else ("lenet", "cnn", "resnet-gn"):
         rows.append(measure(name, args.victims, args.alone, args.steps, args.repeats))
         print(rows[-1], flush=True)
-    report = {
-        "command": " ".join(["python", "benchmarks/attacks.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "rows": rows,
-    }
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        content = json_bytes(report)
-        file = "attacks-suite.json" if args.suite else "attacks.json"
-        write_atomically(args.out / file, content)
+        path = args.out / ("attacks-suite.json" if args.suite else "attacks.json")
+        write_result(path, args, threads=threads, load=os.getloadavg()[0], rows=rows)
 
 
 if __name__ == "__main__":

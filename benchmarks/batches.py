@@ -138,12 +138,7 @@ def main() -> None:
             flush=True,
         )
         # Kept row by row: the last ones take minutes.
-        write_result(
-            arguments.out / "batches.json",
-            f"python benchmarks/batches.py --dataset {arguments.dataset} --seed {arguments.seed} "
-            "--out DIR",
-            rows=found,
-        )
+        write_result(arguments.out / "batches.json", arguments, rows=found)
 
 
 if __name__ == "__main__":

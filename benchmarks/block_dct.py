@@ -18,12 +18,9 @@ Peers that are not installed are reported as absent: ``pip install kornia torch-
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from written import write_result
 
 from fedveil.data import Images
 from fedveil.defenses import BlockDCT, zigzag_mask
@@ -200,21 +198,16 @@ def main() -> None:
     with torch.no_grad():
         peers = compare(torch.rand(args.images, 3, 32, 32), args.keep, args.rounds)
     report = {
-        "command": " ".join(["python", "benchmarks/block_dct.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": SEED,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "images": args.images,
         "keep": args.keep,
         "contestants": peers,
         "lenet_step": share_of_a_step(args.keep, args.batch, 30 * args.rounds),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=1))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "block_dct.json").write_text(text + "\n")
+        write_result(args.out / "block_dct.json", args, **report)
 
 
 if __name__ == "__main__":

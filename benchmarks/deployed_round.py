@@ -24,6 +24,8 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
+from written import write_result
+
 from fedveil.deployment.control import register
 from fedveil.deployment.layout import CONNECTION, Deployment, create
 from fedveil.deployment.signed_apps import sign_app
@@ -111,7 +113,7 @@ def main() -> None:
     report = {"nodes": NODES, "load": os.getloadavg(), "cores": os.cpu_count(), **results}
     print(json.dumps(report, indent=2))
     if options.out:
-        (options.out / "deployed-round.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_result(options.out / "deployed-round.json", options, **report)
 
 
 def measure(name: str, rounds: int) -> dict[str, object]:

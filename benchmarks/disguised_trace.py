@@ -71,13 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = list(measured(arguments.run, arguments.clients, arguments.innocent_rounds))
-    named = " ".join(f"--run runs/{run.name}" for run in arguments.run)
-    write_result(
-        arguments.out / "trace-disguised.json",
-        f"python benchmarks/disguised_trace.py {named} --clients {arguments.clients} "
-        f"--innocent-rounds {arguments.innocent_rounds} --out docs/results",
-        rows=rows,
-    )
+    write_result(arguments.out / "trace-disguised.json", arguments, rows=rows)
 
 
 def measured(runs: list[Path], clients: int, rounds: int) -> Iterator[dict[str, Any]]:

@@ -10,19 +10,17 @@ import ast
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
+from written import write_result
+
 from fedveil.federation.engines.deployed import environment, free_port
-from fedveil.files import json_bytes, write_results
-from fedveil.runs.directory import versions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 APPS = (
@@ -136,13 +134,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
         finally:
             end(Path(place))
-    content = {
-        "command": shlex.join(["python", "benchmarks/example_apps.py", *sys.argv[1:]]),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "versions": versions(),
-        "rows": rows,
-    }
-    write_results(options.out, {"example-apps.json": json_bytes(content)})
+    write_result(options.out / "example-apps.json", options, rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ pfl joins where it is installed, also in another environment: --pfl-python PATH.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -24,13 +23,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from contestants import FLOP_A_ROUND, SEED, Entry
 from turns import Contestant, ratios
+from written import write_result
 
 
 def has_pfl(python: str) -> bool:
@@ -38,7 +37,8 @@ def has_pfl(python: str) -> bool:
     return done.returncode == 0
 
 
-def compare(rounds: int, python: str, skip: Sequence[str], out: Path) -> None:
+def compare(arguments: argparse.Namespace) -> None:
+    python, rounds, out = arguments.pfl_python, arguments.rounds, arguments.out
     names = [
         "floor",
         "local",
@@ -51,7 +51,7 @@ def compare(rounds: int, python: str, skip: Sequence[str], out: Path) -> None:
     entries = [Entry(name) for name in [*names, "sequential-2"]]
     entries += [Entry("local", idle=True), Entry("ray", idle=True)]
     entries += [Entry("pfl")] if has_pfl(python) else []
-    entries = [entry for entry in entries if entry.label not in skip]
+    entries = [entry for entry in entries if entry.label not in arguments.skip]
     table = [
         Contestant(entry, python if entry.name == "pfl" else sys.executable) for entry in entries
     ]
@@ -66,10 +66,10 @@ def compare(rounds: int, python: str, skip: Sequence[str], out: Path) -> None:
             contestant.leave()
     results = [contestant.result() for contestant in table]
     absent = [] if has_pfl(python) else ["pfl: not installed; pip install pfl, or --pfl-python"]
-    report = describe() | {"results": results, "ratios": ratios(table), "absent": absent}
-    write(out / "federation-cost.json", report)
+    found: dict[str, Any] = {"results": results, "ratios": ratios(table), "absent": absent}
+    write_result(out / "federation-cost.json", arguments, **machine(), **found)
     draw_comparison(results, out / "federation-cost.png")
-    for name, value in report["ratios"].items():
+    for name, value in found["ratios"].items():
         print(f"{name:44s} {value:.2f}")
 
 
@@ -80,15 +80,15 @@ GROWTH: dict[str, list[Entry]] = {
 }
 
 
-def grow(rounds: int, with_ray: bool, out: Path) -> None:
+def grow(arguments: argparse.Namespace) -> None:
     curves: dict[str, list[dict[str, Any]]] = {}
     for axis, entries in GROWTH.items():
         curves[axis] = []
         for entry in entries:
-            pair = [entry, replace(entry, name="ray")] if with_ray else [entry]
+            pair = [entry, replace(entry, name="ray")] if arguments.with_ray else [entry]
             table = [Contestant(one, sys.executable) for one in pair]
             try:
-                for turn in range(rounds + 1):
+                for turn in range(arguments.rounds + 1):
                     for contestant in table:
                         contestant.play(counts=turn > 0)
             finally:
@@ -102,36 +102,20 @@ def grow(rounds: int, with_ray: bool, out: Path) -> None:
                     f"{contestant.startup:.1f} s, peak {contestant.peak:.0f} MiB",
                     flush=True,
                 )
-    write(out / "federation-growth.json", describe() | {"curves": curves})
-    draw_growth(curves, out / "federation-growth.png")
+    path = arguments.out / "federation-growth.json"
+    write_result(path, arguments, **machine(), curves=curves)
+    draw_growth(curves, arguments.out / "federation-growth.png")
 
 
-def without_path(argument: str) -> str:
-    """Where things lie on this machine is nobody's business."""
-    return "PATH" if Path(argument).is_absolute() else argument
-
-
-def describe() -> dict[str, Any]:
-    packages = ("torch", "flwr", "ray", "numpy")
+def machine() -> dict[str, Any]:
     return {
-        "command": " ".join(
-            ["python", "benchmarks/federation.py", *map(without_path, sys.argv[1:])]
-        ),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": SEED,
         "flop_a_round": FLOP_A_ROUND,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
         "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
+        "ray": metadata.version("ray"),
     }
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote {path}")
 
 
 def draw_comparison(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -204,10 +188,7 @@ def main() -> None:
         else:
             command.add_argument("--with-ray", action="store_true")
     arguments = parser.parse_args()
-    if arguments.command == "compare":
-        compare(arguments.rounds, arguments.pfl_python, arguments.skip, arguments.out)
-    else:
-        grow(arguments.rounds, arguments.with_ray, arguments.out)
+    {"compare": compare, "grow": grow}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

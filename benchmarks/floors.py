@@ -10,7 +10,6 @@ attack take part.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -61,8 +60,7 @@ def main() -> None:
                 row |= {name: told.value, f"{name}_low": told.low, f"{name}_high": told.high}
             rows.append(row)
             print(f"{batch:4} {kind:15} {row['matched']:6.1%} {row['now']:6.1%}", flush=True)
-    command = " ".join(["python", "benchmarks/floors.py", *sys.argv[1:-1], "DIR"])
-    write_result(arguments.out / "floors.json", command, seed=arguments.seed, rows=rows)
+    write_result(arguments.out / "floors.json", arguments, seed=arguments.seed, rows=rows)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
             arguments.megabytes,
         )
     print(json.dumps(found, indent=1))
-    write_result(arguments.out / "gate.json", " ".join(["python", *sys.argv]), **found)
+    write_result(arguments.out / "gate.json", arguments, **found)
 
 
 def attack(home: Path, connections: int, bodies: int, megabytes: int) -> dict[str, Any]:

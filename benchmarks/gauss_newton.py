@@ -10,17 +10,15 @@ first-order search with a weak image prior, on the same observations instead.
 """
 
 import argparse
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from written import write_result
 
 from fedveil.attacks.inversion import (
     Attack,
@@ -31,7 +29,7 @@ from fedveil.attacks.inversion import (
 from fedveil.audit.metrics import exact, label_accuracy, match, psnr
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
-from fedveil.files import json_bytes, write_atomically
+from fedveil.files import write_atomically
 from fedveil.models import CNN, LeNet, ViT, group_norm_resnet
 from fedveil.models.normalise import Normalise
 
@@ -159,17 +157,9 @@ def main() -> None:
                 labels = data.train[chosen].labels
                 rows.append(measure(name, pixels, labels, batch, attack, args.seed))
                 print(rows[-1], flush=True)
-    report = {
-        "command": " ".join(["python", "benchmarks/gauss_newton.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "seed": args.seed,
-        "left_out": left_out,
-        "rows": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{stem}.json"
+    write_result(path, args, seed=args.seed, left_out=left_out, rows=rows)
     text = table(rows)
-    write_atomically(args.out / f"{stem}.json", json_bytes(report))
     write_atomically(args.out / f"{stem}.md", text.encode())
     print(text)
 

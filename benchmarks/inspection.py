@@ -9,21 +9,19 @@ Images are CIFAR-10's and MNIST's training images.
 """
 
 import argparse
-import platform
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from written import write_result
 
 from fedveil.attacks.inversion import FullyConnected, Observation
 from fedveil.audit.metrics import exact, identified, match
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses.model_inspection import ModelInspection
-from fedveil.files import json_bytes, write_atomically
+from fedveil.files import write_atomically
 from fedveil.models import CNN, Imprint, build_model
 
 ORDINARY = (
@@ -149,19 +147,15 @@ def main() -> None:
             leaky += [imprinted(data, bins, disturbance, 16, seed) for seed in seeds]
             print(leaky[-1], flush=True)
     look = ModelInspection()
-    report = {
-        "command": " ".join(["python", "benchmarks/inspection.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "seeds": list(seeds),
-        "steps": args.steps,
-        "inspection": {"cosine": look.cosine, "rows": look.rows, "entries": look.entries},
-        "ordinary": honest,
-        "imprint": leaky,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
+    write_result(
+        args.out / "inspection.json",
+        args,
+        seeds=list(seeds),
+        inspection={"cosine": look.cosine, "rows": look.rows, "entries": look.entries},
+        ordinary=honest,
+        imprint=leaky,
+    )
     text = table(honest, leaky, look)
-    write_atomically(args.out / "inspection.json", json_bytes(report))
     write_atomically(args.out / "inspection.md", text.encode())
     print(text)
 

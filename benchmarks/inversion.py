@@ -21,18 +21,16 @@ transformation.
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
+from written import write_result
 
 from fedveil.attacks.inversion import (
     DLG,
@@ -183,21 +181,16 @@ def main() -> None:
     for row in rows:
         row["times_lm"] = row["seconds_per_image"] / own if own else None
     report = {
-        "command": " ".join(["python", "benchmarks/inversion.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": args.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "threads": threads,
         "dataset": f"cifar100 {args.split}",
         "model": "lenet",
         "rows": rows,
         "throughput": rates,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=1))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{args.name}.json").write_text(text + "\n")
+        write_result(args.out / f"{args.name}.json", args, **report)
 
 
 if __name__ == "__main__":

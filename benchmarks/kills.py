@@ -67,10 +67,9 @@ def main() -> None:
 
 def write(path: Path, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write what is known so far."""
-    options = f"--part {' '.join(arguments.part)} --kills {arguments.kills} --out DIR"
     write_result(
         path,
-        f"python benchmarks/kills.py {options}",
+        arguments,
         seed=arguments.seed,
         summary={
             part: {"kills": len(rows), "as it should be": sum(row["right"] for row in rows)}

@@ -7,21 +7,18 @@ neither trained the models nor chose the one constant of the method.
 """
 
 import argparse
-import platform
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from written import write_result
 
 from fedveil.attacks.inversion import Observation, infer_labels
 from fedveil.attacks.inversion.gradients import labels_one_by_one
 from fedveil.audit.metrics import label_accuracy
 from fedveil.data import Images, load_dataset
-from fedveil.files import json_bytes, write_atomically
 from fedveil.models import build_model
 
 TRAINING = 20_000  # images 30,000 to 39,999 chose the constant; the rest is reported
@@ -83,15 +80,7 @@ def main() -> None:
                     row = {"model": name, "steps": trained, "batch": size, "classes": classes}
                     rows.append({**row, "batches": args.batches, **found})
                     print(rows[-1], flush=True)
-    report = {
-        "command": " ".join(["python", "benchmarks/labels.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "seed": args.seed,
-        "rows": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "labels.json", json_bytes(report))
+    write_result(args.out / "labels.json", args, seed=args.seed, rows=rows)
 
 
 if __name__ == "__main__":

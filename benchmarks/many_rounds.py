@@ -101,14 +101,7 @@ def main() -> None:
                 rows.append({"attack": name, "rounds": rounds, "scores": way})
                 rows[-1] |= row(told, arguments.images)
                 print(rows[-1], flush=True)
-    write_result(
-        arguments.out / "membership-many-rounds.json",
-        f"python benchmarks/many_rounds.py --dataset {arguments.dataset} "
-        f"--images {arguments.images} --rounds {' '.join(map(str, arguments.rounds))} "
-        f"--epochs {arguments.epochs} --attack {' '.join(arguments.attack)} "
-        f"--draws {arguments.draws} --out DIR",
-        rows=rows,
-    )
+    write_result(arguments.out / "membership-many-rounds.json", arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -184,26 +184,10 @@ def main() -> None:
         )
     write_result(
         arguments.out / f"{arguments.name}.json",
-        _command(arguments),
+        arguments,
         training=sent.config.model_dump(),
         rows=found,
     )
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    places = {"run": "RUN", "out": "DIR"}
-    words = ["python benchmarks/membership.py"]
-    for name, value in vars(arguments).items():
-        option = f"--{name.replace('_', '-')}"
-        if value is None or value is False:
-            continue
-        if value is True:
-            words.append(option)
-        elif isinstance(value, list | tuple):
-            words.append(" ".join([option, *map(str, value)]))
-        else:
-            words.append(f"{option} {places.get(name, value)}")
-    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ images that neither the cap nor a client had.
 """
 
 import argparse
-import json
-import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
+from written import write_result
 
 from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.federation import Cap, NoiseDelta
 from fedveil.federation.engines.local import LocalGrid
-from fedveil.files import write_results
-from fedveil.runs.directory import versions
 
 PLACE = Path(__file__).parents[1] / "tests/federation"
 CAP, ROUNDS = 0.6, 3
@@ -79,16 +75,8 @@ def main() -> None:
         over = sum(row["best_copy"] is not None and row["best_copy"] >= CAP for row in own)
         best = max(row["best_copy"] or 0.0 for row in own)
         print(f"{name}: {refused} of {len(own)} refused, {over} over the cap, best {best:.1%}")
-    content = {
-        "command": shlex.join(["python", "benchmarks/normalising_app.py", *sys.argv[1:]]),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "versions": versions(),
-        "cap": CAP,
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    text = json.dumps(content, indent=1) + "\n"
-    write_results(options.out, {"normalising-app.json": text.encode()})
+    path = options.out / "normalising-app.json"
+    write_result(path, options, cap=CAP, rounds=ROUNDS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -108,8 +108,7 @@ def main() -> None:
 
         write_result(
             arguments.out / "protection.json",
-            f"python benchmarks/protection.py --turns {arguments.turns} "
-            f"--rounds {arguments.rounds} --skipped {arguments.skipped} --out DIR",
+            arguments,
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             rows=rows,
         )

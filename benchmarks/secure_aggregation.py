@@ -12,23 +12,21 @@ with and without, by the same seeds and noise keys.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 from torch import nn
+from written import write_result
 
 from fedveil.copies.noise import NoiseKey
 from fedveil.federation.engines.local import LocalGrid
@@ -36,7 +34,6 @@ from fedveil.federation.secagg.client import secure_aggregation_mod
 from fedveil.federation.secagg.server import SecureAggregation
 from fedveil.federation.strategies.fedavg import SeededFedAvg
 from fedveil.federation.training_run import run_to_completion
-from fedveil.files import write_atomically
 from fedveil.models import build_model
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
@@ -177,17 +174,9 @@ def main() -> None:
         rows = [cost(clients, shares, args.turns) for clients, shares in sizes]
     else:
         rows = list(accuracies(args.dataset, args.seeds, args.rounds))
-    report = {
-        "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rows": rows,
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    print(text)
+    print(json.dumps(rows, indent=1))
     if args.out:
-        write_atomically(args.out / f"secure-aggregation-{args.part}.json", text.encode())
+        write_result(args.out / f"secure-aggregation-{args.part}.json", args, rows=rows)
 
 
 if __name__ == "__main__":

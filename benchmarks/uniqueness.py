@@ -103,13 +103,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-        write_result(
-            arguments.out / "uniqueness.json",
-            f"python benchmarks/uniqueness.py --dataset {arguments.dataset} "
-            f"--model {' '.join(arguments.model)} --images {arguments.images} "
-            f"--seed {arguments.seed} --out DIR",
-            rows=rows,
-        )
+        write_result(arguments.out / "uniqueness.json", arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,7 @@ def main() -> None:
         )
     write_result(
         arguments.out / f"{arguments.name}.json",
-        "python benchmarks/zero_labels.py "
-        + " ".join(f"--run runs/{run.name}" for run in arguments.run)
-        + f" --labels {arguments.labels} --colluders {arguments.colluders} "
-        f"--thieves {arguments.thieves} --work DIR --name {arguments.name} --out docs/results",
+        arguments,
         training=[RunDirectory.open(run).config.model_dump() for run in arguments.run],
         delivered=[report.reference for report in reports],
         rows=rows,

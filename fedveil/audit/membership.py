@@ -178,8 +178,6 @@ def picked_out_over_rounds(
     used: Tensor,
     *,
     seed: int,
-    scored: int | None = None,
-    attacks: Sequence[str] = tuple(ATTACKS),
 ) -> tuple[Recognition, ...]:
     """Run every membership attack on many rounds of one client, put together, and score it.
 
@@ -189,13 +187,11 @@ def picked_out_over_rounds(
         data: As of ``picked_out``.
         used: Int64 [N], which training images are behind the client's update of every round.
         seed: As of ``picked_out``.
-        scored: As of ``picked_out``.
-        attacks: As of ``picked_out``.
 
     Returns:
         As of ``picked_out``; an attack's name is followed by the number of rounds.
     """
-    lineup = _Lineup.of(data, used[None], seed, scored)
+    lineup = _Lineup.of(data, used[None], seed, None)
     if lineup is None:
         return ()
 
@@ -208,14 +204,14 @@ def picked_out_over_rounds(
             return None
         return _scored(f"{name} × {len(rounds)} rounds", aware, scores, seen)
 
-    return _by_all(defense, lineup, run, attacks)
+    return _by_all(defense, lineup, run)
 
 
 def _by_all(
     defense: Defense,
     lineup: "_Lineup",
     run: Callable[[str, bool, "_Lineup"], Recognition | None],
-    attacks: Sequence[str],
+    attacks: Sequence[str] = tuple(ATTACKS),
 ) -> tuple[Recognition, ...]:
     """Return what each attack finds by who does not know the defence, then by who does."""
     found = [run(name, False, lineup) for name in attacks]

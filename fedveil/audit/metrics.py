@@ -21,6 +21,7 @@ RATES = (0.01, 0.001)
 _FEWEST = 20  # images that were used, behind a share that is said to be small
 _FLOOR = 1e-20  # identical images score 200 dB, which JSON can hold
 _SSIM_WINDOW = 11
+_DRAWS = 2_000  # of a bootstrap
 _TOGETHER = 64  # images that are compared with all strangers at once
 
 
@@ -352,20 +353,14 @@ def bootstrap(
     values: Tensor,
     *,
     statistic: Callable[[Tensor], Tensor] | None = None,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
 ) -> Interval:
-    """Return the mean or another statistic with its percentile bootstrap interval.
+    """Return the mean or another statistic with its 95 % percentile bootstrap interval.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
 
     Args:
         values: [N], one a sample.
         statistic: Maps [draws, N] to [draws]; None for the mean, ``median`` for the median.
-        level: Share of the draws inside the interval.
-        draws: Samples with replacement.
-        seed: Seeds the draws.
 
     Raises:
         FedveilError: No values.
@@ -374,11 +369,10 @@ def bootstrap(
         raise FedveilError("there are no values to summarise; give at least one image")
     measure = statistic or (lambda sample: sample.mean(dim=1))
     values = values.double()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (draws, len(values)), generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (_DRAWS, len(values)), generator=generator)
     sampled = measure(values[drawn])
-    tail = (1 - level) / 2
-    low, high = sampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = sampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(measure(values[None])[0]), low, high)
 
 

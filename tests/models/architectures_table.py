@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import tempfile
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.training_run import run_to_completion
 from fedveil.runs.config import TrainConfig
-from fedveil.runs.directory import RunDirectory, versions
+from fedveil.runs.directory import RunDirectory, origin
 from tests.models.architectures import ARCHITECTURES
 
 STRATEGIES = ("fedavg", "noise-pair", "noise-delta", "protected")
@@ -82,9 +81,8 @@ def table():
 if __name__ == "__main__":
     content = {
         "command": "python -m tests.models.architectures_table docs/results/architectures.json",
-        "date": datetime.now(UTC).date().isoformat(),
         "seed": 0,
-        "versions": versions(),
+        **origin(),
         "architectures": table(),
     }
     Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")
