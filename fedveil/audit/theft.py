@@ -1,26 +1,22 @@
 """``fedveil audit theft``: what clients can make of the copies they were sent."""
 
 import json
-import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedveil import interrupts
 from fedveil.attacks.theft import ATTACKS, COMBINATIONS, Stolen, TheftObservation
 from fedveil.audit.metrics import Interval, bootstrap
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.files import check_directory, json_bytes, write_atomically, write_results
-from fedveil.forks import START_METHOD, load_before_forking
+from fedveil.forks import in_processes
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, png
 from fedveil.progress import ProgressBars
 from fedveil.runs.directory import origin
@@ -313,7 +309,13 @@ def run_theft_audit(
     before = len(thefts) - len(missing)
     with ProgressBars() as bars:
         bars.begin("thieves", before, len(thefts))
-        stolen = _stolen(settings, missing, workers or usable_cores())
+        stolen = in_processes(
+            partial(_steal, settings),
+            missing,
+            workers=workers or usable_cores(),
+            # The second is loaded by the first optimiser.
+            loads=("sklearn.cluster", "torch._dynamo"),
+        )
         for number, theft in enumerate(stolen, start=before + 1):
             _store(run, theft, out)
             thefts[theft.thief] = theft
@@ -324,39 +326,8 @@ def run_theft_audit(
     return report
 
 
-def _stolen(settings: TheftSettings, thieves: Sequence[Thief], workers: int) -> Iterator[Theft]:
-    """Yield each thief's result as it comes; no worker outlives this, whatever ends it."""
-    if not thieves:
-        return
-    before = set(multiprocessing.active_children())
-    load_before_forking("sklearn.cluster", "torch._dynamo")  # the latter by the first optimiser
-    pool = ProcessPoolExecutor(
-        min(workers, len(thieves)), multiprocessing.get_context(START_METHOD), _prepare_worker
-    )
-    try:
-        futures: list[Future[Theft]] = [
-            pool.submit(_work, settings.run, settings.seed, thief) for thief in thieves
-        ]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise FedveilError(
-            "a worker process of the audit died, perhaps for lack of memory; what was measured is "
-            "kept: give the same command again, with fewer --workers"
-        ) from None
-    finally:
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    interrupts.leave_to_parent()
-    torch.set_num_threads(1)
-
-
-def _work(run: Path, seed: int, thief: Thief) -> Theft:
-    return steal(_audited(run, seed), thief)
+def _steal(settings: TheftSettings, thief: Thief) -> Theft:
+    return steal(_audited(settings.run, settings.seed), thief)
 
 
 @lru_cache(maxsize=1)

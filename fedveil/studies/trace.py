@@ -1,12 +1,10 @@
 """How surely the receivers of a leaked copy are named, and how surely nobody else is."""
 
 import json
-import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedveil import interrupts
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.federation.job import Job
 from fedveil.federation.server_app import load_job, prepare_job
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.files import write_atomically
+from fedveil.forks import in_processes
 from fedveil.models import build_model
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.progress import ProgressBars
@@ -374,14 +372,6 @@ def _adopt(bench: Bench) -> None:
     # Inherited by the fork, so that the fingerprints are never copied.
     global _bench
     _bench = bench
-    torch.set_num_threads(1)
-    interrupts.leave_to_parent()
-
-
-def _workers(bench: Bench, workers: int | None) -> Pool:
-    context = multiprocessing.get_context("fork")
-    with interrupts.held():
-        return context.Pool(workers or usable_cores(), _adopt, (bench,))
 
 
 def _on_bench(task: Leak | Innocent) -> tuple[str, dict[str, Any]]:
@@ -397,12 +387,11 @@ def _done(
     done = _pieces(path)
     missing = [task for task in tasks if str(task) not in done]
     write_atomically(path, "".join(json.dumps(piece) + "\n" for piece in done.items()).encode())
-    with (
-        _workers(bench, bench.study.workers) as pool,
-        path.open("a", buffering=1) as stream,
-        ProgressBars(left=True) as bars,
-    ):
-        for name, piece in pool.imap_unordered(_on_bench, missing):
+    workers = bench.study.workers or usable_cores()
+    prepare, loads = partial(_adopt, bench), ("torch._dynamo",)  # by the first optimiser
+    found = in_processes(_on_bench, missing, workers=workers, prepare=prepare, loads=loads)
+    with path.open("a", buffering=1) as stream, ProgressBars(left=True) as bars:
+        for name, piece in found:
             done[name] = piece
             stream.write(json.dumps((name, piece)) + "\n")
             bars(_TRACED, len(done), len(tasks))
