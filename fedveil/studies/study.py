@@ -38,7 +38,7 @@ class Piece:
         name: Of no other piece of the study; for progress, and to find what it found.
         work: Does it, or reads what an earlier process has found; picklable.
         arguments: Of ``work``.
-        needs: Names of the pieces that must have ended before it begins.
+        needs: Names of earlier pieces that must have ended before it begins.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Study(Protocol):
         """Refuse what would fail hours later; nothing has been written yet."""
 
     def pieces(self, out: Path) -> Sequence[Piece]:
-        """Return its pieces, in the order in which they begin."""
+        """Return its pieces, each after those it needs."""
 
     def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
         """Return what is stored below command, date and versions, of what each piece found."""
