@@ -19,7 +19,7 @@ from fedveil.attacks.membership.released import (
     loss,
     relative,
 )
-from fedveil.audit.members import Members, joined
+from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
@@ -335,7 +335,7 @@ def _drawn(
     # A rate of one in a thousand needs a thousand strangers; but a shadow, which holds half of all,
     # must not hold more than the model did, or it fits them less well.
     strangers = strangers[: max(count, min(_DRAWS, 2 * len(used) - count))]
-    pool = _joined(used[drawn[:count]], strangers)
+    pool = Images.joined([used[drawn[:count]], strangers])
     room = min(settings.companions, len(used) - len(pool) // 2)
     return drawn[:count], pool, used[drawn[count : count + max(0, room)]]
 
@@ -368,8 +368,8 @@ def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> Egre
         report = audit_egress(
             job.model,
             _learning_of(job, settings),
-            _as_trained(_members(directory, job), transform),
-            _as_trained(job.evaluation.report, transform),
+            _members(directory, job).transformed(transform),
+            job.evaluation.report.transformed(transform),
             settings,
             subject=str(path),
             progress=progress,
@@ -436,14 +436,7 @@ def _members(directory: RunDirectory, job: Job) -> Images:
     members = Members.of(job.config, job.dataset.train)
     took_part = {client for record in directory.rounds() for client in record.clients}
     clients = sorted(took_part) or range(job.config.clients)
-    return joined([members.images(client) for client in clients])
-
-
-def _as_trained(images: Images, transform: nn.Module | None) -> Images:
-    if transform is None:
-        return images
-    with torch.no_grad():
-        return Images(transform(images.pixels), images.labels)
+    return Images.joined([members.images(client) for client in clients])
 
 
 @contextmanager
@@ -471,7 +464,9 @@ def _shadows(
             half = torch.randperm(len(pool), generator=generator)[: len(pool) // 2]
             held[number, half] = True
         fitted = pool[held[number]]
-        shadow = learning(_joined(fitted, beside), fitted, level, settings.seed + number + 1)
+        shadow = learning(
+            Images.joined([fitted, beside]), fitted, level, settings.seed + number + 1
+        )
         known.append(confidence(shadow, pool))
         progress(number + 1, settings.shadows)
     return torch.stack(known), held
@@ -490,10 +485,3 @@ def _untold(strangers: int, settings: EgressSettings) -> Iterator[str]:
 
 def _right(model: nn.Module, images: Images) -> float:
     return count_correct(model, images.pixels, images.labels) / len(images)
-
-
-def _joined(one: Images, other: Images) -> Images:
-    if not len(other):
-        return one
-    raw = (one.pixels, other.pixels) if one.raw.dtype != other.raw.dtype else (one.raw, other.raw)
-    return Images(torch.cat(raw), torch.cat([one.labels, other.labels]))

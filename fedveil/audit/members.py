@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedveil.data import Images, parse_partition
@@ -46,8 +45,3 @@ class Members:
         if self.config.strategy != "analytic":
             return own  # it trains on all of them, whatever it counts for
         return at_most(own, self.bound, self.config.seed)
-
-
-def joined(parts: list[Images]) -> Images:
-    """Return the images of several clients, in order."""
-    return Images(torch.cat([p.raw for p in parts]), torch.cat([p.labels for p in parts]))

@@ -258,7 +258,7 @@ class _Lineup:
     @property
     def everybody(self) -> Images:
         """Suspects, then images that nobody was ever trained on."""
-        return _joined(self.suspects, self.unseen)
+        return Images.joined([self.suspects, self.unseen])
 
     def treated(self, transform: nn.Module | None) -> "_Lineup":
         """Return the images as a client would have trained on them."""
@@ -266,9 +266,9 @@ class _Lineup:
             return self
         return replace(
             self,
-            suspects=_as_trained(self.suspects, transform),
-            unseen=_as_trained(self.unseen, transform),
-            public=_as_trained(self.public, transform),
+            suspects=self.suspects.transformed(transform),
+            unseen=self.unseen.transformed(transform),
+            public=self.public.transformed(transform),
         )
 
     def members(self, values: Tensor) -> Tensor:
@@ -298,16 +298,3 @@ def _scored(name: str, adaptive: bool, scores: Tensor, lineup: _Lineup) -> Recog
     picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
     unseen = Ranks.of(own, scores[:, count:]) if len(lineup.unseen) else None
     return Recognition(name, adaptive, torch.stack(picked), Ranks.of(own, others), unseen)
-
-
-def _joined(one: Images, other: Images) -> Images:
-    if not len(other):
-        return one
-    return Images(torch.cat([one.pixels, other.pixels]), torch.cat([one.labels, other.labels]))
-
-
-def _as_trained(images: Images, transform: nn.Module) -> Images:
-    if not len(images):
-        return images
-    with torch.no_grad():
-        return Images(transform(images.pixels), images.labels)

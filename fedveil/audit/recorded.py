@@ -228,9 +228,7 @@ def truth_of(exchanges: Sequence[Exchange], data: Dataset, given: Images | None)
     Raises:
         FedveilError: Nothing says which they were, or they are none of the dataset's.
     """
-    everything = Images(
-        torch.cat([data.train.raw, data.test.raw]), torch.cat([data.train.labels, data.test.labels])
-    )
+    everything = Images.joined([data.train, data.test])
     if given is not None:
         everything = _added(everything, given, data)
     wanted = [_images(exchange, given, number) for number, exchange in enumerate(exchanges)]
@@ -284,9 +282,7 @@ def _added(everything: Images, given: Images, data: Dataset) -> Images:
             f"--truth holds label {int(given.labels.max())}, and {data.name} has "
             f"{len(data.classes)} classes, numbered from 0: name a --dataset of the app's classes"
         )
-    return Images(
-        torch.cat([everything.raw, given.raw]), torch.cat([everything.labels, given.labels])
-    )
+    return Images.joined([everything, given])
 
 
 def _bytes(images: Tensor, what: str) -> Tensor:
@@ -485,7 +481,7 @@ def check_settings(
     """
     if unchecked(defense):
         return
-    pixels = images.pixels if defense.transform is None else defense.transform(images.pixels)
+    pixels = images.transformed(defense.transform).pixels
     # A copy: a forward pass in training mode moves batch statistics, which attacks go by.
     model = copy.deepcopy(seen.model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}

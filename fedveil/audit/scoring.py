@@ -54,14 +54,8 @@ class Scorer:
         strangers = dataset.train[others] if len(others) else public[half:]
         public = public[:half] if half else strangers
         victims = dataset.train[used]
-
-        def made(images: Images) -> Tensor:
-            with torch.no_grad():
-                return images.pixels if transform is None else transform(images.pixels)
-
-        return cls(
-            victims, made(victims), strangers.pixels, made(strangers), public, made(public), seed
-        )
+        made = [images.transformed(transform).pixels for images in (victims, strangers, public)]
+        return cls(victims, made[0], strangers.pixels, made[1], public, made[2], seed)
 
     def score(self, result: Inversion, *, knows: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images [M, C, H, W] in their originals' order, and column name to [M].

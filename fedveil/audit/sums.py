@@ -21,7 +21,7 @@ from fedveil.analytic import (
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, traceable
 from fedveil.attacks.inversion.feature_maps import FeatureInversion
 from fedveil.attacks.membership.leverage import Leverage, Tracing
-from fedveil.audit.members import Members, joined
+from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.data import Images
 from fedveil.errors import FedveilError
@@ -350,7 +350,7 @@ class _Case:
     @property
     def public(self) -> Images:
         """Images of the attacker's that are in no sum."""
-        return joined([self.own, self.report[: self._spared]])
+        return Images.joined([self.own, self.report[: self._spared]])
 
     @property
     def strangers(self) -> Images:
@@ -423,7 +423,7 @@ class _Case:
 def _told(case: _Case, settings: SumsSettings, generator: torch.Generator) -> Iterator[Told]:
     clients = list(case.images.values())
     everybody = quantity(len(clients), "client")
-    whole = _Held(everybody, True, case.sums, case.noise, joined(clients))
+    whole = _Held(everybody, True, case.sums, case.noise, Images.joined(clients))
     yield from _by_each_attack(case, whole, settings, generator)
     # Neither the client with the most images, which hide one another best, nor that with the least.
     middle = sorted(clients, key=len)[len(clients) // 2]
@@ -458,7 +458,7 @@ def _by_each_attack(
 ) -> Iterator[Told]:
     count = len(held.members)
     some = held.members[torch.randperm(count, generator=generator)[: settings.images]]
-    asked = joined([some, case.strangers])
+    asked = Images.joined([some, case.strangers])
     rows = case.rows(asked)[:, : case.dimension]
     tracing, public = Tracing(noise=held.noise), case.of_client(case.public)
     scores = {

@@ -1,9 +1,10 @@
 """Images and their labels, as the rest of the package passes them around."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,21 @@ class Images:
     def __getitem__(self, index: Tensor | slice) -> "Images":
         """Return the images at ``index`` (int64 [M], bool [N] or a slice)."""
         return Images(self.raw[index], self.labels[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Images"]) -> "Images":
+        """Return the images of several sets, in order; as pixels where some of them are."""
+        raw = [part.raw for part in parts]
+        if len({some.dtype for some in raw}) > 1:
+            raw = [part.pixels for part in parts]
+        return cls(torch.cat(raw), torch.cat([part.labels for part in parts]))
+
+    def transformed(self, transform: nn.Module | None) -> "Images":
+        """Return them as a transformation of pixels leaves them; None leaves them alone."""
+        if transform is None or not len(self):
+            return self
+        with torch.no_grad():
+            return Images(transform(self.pixels), self.labels)
 
     @property
     def pixels(self) -> Tensor:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised, ridge
 from fedveil.audit.leakage import LeakageReport, LeakageSettings, Row, run_leakage_audit
+from fedveil.audit.members import Members
 from fedveil.audit.sums import SumsSettings, Told, audit_sums
 from fedveil.audit.theft import OWNER, TheftSettings, run_theft_audit
-from fedveil.data import Images, parse_partition
-from fedveil.data.partition import partition
 from fedveil.features import features_of
 from fedveil.federation.server_app import load_job
 from fedveil.files import json_bytes, write_atomically
@@ -110,23 +109,16 @@ def _not_stolen(directory: RunDirectory, known: dict[str, Any]) -> _Kept:
     features = load_classifier(directory.model()).features
     report = job.evaluation.report
     asked = quantised(features_of(features, report.raw)).double() * 2.0**-FRACTION_BITS
+    shares = Members.of(directory.config, job.dataset.train).shares
     found = []
-    for thief in range(_THIEVES):
-        own = _share(directory, job.dataset.train, thief)[:_LABELS]
+    for share in shares[:_THIEVES]:
+        own = job.dataset.train[share[:_LABELS]]
         rows = quantised(features_of(features, own.raw))
         head = ridge(Statistics.of(rows, own.labels, classes=len(job.dataset.classes)))
         named = (asked @ head.weight.T + head.bias).argmax(1)
         found.append(float((named == report.labels).double().mean()))
     alone = sum(found) / len(found)
     return _Kept(known["accuracy"], known["copies_max"], alone, alone)
-
-
-def _share(directory: RunDirectory, train: Images, client: int) -> Images:
-    config = directory.config
-    scheme = parse_partition(config.partition)
-    return train[
-        partition(train.labels, clients=config.clients, scheme=scheme, seed=config.seed)[client]
-    ]
 
 
 def _recognised(directory: RunDirectory) -> _Recognised:

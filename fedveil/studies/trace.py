@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fedveil.attacks.theft.observation import mean_of
 from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.federation.job import Job
@@ -249,14 +250,6 @@ def quantised(weights: Weights, bits: int) -> dict[str, Tensor]:
     }
 
 
-def averaged(models: Sequence[Weights]) -> dict[str, Tensor]:
-    """Return the mean of several models' tensors."""
-    return {
-        name: torch.stack([m[name].double() for m in models]).mean(0).to(value.dtype)
-        for name, value in models[0].items()
-    }
-
-
 def _traced(
     study: TraceStudy, out: Path
 ) -> tuple["Bench", list[tuple["Leak | Innocent", dict[str, Any]]]]:
@@ -274,11 +267,11 @@ def _archive(run: RunDirectory) -> Archive:
 
 
 def _last_copies(entries: Sequence[Entry], clients: Sequence[int]) -> Weights:
-    return averaged([_received(entries, client)[-1] for client in clients])
+    return mean_of([_received(entries, client)[-1] for client in clients])
 
 
 def _all_copies(entries: Sequence[Entry], clients: Sequence[int]) -> Weights:
-    return averaged([averaged(_received(entries, client)) for client in clients])
+    return mean_of([mean_of(_received(entries, client)) for client in clients])
 
 
 def _received(entries: Sequence[Entry], client: int) -> list[Weights]:
