@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedveil.cli.interrupted import interruptible, nothing_written
+from fedveil.cli.interrupted import NOTHING_WRITTEN, interruptible
 from fedveil.errors import FedveilError
 from fedveil.files import UNFINISHED, check_directory
 
@@ -28,7 +28,7 @@ def _local_rate(update: ClientReturns) -> float:
 
 def _left_of(out: Path) -> str:
     kept = (out / UNFINISHED).is_dir()
-    return f"the same command goes on from what {out} has" if kept else nothing_written()
+    return f"the same command goes on from what {out} has" if kept else NOTHING_WRITTEN
 
 
 @audit.command("leakage")
@@ -75,7 +75,7 @@ def audit_leakage(
     batch_size: Annotated[int, typer.Option(help="Local minibatch of --update fedavg.")] = 10,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of local steps.  [default: 1 for step, 0.05 for fedavg]"),
+        typer.Option(help="Of local steps (default 1 for step, 0.05 for fedavg)."),
     ] = None,
     repeats: Annotated[
         int,
@@ -160,7 +160,7 @@ def audit_trace(
     """Name the clients a leaked model came from, by the fingerprints in their copies."""
     if not 0 < alpha < 1:
         raise FedveilError(f"--alpha {alpha:g} is not allowed: above 0 and below 1")
-    with interruptible(nothing_written):
+    with interruptible(NOTHING_WRITTEN):
         from fedveil.audit.trace import run_trace
 
         told = run_trace(leaked, run, alpha=alpha, out=out)
@@ -196,7 +196,7 @@ def audit_egress(
         raise FedveilError(
             f"{target} is a file of weights: give the --dataset it was trained on and its --model"
         )
-    with interruptible(nothing_written):
+    with interruptible(NOTHING_WRITTEN):
         from fedveil.audit.egress import EgressSettings, audit_model, audit_run
 
         settings = EgressSettings(
@@ -226,7 +226,7 @@ def audit_sums(
     aggregation, of two releases that differ by one client, or with all others colluding. Writes
     sums.json and, where an image is alone in its class, sums.png.
     """
-    with interruptible(nothing_written):
+    with interruptible(NOTHING_WRITTEN):
         from fedveil.audit.sums import SumsSettings
         from fedveil.audit.sums import audit_sums as audited
 

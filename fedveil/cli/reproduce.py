@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
 
 reproduce = typer.Typer(help="Make the figures of the papers anew.", no_args_is_help=True)
 
+_Names = list[str] | None
 _Out = Annotated[Path, typer.Option(help="Directory of the study; resumed if there.")]
+
+
+def _several(told: str, default: str = "all", **limits: Any) -> Any:
+    return typer.Option(help=f"{told}; may be repeated (default {default}).", **limits)
 
 
 @reproduce.command("noise")
@@ -29,10 +34,7 @@ def reproduce_noise(
         str, typer.Option(help="What the settings are chosen on, with --search.")
     ] = "mnist@1+6/12",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 50,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="One of the study's strategies; may be repeated.  [default: all]"),
-    ] = None,
+    arm: Annotated[_Names, _several("One of the study's strategies")] = None,
     also_search: Annotated[
         bool, typer.Option("--search", help="Also run the settings that were tried on the way.")
     ] = False,
@@ -63,10 +65,7 @@ def reproduce_dct(
         str, typer.Option(help="What is attacked; losslessly stored images.")
     ] = "cifar100",
     accuracy_dataset: Annotated[str, typer.Option(help="What is learnt.")] = "cifar10",
-    keep: Annotated[
-        list[int] | None,
-        typer.Option(help="Coefficients kept of 64; may be repeated.  [default: 1 to 64, eight]"),
-    ] = None,
+    keep: Annotated[list[int] | None, _several("Coefficients kept of 64", "1 to 64, eight")] = None,
     figure_images: Annotated[int, typer.Option(help="Images of figure 3.")] = 4,
     figure_keep: Annotated[int, typer.Option(help="Coefficients kept in figure 3.")] = 6,
     rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
@@ -128,26 +127,14 @@ def reproduce_trace(
 def reproduce_theft(
     out: _Out,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each protection: seeds 0, 1, …")] = 3,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="One of the study's; may be repeated.  [default: all]"),
-    ] = None,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="One of the study's protections; may be repeated.  [default: all]"),
-    ] = None,
-    partition: Annotated[
-        list[str] | None,
-        typer.Option(help="iid or shards:2; may be repeated.  [default: both]"),
-    ] = None,
+    dataset: Annotated[_Names, _several("One of the study's")] = None,
+    arm: Annotated[_Names, _several("One of the study's protections")] = None,
+    partition: Annotated[_Names, _several("iid or shards:2", "both")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each run, where not the study's.")
     ] = None,
     thieves: Annotated[int, typer.Option(min=1, help="Thieves of each run.")] = 1,
-    colluders: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="How many collude; may be repeated.  [default: 1, 2, 5]"),
-    ] = None,
+    colluders: Annotated[list[int] | None, _several("How many collude", "1, 2, 5", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes of the audits.")] = None,
 ) -> None:
     """Final accuracy against theft advantage, for every protection, on MNIST and CIFAR-10.
@@ -182,26 +169,14 @@ def frontier(
     images: Annotated[int, typer.Option(help="Images attacked for each row.")] = 96,
     sum_images: Annotated[
         int | None,
-        typer.Option(help="Images attacked under a sum.  [default: a batch of each client]"),
+        typer.Option(help="Images attacked under a sum (default a batch of each client)."),
     ] = None,
-    scenario: Annotated[
-        list[str] | None,
-        typer.Option(help="worst, round or sum; may be repeated.  [default: all]"),
-    ] = None,
+    scenario: Annotated[_Names, _several("worst, round or sum")] = None,
     seeds: Annotated[int, typer.Option(help="Training runs for each defence: 0, 1, …")] = 3,
     rounds: Annotated[int, typer.Option(help="Rounds of each training run.")] = 20,
-    defense: Annotated[
-        list[str] | None,
-        typer.Option(help="As of audit leakage; may be repeated.  [default: all, 30 settings]"),
-    ] = None,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option(help="Attacks of the worst case; may be repeated.  [default: lm, ig]"),
-    ] = None,
-    round_attack: Annotated[
-        list[str] | None,
-        typer.Option(help="Attacks of the realistic round; may be repeated.  [default: ig]"),
-    ] = None,
+    defense: Annotated[_Names, _several("As of audit leakage", "all, 30 settings")] = None,
+    attack: Annotated[_Names, _several("Attacks of the worst case", "lm, ig")] = None,
+    round_attack: Annotated[_Names, _several("Attacks of the realistic round", "ig")] = None,
     batch: Annotated[int, typer.Option(help="Images of the realistic round.")] = 16,
     inverse: Annotated[
         bool, typer.Option(help="Also learn, on test images, to undo transformations.")

@@ -172,7 +172,7 @@ def test_version():
         (["deploy"], ["init", "register", "sign", "status"]),
         (["demo"], ["--out"]),
         (["audit", "leakage"], ["--checkpoint", "--defense"]),
-        (["reproduce", "dct"], ["--accuracy-dataset", "--keep"]),
+        (["reproduce", "dct"], ["--accuracy-dataset", "--keep", "eight"]),
         (["reproduce", "noise"], ["--rounds"]),
     ],
 )
