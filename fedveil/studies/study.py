@@ -161,6 +161,7 @@ def run_pieces(
                 on_piece(piece.name, len(pieces) - len(waiting) - 1, len(pieces))
                 process, receiver = _start(context, piece)
                 running[process.sentinel] = (process, receiver, piece)
+            assert running, f"{waiting[0].name} needs what is no piece"
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 process, receiver, piece = running.pop(sentinel)
