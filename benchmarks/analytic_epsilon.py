@@ -149,8 +149,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     write_result(
         arguments.out / "analytic-epsilon.json",
-        f"python benchmarks/analytic_epsilon.py --resolution {arguments.resolution} --stages "
-        f"{arguments.stages} --seeds {arguments.seeds} --out docs/results",
+        arguments,
         features=backbone.dimension,
         scored=_SCORED,
         rows=found,
