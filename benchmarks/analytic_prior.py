@@ -158,8 +158,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     write_result(
         arguments.out / "analytic-prior.json",
-        f"python benchmarks/analytic_prior.py --resolution {arguments.resolution} --stages "
-        f"{arguments.stages} --out docs/results",
+        arguments,
         clients=CLIENTS,
         rows=found,
     )
