@@ -68,7 +68,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     write_result(
         arguments.out / "analytic-imbalance.json",
-        f"python benchmarks/analytic_imbalance.py --seeds {arguments.seeds} --out docs/results",
+        arguments,
         dimension=backbone.dimension,
         rows=rows,
     )

@@ -75,8 +75,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     write_result(
         arguments.out / "fedavg-leakage.json",
-        f"python benchmarks/fedavg_leakage.py --updates {arguments.updates} --work DIR "
-        "--out docs/results",
+        arguments,
         dataset="mnist",
         images=IMAGES,
         epochs=EPOCHS,

@@ -62,7 +62,7 @@ def main() -> None:
         )
     write_result(
         arguments.out / "noise-patterns.json",
-        "python benchmarks/noise_patterns.py --work DIR --out docs/results",
+        arguments,
         training=TRAINING | {"strategy": "noise-delta", "cap": CAP, "clips": CLIPS},
         seeds=SEEDS,
         chosen_on_seed=CHOSEN_ON,
