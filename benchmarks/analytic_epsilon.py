@@ -32,8 +32,7 @@ from fedveil.audit.metrics import roc_of_one
 from fedveil.data import Images, load_dataset
 from fedveil.features import EfficientNetLite0, Projected, blocks_of_features, project
 from fedveil.features.mirrored import of_views
-from fedveil.federation.feature_choice import WHITENING, private_components
-from fedveil.runs.config import TrainConfig
+from fedveil.federation.feature_choice import WHITENING
 from fedveil.secure_random import SecureGenerator
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
@@ -79,20 +78,14 @@ def traced(sums: Statistics, noise: float, members: Features, others: Features) 
 def rows_of_seed(
     backbone: EfficientNetLite0, train: Sides, test: Sides, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each epsilon, and one without noise on the most components."""
+    """Yield a row for each epsilon, and one without noise on the same components."""
     own, asked = CASES["cifar10"].split(len(test.labels), seed)
     public = torch.cat([test.upright[own], test.mirrored[own]])
-    widest = project(backbone, public, OWN // 2, whitening=WHITENING)
+    projection = project(backbone, public, OWN // 2, whitening=WHITENING)
+    members, others = train.on(projection), test.on(projection)
+    plain, served, counted = members.sums, others.of(own).sums, len(train.labels)
     for epsilon in (*EPSILONS, None):
-        count = OWN // 2
-        if epsilon is not None:
-            config = TrainConfig.check(
-                {"dataset": "cifar10", "epsilon": epsilon, "clients": CLIENTS}
-            )
-            count = min(private_components(config, len(train.labels)), OWN // 2)
-        projection = Projected(backbone, widest.mean, widest.components[:count])
-        members, others = train.on(projection), test.on(projection)
-        sums, noise, allowed = members.sums, 0.0, None
+        sums, noise, allowed = plain, 0.0, None
         if epsilon is None:
             head = ridge(sums, views=2)
         else:
@@ -101,12 +94,11 @@ def rows_of_seed(
             for _ in range(EXCESS):
                 sums = release.noised(sums, generator, most_images=1, sharers=1)
             noise, allowed = release.scale(1) * EXCESS**0.5, release.allows
-            served, counted = others.of(own).sums, len(train.labels)
             head = noisy_ridge(sums, noise=noise, images=counted, public=served)
         yield {
             "seed": seed,
             "epsilon": epsilon,
-            "components": count,
+            "components": projection.dimension,
             "accuracy": accuracy(head, others.of(asked)),
             "tracing": traced(sums, noise, members, others.of(asked)),
             "allowed": allowed,

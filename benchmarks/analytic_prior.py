@@ -7,13 +7,15 @@ CIFAR-10's training images as clients' (42,000), the server's (2,000) and those 
 shares of whitening, under noise that half of the clients could make alone:
 
 - ``noisy G``: the ridge of the sums, as AdaSSP regularises it;
-- ``both``: each entry of G a mean with that of the server's images, as ``noisy_ridge`` has it, and
-  the same with the noise of G and of H in other proportions;
+- ``both``: each entry of G a mean with that of the server's images, weighed by precision, and the
+  same with the noise of G and of H in other proportions;
+- ``both, and labels``: so with H, too, by the server's labels, as ``noisy_ridge`` has it;
+- ``own``: the ridge of the server's images alone;
 - ``own G`` and ``true G``: noise on H alone, whose sensitivity is 1, with G of the server's images
   or, which nobody has, of the clients' without noise: what no better G could pass.
 
-The last two have the penalty that does best on the asked images, the others one that nothing is
-asked for. Features as of analytic_partitions.py.
+``own`` and the last two have the penalty that does best on the asked images, the others one that
+nothing is asked for. Features as of analytic_partitions.py.
 """
 
 import argparse
@@ -29,14 +31,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from written import write_result
 
+from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers
-from fedveil.analytic.ridge import length_of_noise
+from fedveil.analytic.ridge import length_of_noise, ridge
 from fedveil.data import load_dataset
 from fedveil.features import EfficientNetLite0, Mirrored
 
 CLIENTS_IMAGES, OWN_IMAGES = 42_000, 2_000
 EXCESS = CLIENTS / noise_sharers(CLIENTS)
-COMPONENTS = (100, 200, 400, 1_000)
+COMPONENTS = (200, 400, 1_000)
 WHITENINGS = (0.0, 0.3, 0.5)
 EPSILONS = (0.5, 2.0, 8.0)
 PROPORTIONS = (0.5, 1.0, 2.0)  # of H's weight to G's in what is released
@@ -89,6 +92,12 @@ def mixed(noisy: Tensor, public: Tensor, noise: float) -> tuple[Tensor, float]:
     return torch.lerp(public, noisy, weights), noise * length_of_noise(weights)
 
 
+def shares_of_noisy(powers: Tensor, noise: float) -> Tensor:
+    """Return how much rows of noisy H count beside the server's; ten classes are as large."""
+    spread = powers * (0.1 - 0.02 + 0.01) * CLIENTS_IMAGES / OWN_IMAGES
+    return spread / (spread + noise**2)
+
+
 def rows_of_map(
     sides: tuple[Tensor, Tensor], labels: Tensor, told: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -100,7 +109,11 @@ def rows_of_map(
     true = gram(*(side[:first] for side in sides))
     public = gram(*(side[first:second] for side in sides)) * (first / OWN_IMAGES)
     moments = rows[:first].double().T @ targets[:first]
+    served = rows[first:second].double().T @ targets[first:second] * (first / OWN_IMAGES)
     size = len(true)
+    halves = torch.cat([rows, (sides[0] - sides[1]) / 2], 1)[first:second]
+    named = labels[first:second]
+    alone = ridge(Statistics.of(quantised(halves), named, classes=10, dimension=size), views=2)
 
     def accuracy(weight: Tensor) -> float:
         return float(((asked @ weight).argmax(1) == right).double().mean())
@@ -114,6 +127,7 @@ def rows_of_map(
         return max(accuracy(vectors @ (along / (values + some))) for some in PENALTIES)
 
     yield {**told, "variant": "no noise", "accuracy": best(true, moments)}
+    yield {**told, "variant": "own", "accuracy": best(public, served)}
     for epsilon in EPSILONS:
         unit = GaussianRelease(epsilon).multiplier * math.sqrt(EXCESS)
         on_gram, on_moments = drawn(size, seed=size)
@@ -124,12 +138,16 @@ def rows_of_map(
             both, length = mixed(noisy, public, each)
             found = {"both": solved(both, sums, length)}
             if share == 1.0:
+                shares = shares_of_noisy(public.diagonal(), each)
+                counted = torch.lerp(served, sums, shares[:, None])
+                more = float(1 - shares.mean()) * first / OWN_IMAGES * alone.penalty
+                found["both, and labels"] = solved(both, counted, length + more)
                 found["noisy G"] = solved(noisy, sums, math.sqrt(2 * size) * each)
             for variant, value in found.items():
                 yield {**with_epsilon, "variant": variant, "proportion": share, "accuracy": value}
-        alone = moments + unit * on_moments
+        sums = moments + unit * on_moments
         for variant, matrix in (("own G", public), ("true G", true)):
-            yield {**with_epsilon, "variant": variant, "accuracy": best(matrix, alone)}
+            yield {**with_epsilon, "variant": variant, "accuracy": best(matrix, sums)}
 
 
 def main() -> None:

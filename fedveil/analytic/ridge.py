@@ -122,10 +122,12 @@ def noisy_ridge(
     W = (G + λI)⁻¹ (H - m·1ᵀ/K), with m = H·1. λ is the length that G's noise has in any direction
     at most, 2·(σ/√2)·√D, in the manner of AdaSSP, and takes nothing of the sums.
 
-    With ``public`` sums each entry of G is a mean of the noisy one and of the public images' own,
-    brought to as many images, weighted by their precisions: σ²/2 of noise, and N²·SᵢᵢSⱼⱼ/P of P
-    public images whose mean φφᵀ is S. Of the noise less is left then, and λ is the mean length
-    of noise drawn anew in what spread is left.
+    With ``public`` sums each entry of G and of the centred H is a mean of the noisy one and of the
+    public images' own, brought to N images, weighted by their precisions. Noise has the variances
+    σ²/2 and σ². P public images, whose mean φφᵀ is S and of which class c has the part p, have
+    N²·SᵢᵢSⱼⱼ/P and N²·Sⱼⱼ·(p - 2p/K + 1/K²)/P. Of G's noise less is left then: λ is the mean length
+    of noise drawn anew in what spread is left, and, as far as H is the public images', the λ of
+    their own ridge. The more noise there is, the nearer W is to that ridge's.
 
     Source: Wang, "Revisiting Differentially Private Linear Regression: Optimal and Adaptive
     Prediction & Estimation in Unbounded Domain", UAI 2018, algorithm 2. The public images are ours.
@@ -134,25 +136,41 @@ def noisy_ridge(
         statistics: The sums; their counts are not looked at.
         noise: Standard deviation of the noise on G's diagonal and on H; σ/√2 beside the diagonal.
         images: N, how many the sums are of; of no matter without ``public``.
-        public: Sums of images of the same kind that nobody hides; their labels are not looked at.
+        public: Sums of labelled images of the same kind that nobody hides.
 
     Raises:
         FedveilError: ``noise`` is not above 0.
     """
     if not 0 < noise < math.inf:
         raise FedveilError(f"noise={noise} is out of range: give a number above 0")
-    moments = statistics.moments
-    centred = moments - moments.sum(1, keepdim=True) / moments.shape[1]
-    gram, penalty = statistics.gram, math.sqrt(2 * len(moments)) * noise
-    if public is not None and public.images:
-        known = public.gram.mul_(images / public.images)
-        spread = torch.outer(known.diagonal(), known.diagonal()) / public.images
-        weights = spread / (spread + noise**2 / 2)
-        gram, penalty = torch.lerp(known, gram, weights), noise * length_of_noise(weights)
+    gram, moments = statistics.gram, _centred(statistics)
+    penalty = math.sqrt(2 * len(moments)) * noise
+    if public is not None and public.images > 1:
+        known, scale = public.gram, images / public.images
+        powers = known.mul_(scale).diagonal()
+        weights = _precision(torch.outer(powers, powers) / public.images, noise**2 / 2)
+        part, classes = public.counts.double() / public.images, moments.shape[1]
+        squares = part - 2 * part / classes + 1 / classes**2
+        shares = _precision(torch.outer(powers, squares) * scale, noise**2)
+        penalty = noise * length_of_noise(weights)
+        penalty += float(1 - shares.mean()) * scale * ridge(public).penalty
+        gram = torch.lerp(known, gram, weights)
+        moments = torch.lerp(_centred(public) * scale, moments, shares)
     values, vectors = torch.linalg.eigh(gram)
     raised = values.clamp_(min=0)[:, None] + penalty
-    weight = (vectors @ ((vectors.T @ centred) / raised)).T
+    weight = (vectors @ ((vectors.T @ moments) / raised)).T
     return Head(weight, torch.zeros(len(weight), dtype=torch.float64), penalty, math.nan)
+
+
+def _centred(statistics: Statistics) -> Tensor:
+    """Return Σ φ(y - 1/K)ᵀ, float64 [D, K]."""
+    moments = statistics.moments
+    return moments - moments.sum(1, keepdim=True) / moments.shape[1]
+
+
+def _precision(of_others: Tensor, of_noise: float) -> Tensor:
+    """Return how much what is noisy counts beside what has the others' variances."""
+    return of_others / (of_others + of_noise)
 
 
 def length_of_noise(weights: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Which feature map an analytic run has, from its settings and the server's unlabelled images."""
 
-import math
 from dataclasses import asdict
 from hashlib import sha256
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fedveil.analytic import Statistics, quantised, ridge
-from fedveil.analytic.privacy import GaussianRelease
 from fedveil.data import Images, cache
 from fedveil.features import (
     Dictionary,
@@ -29,11 +27,10 @@ from fedveil.runs.config import TrainConfig
 
 _MOST_FILTERS = 512  # unless asked for: 4,096 features, whose sums are 67 MB
 _FEATURES_A_FILTER = 8
-# Tried on CIFAR-10's training images: benchmarks/analytic_prior.py.
-_FEWEST_COMPONENTS, _MOST_COMPONENTS, _SHARE = 16, 1_024, 0.6
+_MOST_COMPONENTS = 1_024  # whose sums are 4 MB
 
 WHITENING = 0.3
-"""Share of whitening of the components under noise."""
+"""Share of whitening of the components under noise: benchmarks/analytic_prior.py."""
 # Part of the key of what is kept: raise it whenever the same settings make another dictionary.
 _FORMAT = 1
 
@@ -55,22 +52,13 @@ def choose_features(config: TrainConfig, own: Images, *, images: int) -> Feature
     components = config.components
     if components is None and config.epsilon is not None:
         # Of fewer images for each component what whitening goes by is chance.
-        components = min(private_components(config, images), max(1, len(own) // 2))
+        components = max(1, min(_MOST_COMPONENTS, len(own) // 2))
     if components is not None:
         views = (own.raw, own.raw.flip(3)) if mirrored else (own.raw,)
         features = torch.cat([block for view in views for block in blocks_of_features(inner, view)])
         count = min(components, inner.dimension, len(own) - 1)
         inner = project(inner, features, count, whitening=WHITENING if config.epsilon else 0.0)
     return Mirrored(inner) if mirrored else inner
-
-
-def private_components(config: TrainConfig, images: int) -> int:
-    """Return of how many features noise leaves the most: more images bear more of them."""
-    assert config.epsilon is not None
-    release = GaussianRelease(config.epsilon, config.delta, config.privacy_unit)
-    most = math.ceil((config.weight_limit or 1) * images / config.clients)
-    best = round(_SHARE * math.pow(images / release.scale(most), 2 / 3))
-    return max(_FEWEST_COMPONENTS, min(_MOST_COMPONENTS, best))
 
 
 def _inner(config: TrainConfig, shape: Shape, own: Images, images: int) -> FeatureMap:

@@ -20,7 +20,7 @@ from fedveil.analytic.privacy import (
     noise_sharers,
     noisy_fault,
 )
-from fedveil.analytic.ridge import noisy_ridge
+from fedveil.analytic.ridge import noisy_ridge, ridge
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -137,21 +137,36 @@ def test_public_images_count_by_their_precision():
     noise = 4.0
     mine, theirs = sums.gram.numpy(), public.gram.numpy() * 500 / 200
     expected, shares = np.empty_like(mine), np.empty_like(mine)
+    unit = sums.moments.numpy() - sums.moments.numpy().sum(1, keepdims=True) / 3
+    other = public.moments.numpy() - public.moments.numpy().sum(1, keepdims=True) / 3
+    phi = others.double().numpy() * 2.0**-FRACTION_BITS
+    targets = np.eye(3)[names.numpy()] - 1 / 3
     for i in range(40):
         for j in range(40):
             theirs_variance = theirs[i, i] * theirs[j, j] / 200
             share = theirs_variance / (theirs_variance + noise**2 / 2)
             expected[i, j] = share * mine[i, j] + (1 - share) * theirs[i, j]
             shares[i, j] = share
-    unit = sums.moments.numpy() - sums.moments.numpy().sum(1, keepdims=True) / 3
+    of_moments = np.empty((40, 3))
+    for i in range(40):
+        for c in range(3):
+            variance = 500**2 / 200 * (phi[:, i] ** 2).mean() * (targets[:, c] ** 2).mean()
+            share = variance / (variance + noise**2)
+            of_moments[i, c] = share
+            unit[i, c] = share * unit[i, c] + (1 - share) * other[i, c] * 500 / 200
     head = noisy_ridge(sums, noise=noise, images=500, public=public)
     oracle = np.linalg.solve(expected + head.penalty * np.eye(40), unit)
     np.testing.assert_allclose(head.weight.T, oracle, rtol=1e-8)
+    other_penalty = ridge(public).penalty * 500 / 200 * (1 - of_moments.mean())
     draws = np.random.default_rng(0).normal(size=(400, 40, 40)) * noise
     beside = np.triu(draws, 1) / math.sqrt(2)
     symmetric = beside + beside.transpose(0, 2, 1) + draws * np.eye(40)
     lengths = np.linalg.norm(symmetric * shares, ord=2, axis=(1, 2))
-    assert abs(head.penalty - lengths.mean()) < 3 * lengths.std() / math.sqrt(4)
+    length = head.penalty - other_penalty
+    assert abs(length - lengths.mean()) < 3 * lengths.std() / math.sqrt(4)
+    drowned = noisy_ridge(sums, noise=1e9, images=500, public=public)
+    gram, least = public.gram.numpy(), ridge(public).penalty * np.eye(40)
+    np.testing.assert_allclose(drowned.weight.T, np.linalg.solve(gram + least, other), rtol=1e-3)
 
 
 def test_made_up_noisy_sums_are_found_out():

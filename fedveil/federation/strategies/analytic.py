@@ -13,14 +13,15 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedveil.analytic import (
+    FRACTION_BITS,
     MOST_IMAGES,
     AnalyticClassifier,
     Layout,
     Statistics,
     balanced,
     ridge,
+    rows_of,
     steepness_for,
-    sums_of,
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, noisy_fault
 from fedveil.analytic.ridge import Head, noisy_ridge
@@ -126,8 +127,8 @@ class Analytic(SeededFedAvg):
 
     Args:
         model: The classifier with the map; its head is replaced by what is found.
-        labelled: Images of the server by which scores are made probabilities, and which say beside
-            noisy sums how features vary; None leaves both.
+        labelled: Images of the server by which scores are made probabilities, and which count
+            beside noisy sums; None leaves both.
         images_per_feature: Images a feature that a sum under secure aggregation must have; at
             least 4, below which no client answers. Of no matter with a ``release``.
         balanced: Whether every class is as likely, however few images it has; not with a
@@ -371,14 +372,20 @@ class Analytic(SeededFedAvg):
         if self.release is None:
             head = ridge(past.sums, views=self.model.features.views)
             return balanced(head, past.sums) if self.balanced else head
-        return noisy_ridge(past.sums, noise=past.noise, images=past.images, public=self.public_sums)
+        return self._noisy(past, slice(None))
+
+    def _noisy(self, past: "_Past", own: slice) -> Head:
+        """Return the ridge of noisy sums, and of some of the server's own images."""
+        public = None
+        if self.labelled is not None:
+            some, layout = (self._own_rows[own], self.labelled.labels[own]), self.layout
+            public = Statistics.of(*some, classes=layout.classes, dimension=layout.dimension)
+        return noisy_ridge(past.sums, noise=past.noise, images=past.images, public=public)
 
     @cached_property
-    def public_sums(self) -> Statistics | None:
-        """Sums of the server's own images, of which nothing needs hiding; None without any."""
-        if self.labelled is None:
-            return None
-        return sums_of(self.model, self.labelled)
+    def _own_rows(self) -> Tensor:
+        assert self.labelled is not None
+        return rows_of(self.model.features, self.labelled.raw)
 
     @property
     def _past(self) -> "_Past":
@@ -403,8 +410,16 @@ class Analytic(SeededFedAvg):
     def _steepness(self, head: Head) -> float:
         if self.labelled is None or not len(self.labelled):
             return 1.0
-        self.model.load_state_dict(self.model.with_head(head))
-        with torch.inference_mode():
-            parts = torch.split(self.labelled.raw, 100)
-            scores = [self.model(Images(part, self.labelled.labels).pixels) for part in parts]
-        return steepness_for(torch.cat(scores), self.labelled.labels)
+        if self.release is None:
+            return steepness_for(self._scores(head, slice(None)), self.labelled.labels)
+        # Each half is told by a head that the other half is in: the whole one knows them by heart.
+        halves, labels = (slice(0, None, 2), slice(1, None, 2)), self.labelled.labels
+        told = [
+            (self._scores(self._noisy(self._past, one), other), labels[other])
+            for one, other in (halves, halves[::-1])
+        ]
+        return steepness_for(*(torch.cat(some) for some in zip(*told, strict=True)))
+
+    def _scores(self, head: Head, own: slice) -> Tensor:
+        rows = self._own_rows[own, : self.layout.dimension].double() * 2.0**-FRACTION_BITS
+        return rows @ head.weight.T + head.bias
