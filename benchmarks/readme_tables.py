@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -424,21 +424,34 @@ def _copies_lines() -> list[str]:
     ]
 
 
+_ARMS = ("analytic", "fedavg_of_the_head", "server_alone", "one_client_alone")
+_ARM_NAMES = "sums | FedAvg of the head | server alone | one client alone |"
+
+
 def analytic_partitions(_words: Mapping[str, str]) -> list[str]:
     """A public backbone's features in closed form beside FedAvg of the same head, by partition."""
-    found = _results("analytic-partitions")["partitions"]
-    arms = ("analytic", "fedavg_of_the_head", "server_alone", "one_client_alone")
-    lines = ["| | sums | FedAvg of the head | server alone | one client alone |"]
-    lines.append("|---|---|---|---|---|")
-    for scheme in dict.fromkeys(row["partition"] for row in found):
-        rows = [row for row in found if row["partition"] == scheme]
-        cells = " | ".join(_mean_and_range([row[arm] for row in rows]) for arm in arms)
-        lines.append(f"| {scheme} | {cells} |")
+    rows = _by_partition(_results("analytic-partitions")["partitions"])
+    return [f"| | {_ARM_NAMES}", "|---|---|---|---|---|", *(f"| {row}" for row in rows)]
+
+
+def analytic_other_partitions(_words: Mapping[str, str]) -> list[str]:
+    """The same of other data sets."""
+    lines = [f"| | | {_ARM_NAMES}", "|---|---|---|---|---|---|"]
+    for name in ("mnist", "cifar100"):
+        found = _results(f"analytic-partitions-{name}")
+        lines += [f"| {name} | {row}" for row in _by_partition(found["partitions"])]
     return lines
 
 
+def _by_partition(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for scheme in dict.fromkeys(row["partition"] for row in found):
+        rows = [row for row in found if row["partition"] == scheme]
+        cells = " | ".join(_mean_and_range([row[arm] for row in rows]) for arm in _ARMS)
+        yield f"{scheme} | {cells} |"
+
+
 def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
-    """What w is worth under noise."""
+    """What w is worth under noise, and who is traced in it."""
     found = _results("analytic-partitions")["noise"]
     lines = ["| ε | components | w |", "|---|---|---|"]
     for epsilon in dict.fromkeys(row["epsilon"] for row in found):
@@ -552,6 +565,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "frontier": frontier,
     "examples": examples,
     "analytic-partitions": analytic_partitions,
+    "analytic-other-partitions": analytic_other_partitions,
     "analytic-epsilon": analytic_epsilon,
     "analytic-heads": analytic_heads,
     "analytic-columns": analytic_columns,
