@@ -4,10 +4,10 @@
     python benchmarks/analytic_partitions.py --dataset mnist --out docs/results
     python benchmarks/analytic_partitions.py --dataset cifar100 --out docs/results
 
-For three partitions: the sums of all clients; FedAvg of a softmax on the same features,
-standardised by the server's images, 50 rounds of ten clients, an epoch of batches of 10, the
-learning rate chosen on a tenth of the training images; the server's images alone; one client alone.
-The server has some of the test images; accuracies are of the others.
+For three partitions: the sums of all clients, and the same with ``--balanced``; FedAvg of a softmax
+on the same features, standardised by the server's images, 50 rounds of ten clients, an epoch of
+batches of 10, the learning rate chosen on a tenth of the training images; the server's images
+alone; one client alone. The server has some of the test images; accuracies are of the others.
 
 - cifar10: 100 clients, EfficientNet-Lite0 on images and their mirror images; the server's 2,000
   images are drawn by the seed.
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from written import write_result
 
-from fedveil.analytic import FRACTION_BITS, Layout, Statistics, ridge, rows_of
+from fedveil.analytic import FRACTION_BITS, Layout, Statistics, balanced, ridge, rows_of
 from fedveil.analytic.ridge import Head
 from fedveil.data import Dataset, Images, load_dataset
 from fedveil.data.partition import parse_partition, partition
@@ -223,6 +223,7 @@ def partition_rows(
     if not solved or not torch.equal(solved[-1][0].words, whole.words):
         solved.append((whole, ridge(whole, views=train.views)))
     analytic = solved[-1][1]
+    even = balanced(analytic, whole)
     alone = cache(lambda seed: test.of(case.split(len(test.labels), seed)[0]).head)
     for seed in range(seeds):
         own, asked = (test.of(some) for some in case.split(len(test.labels), seed))
@@ -233,6 +234,7 @@ def partition_rows(
             "seed": seed,
             "partition": scheme,
             "analytic": accuracy(analytic, asked),
+            "balanced": accuracy(even, asked),
             "fedavg_of_the_head": accuracy(fedavg(train, shared, own, rate=rate, seed=seed), asked),
             "fedavg_rate": rate,
             "server_alone": accuracy(alone(seed if case.by_seed else 0), asked),

@@ -438,8 +438,10 @@ def analytic_other_partitions(_words: Mapping[str, str]) -> list[str]:
     """The same of other data sets."""
     lines = [f"| | | {_ARM_NAMES}", "|---|---|---|---|---|---|"]
     for name in ("mnist", "cifar100"):
-        found = _results(f"analytic-partitions-{name}")
-        lines += [f"| {name} | {row}" for row in _by_partition(found["partitions"])]
+        found = _results(f"analytic-partitions-{name}")["partitions"]
+        lines += [f"| {name} | {row}" for row in _by_partition(found)]
+        if even := sorted({row["balanced"] for row in found if "balanced" in row}):
+            lines.append(f"| {name}, `--balanced` | any | {_mean_and_range(even)} | | | |")
     return lines
 
 
@@ -452,12 +454,37 @@ def _by_partition(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
     """What w is worth under noise, and who is traced in it."""
-    found = _results("analytic-partitions")["noise"]
-    lines = ["| ε | components | w |", "|---|---|---|"]
+    found = _results("analytic-epsilon")["rows"]
+    lines = [
+        "| ε | components | w | traced at 1 %, at 0.1 % | any attack at 1 %, at most |",
+        "|---|---|---|---|---|",
+    ]
     for epsilon in dict.fromkeys(row["epsilon"] for row in found):
         rows = [row for row in found if row["epsilon"] == epsilon]
         accuracy = _mean_and_range([row["accuracy"] for row in rows])
-        lines.append(f"| {epsilon:g} | {rows[0]['components']} | {accuracy} |")
+        rates = (
+            sum(row["tracing"][rate] for row in rows) / len(rows)
+            for rate in ("tpr_at_1", "tpr_at_01")
+        )
+        traced = ", ".join(f"{rate:.1%}" for rate in rates)
+        most = f"{rows[0]['allowed'][1]:.1%}" if epsilon else ""
+        name = f"{epsilon:g}" if epsilon else "none"
+        lines.append(f"| {name} | {rows[0]['components']:,} | {accuracy} | {traced} | {most} |")
+    return lines
+
+
+def analytic_imbalance(_words: Mapping[str, str]) -> list[str]:
+    """What equally likely classes are worth."""
+    found = _results("analytic-imbalance")["rows"]
+    arms = ("plain", "balanced", "plain_of_the_rarer_half", "balanced_of_the_rarer_half")
+    lines = [
+        "| rarest to commonest class | w | `--balanced` | w, rarer half | `--balanced` |",
+        "|---|---|---|---|---|",
+    ]
+    for ratio in dict.fromkeys(row["ratio"] for row in found):
+        rows = [row for row in found if row["ratio"] == ratio]
+        cells = " | ".join(_mean_and_range([row[arm] for row in rows]) for arm in arms)
+        lines.append(f"| 1 to {1 / ratio:g} | {cells} |")
     return lines
 
 
@@ -567,6 +594,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "analytic-partitions": analytic_partitions,
     "analytic-other-partitions": analytic_other_partitions,
     "analytic-epsilon": analytic_epsilon,
+    "analytic-imbalance": analytic_imbalance,
     "analytic-heads": analytic_heads,
     "analytic-columns": analytic_columns,
     "analytic-membership": analytic_membership,
