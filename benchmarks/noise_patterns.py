@@ -41,19 +41,19 @@ CAP = 0.6
 CLIPS = (20.0, 1.0)
 CHOSEN_ON = 100  # seed
 SEEDS = (0, 1, 2)
-LABELS = (0, 10, 100)
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where runs and thieves are kept")
+    parser.add_argument("--labels", default="0,10")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    work = arguments.work
+    work, labels = arguments.work, tuple(map(int, arguments.labels.split(",")))
     plain = [trained(work, None, CLIPS[0], seed) for seed in SEEDS]
-    rows = [told(work, pattern) for pattern in PATTERNS]
+    rows = [told(work, pattern, labels) for pattern in PATTERNS]
     for row in rows:
         print(
             json.dumps({key: value for key, value in row.items() if key != "thieves"}),
@@ -100,12 +100,12 @@ def seen_by_owner(run: Path) -> float:
     return max(float(one["calibration"]) for one in rounds(run))
 
 
-def told(work: Path, pattern: str) -> dict[str, Any]:
+def told(work: Path, pattern: str, labels: tuple[int, ...]) -> dict[str, Any]:
     """Return a pattern's row."""
     clip = max(CLIPS, key=lambda clip: seen_by_owner(trained(work, pattern, clip, CHOSEN_ON)))
     runs = [trained(work, pattern, clip, seed) for seed in SEEDS]
     found = [summary(run) for run in runs]
-    reports = [[audited(run, work, LABELS, 1), audited(run, work, LABELS[:1], 2)] for run in runs]
+    reports = [[audited(run, work, labels, 1), audited(run, work, (0,), 2)] for run in runs]
     return {
         "pattern": pattern,
         "where": PATTERNS[pattern],
@@ -115,9 +115,8 @@ def told(work: Path, pattern: str) -> dict[str, Any]:
         "over_cap": sum(one["rounds_over_cap"] for one in found),
         "sigma": mean([rounds(run)[-1]["sigma"] for run in runs]),
         "thieves": [
-            thieves([pair[colluders - 1] for pair in reports], labels, colluders)
-            for colluders in (1, 2)
-            for labels in (LABELS if colluders == 1 else LABELS[:1])
+            thieves([pair[colluders - 1] for pair in reports], count, colluders)
+            for count, colluders in (*((count, 1) for count in labels), (0, 2))
         ],
     }
 

@@ -118,6 +118,7 @@ def attackers(_words: Mapping[str, str]) -> list[str]:
         "| attack | setting | before | now | published |",
         "|---|---|---|---|---|",
         *map(_batch_line, ((16, True), (64, False), (128, False))),
+        _whole_client_line(),
         *_membership_lines(),
         *_copies_lines(),
     ]
@@ -373,6 +374,65 @@ _PUBLISHED = {
 }
 
 
+def _whole_client_line() -> str:
+    found = _results("fedavg-leakage")
+    rows = {row["attack"].partition(":")[0]: row for row in reversed(found["rows"])}
+    now, most = rows["features"], found["recovered_above"]
+    return (
+        f"| `features`, images above {most:.0f} dB | MNIST, a client of {found['images']} images, "
+        f"{found['epochs']} epochs in batches of {found['batch_size']} "
+        f"| `ig` {rows['ig']['recovered']:.0%} "
+        f"| {now['recovered']:.0%} of {now['updates']} updates "
+        f"| over {found['published']:.0%}, on FEMNIST (Dimitrov et al.) |"
+    )
+
+
+def fedavg(_words: Mapping[str, str]) -> list[str]:
+    """What is rebuilt of a client that returns weights after many local steps."""
+    found = _results("fedavg-leakage")
+    heads = (
+        *("attack", "step size", "updates", f"above {found['recovered_above']:.0f} dB", "floor"),
+        *("mean dB", "identified among 100", "cannot tell", "processor seconds"),
+    )
+    return [
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+        *(
+            f"| `{row['attack']}` | {row['learning_rate']:g} | {row['updates']} "
+            f"| {_share(row, 'recovered')} | {row['floor']:.1%} | {row['decibels']:.1f} "
+            f"| {_share(row, 'identified')} | {row['untold']} | {row['cpu_seconds']:.0f} |"
+            for row in found["rows"]
+        ),
+    ]
+
+
+def noise_patterns(_words: Mapping[str, str]) -> list[str]:
+    """Where noise-delta's noise is, what it costs w, and what thieves make of copies."""
+    rows = _results("noise-patterns")["rows"]
+    thieves = [(one["labels"], one["colluders"]) for one in rows[0]["thieves"]]
+    heads = [
+        f"{_many(colluders)}, {f'{labels} labels' if labels else 'no label'}"
+        for labels, colluders in thieves
+    ]
+    alone = [f"alone, {labels} labels" for labels, colluders in thieves if labels]
+    lines = [
+        f"| noise in | w | best copy | {' | '.join([*heads, *alone])} |",
+        f"|---|---|---|{'---|' * (len(heads) + len(alone))}",
+    ]
+    for row in rows:
+        told = [*row["thieves"], *({"accuracy": o["alone"]} for o in row["thieves"] if o["labels"])]
+        cells = [row["w"], row["as_received"], *(one["accuracy"] for one in told)]
+        lines.append(
+            f"| {row['where']}: `{row['pattern']}` | {' | '.join(map(_over_seeds, cells))} |"
+        )
+    return lines
+
+
+def _over_seeds(found: Mapping[str, float]) -> str:
+    least, most = (round(100 * found[end]) for end in ("least", "most"))
+    return f"{found['mean']:.0%} [{least}, {most}]"
+
+
 def _membership_lines() -> list[str]:
     def share(name: str, clients: int, attack: str | None) -> float:
         return next(
@@ -584,6 +644,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "attackers": attackers,
     "batches": batches,
     "active-servers": active_servers,
+    "fedavg": fedavg,
+    "noise-patterns": noise_patterns,
     "many-rounds": many_rounds,
     "suite": suite,
     "recovery": recovery,
