@@ -533,6 +533,36 @@ def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def analytic_prior(_words: Mapping[str, str]) -> list[str]:
+    """What was tried to make more of noisy sums, on training images."""
+    found = _results("analytic-prior")["rows"]
+    tried = (
+        ("the server's images alone", 1_000, 0.3, "own", None),
+        ("noisy G, as it was", 200, 0.0, "noisy G", 1.0),
+        ("noisy G, more components, whitened a little", 400, 0.3, "noisy G", 1.0),
+        ("the same and the server's images", 400, 0.3, "both", 1.0),
+        ("that and the server's labels", 400, 0.3, "both, and labels", 1.0),
+        ("that, more components", 1_000, 0.3, "both, and labels", 1.0),
+        ("without labels, more noise on H than on G", 400, 0.3, "both", 0.5),
+        ("without labels, less noise on H than on G", 400, 0.3, "both", 2.0),
+        ("noise on H alone, the server's G", 400, 0.3, "own G", None),
+        ("noise on H alone, the true G", 400, 0.3, "true G", None),
+        ("noise on H alone, the true G", 1_000, 0.3, "true G", None),
+    )
+    lines = ["| | components | ε = 0.5 | ε = 2 | ε = 8 |", "|---|---|---|---|---|"]
+    for told, components, whitening, variant, proportion in tried:
+        some = [
+            row
+            for row in found
+            if (row["components"], row["whitening"], row["variant"], row.get("proportion"))
+            == (components, whitening, variant, proportion)
+        ]
+        # What no epsilon is asked of is the same for all.
+        cells = [f"{row['accuracy']:.1%}" for row in some] * (3 // len(some))
+        lines.append(f"| {told} | {components:,} | {' | '.join(cells)} |")
+    return lines
+
+
 def analytic_imbalance(_words: Mapping[str, str]) -> list[str]:
     """What equally likely classes are worth."""
     found = _results("analytic-imbalance")["rows"]
@@ -656,6 +686,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "analytic-partitions": analytic_partitions,
     "analytic-other-partitions": analytic_other_partitions,
     "analytic-epsilon": analytic_epsilon,
+    "analytic-prior": analytic_prior,
     "analytic-imbalance": analytic_imbalance,
     "analytic-heads": analytic_heads,
     "analytic-columns": analytic_columns,
