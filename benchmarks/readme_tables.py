@@ -578,6 +578,18 @@ def analytic_imbalance(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def analytic_distilled(_words: Mapping[str, str]) -> list[str]:
+    """What the user's network scores that w was taught to."""
+    found = _results("analytic-distilled")["rows"]
+    lines = ["| | images it was taught by | w | `cnn` |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["dataset"] for row in found):
+        rows = [row for row in found if row["dataset"] == name]
+        arms = ([row[arm] for row in rows] for arm in ("accuracy", "distilled"))
+        cells = " | ".join(map(_mean_and_range, arms))
+        lines.append(f"| {name} | {rows[0]['images']} | {cells} |")
+    return lines
+
+
 def analytic_heads(_words: Mapping[str, str]) -> list[str]:
     """What heads of the closed-form family are worth from the same sums."""
     rows = _results("analytic-heads")["rows"]
@@ -688,6 +700,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "analytic-epsilon": analytic_epsilon,
     "analytic-prior": analytic_prior,
     "analytic-imbalance": analytic_imbalance,
+    "analytic-distilled": analytic_distilled,
     "analytic-heads": analytic_heads,
     "analytic-columns": analytic_columns,
     "analytic-membership": analytic_membership,
