@@ -1,4 +1,4 @@
-"""What ten local epochs of ten batches of five images tell of a client's fifty images.
+r"""What ten local epochs of ten batches of five images tell of a client's fifty images.
 
 The setting of Dimitrov et al., "Data Leakage in Federated Averaging", TMLR 2022, table 1: their
 network, step size and measure (images above 20 dB after the assignment that suits decibels best,
@@ -7,7 +7,8 @@ orders are drawn anew in each epoch, their steps are torch's SGD. The floor is t
 without content by the same measure: other images with the client's labels, blurred noise, the mean
 of other images. The attack's settings were chosen on a client of seed 100.
 
-    python benchmarks/fedavg_leakage.py --updates 3 --rates 0.004,0.04 --work DIR --out docs/results
+    python benchmarks/fedavg_leakage.py --updates 3,2 --rates 0.004,0.04 --work DIR \
+        --out docs/results
 
 What is in DIR already is not done again.
 """
@@ -57,7 +58,7 @@ class Network(nn.Module):
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--updates", default="3", help="for each step size")
     parser.add_argument("--rates", default="0.004", help="step sizes, theirs first")
     parser.add_argument("--work", type=Path, required=True, help="where scores are kept")
     parser.add_argument("--out", type=Path, required=True)
@@ -66,12 +67,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     data = load_dataset("mnist")
     rows = []
-    for rate in map(float, arguments.rates.split(",")):
+    counts = map(int, arguments.updates.split(","))
+    for rate, updates in zip(map(float, arguments.rates.split(",")), counts, strict=True):
         for attack in ATTACKS if rate == THEIR_RATE else ATTACKS[:1]:
-            scores = [
-                kept(arguments.work, data, attack, rate, update)
-                for update in range(arguments.updates)
-            ]
+            scores = [kept(arguments.work, data, attack, rate, update) for update in range(updates)]
             rows.append({"attack": attack, "learning_rate": rate, **joined(scores)})
             print(json.dumps(rows[-1]), flush=True)
     write_result(
