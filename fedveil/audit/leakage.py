@@ -90,7 +90,8 @@ class Row:
         loss: Float64 [V], the attacker's own, a value a batch.
         scores: Column name to [M].
         floors: Column name to [M], what images without content get from the same scorer.
-        untold: Of how many updates the attack cannot tell; what stands there is a weaker attack's.
+        untold: Of how many updates the attack cannot tell; what stands there is a part of an answer,
+            or a weaker attack's.
     """
 
     attack: str
@@ -181,8 +182,8 @@ class LeakageReport:
                 lines.append(
                     f"  {row.attack} cannot tell of {row.untold} of "
                     f"{quantity(len(row.loss), 'update')}: its search ended without an "
-                    "answer or at its limit, and a weaker attack's stands there, "
-                    "which shows nothing of what there is to find"
+                    "answer or at its limit, and what stands there is a part of one or a "
+                    "weaker attack's, which shows nothing of what there is to find"
                 )
         return "\n".join([*lines, *membership_table(self.membership)])
 

@@ -56,8 +56,8 @@ def audit_leakage(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            help="dlg, idlg, rgap, lm, ig, ig-bn, fc, peel or ica, with its options as in "
-            "ig:steps=600,restarts=2; may be repeated."
+            help="dlg, idlg, rgap, lm, ig, ig-bn, fc, peel, ica, features, fish, fish-ig or "
+            "latent, with its options as in ig:steps=600,restarts=2; may be repeated."
         ),
     ] = None,
     defense: Annotated[

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fedveil.attacks.inversion import ATTACKS
 from fedveil.models import build_model
 from tests.commands import forked, started
 
@@ -180,6 +182,11 @@ def test_help(command, words):
     told = succeeds(*command, "--help")
     for word in words:
         assert word in told
+
+
+def test_help_names_every_attack():
+    told = set(re.findall(r"[\w-]+", succeeds("audit", "leakage", "--help")))
+    assert set(ATTACKS) <= told
 
 
 def test_an_audit_of_own_images_and_own_trained_model(folder):

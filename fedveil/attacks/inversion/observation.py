@@ -183,8 +183,8 @@ class Inversion:
         seconds: Float [V]: wall-clock seconds a victim took, shared work divided equally.
         iterations: Int64 [V]: steps spent on each victim; 0 for a closed form.
         untold: Bool [V], of whom the attack cannot tell: its search ended without an answer or at
-            its limit, and what is given is a weaker attack's, which shows nothing of what there is
-            to find; None where there is none.
+            its limit, and what is given is a part of one or a weaker attack's, which shows nothing
+            of what there is to find; None where there is none.
         originals: Float [V, N, C, H, W], what the images were before a known transformation, where
             the attack has a better answer to that than ``images``; None where it has not.
     """
