@@ -6,7 +6,7 @@ Contestants, each a real SuperLink and two SuperNodes on loopback whose clients 
 received, after importing what fedveil's own client imports:
 
 flower   as Flower comes
-poll     SuperExec looks for tasks every 0.05 s instead of every second
+poll     SuperExec looks for tasks every 0.25 s instead of every second
 eager    and the server looks for replies every 0.1 s instead of every three (fedveil's EagerGrid)
 gate     and the deployment of ``fedveil deploy init``: TLS, node authentication, signed apps, and a
          gate that holds an idle node's question back for 2.5 s

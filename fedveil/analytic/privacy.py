@@ -6,8 +6,6 @@ from statistics import NormalDist
 from typing import Literal
 
 import torch
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 from fedveil.analytic.statistics import FRACTION_BITS, Layout, Statistics
 from fedveil.errors import FedveilError
@@ -35,6 +33,9 @@ def gaussian_delta(epsilon: float, sigma: float) -> float:
     Source: Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018,
     theorem 8.
     """
+    # Half a second to import, which every message to a client would pay, under whatever strategy.
+    from scipy.special import log_ndtr
+
     shift, half = epsilon * sigma, 1 / (2 * sigma)
     first, second = log_ndtr(half - shift), epsilon + log_ndtr(-half - shift)
     return float(math.exp(first) * -math.expm1(min(second - first, 0.0)))
@@ -42,11 +43,15 @@ def gaussian_delta(epsilon: float, sigma: float) -> float:
 
 def gaussian_sigma(epsilon: float, delta: float) -> float:
     """Return the least noise for (ε, δ) at sensitivity 1 (same source, algorithm 1)."""
+    from scipy.optimize import brentq
+
     return float(brentq(lambda sigma: gaussian_delta(epsilon, sigma) - delta, _SMALLEST, _LARGEST))
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
     """Return ε of noise at sensitivity 1; 0 where δ alone pays for it."""
+    from scipy.optimize import brentq
+
     if gaussian_delta(0.0, sigma) <= delta:
         return 0.0
     most = 1.0

@@ -90,8 +90,8 @@ class Row:
         loss: Float64 [V], the attacker's own, a value a batch.
         scores: Column name to [M].
         floors: Column name to [M], what images without content get from the same scorer.
-        untold: Of how many updates the attack cannot tell; what stands there is a part of an answer,
-            or a weaker attack's.
+        untold: Of how many updates the attack cannot tell; what stands there is a part of an
+            answer, or a weaker attack's.
     """
 
     attack: str
