@@ -30,6 +30,7 @@ from fedveil.analytic.ridge import noisy_ridge
 from fedveil.attacks.membership.leverage import Tracing
 from fedveil.audit.metrics import roc_of_one
 from fedveil.data import Images, load_dataset
+from fedveil.defenses import parse_defense
 from fedveil.features import EfficientNetLite0, Projected, blocks_of_features, project
 from fedveil.features.mirrored import of_views
 from fedveil.federation.feature_choice import WHITENING
@@ -38,6 +39,7 @@ from fedveil.secure_random import SecureGenerator
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 EXCESS = round(CLIENTS / noise_sharers(CLIENTS))
 _SCORED, _BLOCK = 2_000, 2_000
+_DP_SGD = "dp-sgd:noise=1"
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,28 @@ def rows_of_seed(
         }
 
 
-def draw(rows: list[dict[str, Any]], plain: float, path: Path) -> None:
-    """Draw accuracy against epsilon; ``plain`` is that of all features without noise."""
+def dp_sgd(results: Path) -> tuple[float, float]:
+    """Return epsilon and accuracy of the frontier's DP-SGD, a small network from scratch."""
+    study = json.loads((results / "frontier.json").read_text())
+    settings = study["settings"]
+    (accuracy,) = {row["accuracy"] for row in study["rows"] if row["defense"] == _DP_SGD}
+    images, batch = 50_000 // settings["clients"], settings["private_batch_size"]
+    privacy = parse_defense(_DP_SGD).privacy
+    steps = settings["rounds"] * images // batch
+    return privacy.epsilon(images=images, batch_size=batch, steps=steps), accuracy
+
+
+def draw(
+    rows: list[dict[str, Any]], plain: float, private: tuple[float, float], path: Path
+) -> None:
+    """Draw accuracy against epsilon.
+
+    Args:
+        rows: Of every seed.
+        plain: Accuracy of all features without noise.
+        private: Epsilon and accuracy of DP-SGD.
+        path: The picture's.
+    """
     figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
     for seed in sorted({row["seed"] for row in rows}):
         noisy = [row for row in rows if row["seed"] == seed and row["epsilon"]]
@@ -115,6 +137,14 @@ def draw(rows: list[dict[str, Any]], plain: float, path: Path) -> None:
     axes.axhline(100 * plain, color="#555", ls="--")
     axes.annotate(
         "all features, no noise", (EPSILONS[0], 100 * plain), (0, -12), textcoords="offset points"
+    )
+    axes.plot(*(private[0], 100 * private[1]), "s", color="#b45309")
+    axes.annotate(
+        "DP-SGD, a small network from scratch, 20 rounds",
+        (private[0], 100 * private[1]),
+        (-8, 8),
+        textcoords="offset points",
+        ha="center",
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
@@ -148,7 +178,7 @@ def main() -> None:
     )
     whole = json.loads((arguments.out / "analytic-partitions.json").read_text())["partitions"]
     plain = sum(row["analytic"] for row in whole) / len(whole)
-    draw(found, plain, arguments.out / "analytic-epsilon.png")
+    draw(found, plain, dp_sgd(arguments.out), arguments.out / "analytic-epsilon.png")
 
 
 if __name__ == "__main__":
