@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests of deployments mostly wait: two more workers than cores keep both at work meanwhile.
-WORKERS ?= 4
+# Tests of deployments mostly wait: one more worker than two cores has the others at work meanwhile.
+WORKERS ?= 3
 
 # One thread a process: workers run side by side, and the thread count changes float32 results.
 export OMP_NUM_THREADS := 1
