@@ -164,7 +164,7 @@ def test_what_is_noised_is_seen_in_the_copies(noised):
 def test_an_audit_goes_on_where_it_stopped(audited):
     out, settings, report = audited
     stored = {path: path.read_bytes() for path in (out / "thieves").iterdir()}
-    gone = out / "thieves" / f"{Thief(20, 1, 0)}.json"
+    gone = out / "thieves" / f"{Thief(0, 1, 0)}.json"
     gone.unlink()
     again = run_theft_audit(settings, out=out, workers=1)
     assert {path: path.read_bytes() for path in stored} == stored  # the same figures again
@@ -269,7 +269,7 @@ def test_runs_that_cannot_be_audited(tmp_path):
 
 
 def test_an_interrupt_ends_the_workers_and_keeps_what_was_done(noised, tmp_path):
-    options = ["--labels", "10", "--colluders", "1", "--thieves", "6", "--workers", "2"]
+    options = ["--labels", "0", "--colluders", "1", "--thieves", "12", "--workers", "2"]
     process = started("audit", "theft", "--run", noised, "--out", tmp_path, *options)
     while not list(tmp_path.glob("thieves/*.json")):
         assert process.running
@@ -297,7 +297,7 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
                 prefix="digits ",
             ),
         ),
-        labels=(10,),
+        labels=(0,),
         colluders=(1,),
         workers=2,
     )
