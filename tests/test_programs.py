@@ -54,7 +54,7 @@ def _holds(place, file):
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere programs are started, not forked")
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_a_signal_ends_it_as_it_ends_a_new_interpreter(tmp_path, sign, code):
     program, fork, end = _waits(tmp_path)

@@ -33,7 +33,7 @@ def gaussian_delta(epsilon: float, sigma: float) -> float:
     Source: Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018,
     theorem 8.
     """
-    # Half a second to import, which every message to a client would pay, under whatever strategy.
+    # Long to import, which every message to a client would pay for, under whatever strategy.
     from scipy.special import log_ndtr
 
     shift, half = epsilon * sigma, 1 / (2 * sigma)

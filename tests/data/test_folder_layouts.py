@@ -205,7 +205,7 @@ def test_what_is_no_file_is_never_opened(two):
     )
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system's permissions are others")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions to forbid a file by")
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -25,8 +25,8 @@ from fedveil.sealing import KEY_FILE
 ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    # Flower looks for the next message once a second. Looks every 0.05 s would take a tenth of a
-    # core at each end while nothing happens.
+    # Flower looks for the next message once a second. Twenty looks a second take a part of a core
+    # at each end while nothing happens.
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's own executor would otherwise copy the working directory's environment.
@@ -286,7 +286,7 @@ def _follow(
         for record in directory.rounds()[told:]:
             on_round(record)
             told += 1
-            # Who ends rounds runs; asking takes a second of a core.
+            # Who ends rounds runs; asking starts a program.
             asked = heard = time.monotonic()
         if complete:
             return
