@@ -7,6 +7,9 @@ suite, naive or adaptive, in three scenarios:
 * ``round``: the model that the clients have trained under the same defence, a batch of 16 images,
   one local epoch, weights on the wire;
 * ``sum``: the same where secure aggregation shows the server the sum over all clients only.
+
+Beside what is rebuilt stands what every membership attack of the suite picks out, and which of them
+picks out most.
 """
 
 import json
@@ -28,7 +31,7 @@ from fedveil.federation.strategies.fedsgd import UpdateKind
 from fedveil.files import json_bytes, write_results
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
-from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
+from fedveil.studies.measured import report_of, settings_of, spread, trained, with_interval
 from fedveil.studies.study import Piece, markdown
 
 if TYPE_CHECKING:
@@ -237,25 +240,26 @@ class FrontierStudy:
 
     def result(self, found: Mapping[str, Any], out: Path) -> dict[str, Any]:
         """Return the settings, a row for each attack, and why some attacks were not run."""
-        rows = [
-            row
-            for defense in self.defenses
-            for accuracy in [_accuracy(self, defense, found)]
-            for scenario in self.scenarios
-            for row in _rows(self, scenario, defense, accuracy, found)
-        ]
-        return {**settings_of(self), "rows": rows, "refused": _refusals(out)}
+        told = {
+            kind: [
+                row
+                for defense in self.defenses
+                for accuracy in [_accuracy(self, defense, found)]
+                for scenario in self.scenarios
+                for row in make(self, scenario, defense, accuracy, found)
+            ]
+            for kind, make in (("rows", _rows), ("membership", _recognitions))
+        }
+        return {**settings_of(self), **told, "refused": _refusals(out)}
 
     def table(self, result: Mapping[str, Any]) -> str:
-        """Return the best attack on each defence in each scenario."""
+        """Return the best attacks on each defence in each scenario: rebuilding, and membership."""
         head = (
             *("defence", "strength", "accuracy", "scenario", "best attack", "identified"),
-            *("dB to original", "picked out by gradient"),
+            *("dB to original", "best membership attack", "picked out", "found at FPR 1 %"),
         )
         closest = {
-            (row["defense"], row["scenario"]): row
-            for row in result["rows"]
-            if row["best_membership"] and "recognised" in row
+            (row["defense"], row["scenario"]): row for row in result["membership"] if row["best"]
         }
         best = (row for row in result["rows"] if row["best"])
         return markdown(
@@ -264,7 +268,7 @@ class FrontierStudy:
 
     def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
         """Draw accuracy against leakage, a column for each scenario."""
-        return {"frontier.png": _draw(result["rows"])}
+        return {"frontier.png": _draw(result["rows"], result["membership"])}
 
 
 def _training(defense: str, seed: int) -> str:
@@ -277,21 +281,23 @@ def _audit(scenario: str, attack: str, defense: str) -> str:
 
 def _attack(
     study: FrontierStudy, scenario: str, defense: str, attack: str, out: Path
-) -> list[dict[str, Any]]:
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what an audit's rows tell, and its membership attacks; nothing where it refuses."""
     path = out / "leakage" / f"{scenario}-{_slug(attack)}-{_slug(defense)}"
     if (path / _REFUSED).exists():
-        return []
+        return {"rows": [], "membership": []}
     weights = RunSecrets(out / "runs" / f"{_slug(defense)}-0").path(MODEL)
     try:
-        return audited(
+        content = report_of(
             *study.subject(scenario),
             study.audit(scenario, defense, attack),
             path,
-            checkpoint=None if scenario == "worst" else weights,
+            None if scenario == "worst" else weights,
         )
     except InapplicableAttackError as error:
         write_results(path, {_REFUSED: json_bytes({"reason": str(error)})})
-        return []
+        return {"rows": [], "membership": []}
+    return {kind: content.get(kind, []) for kind in ("rows", "membership")}
 
 
 def _slug(text: str) -> str:
@@ -315,11 +321,10 @@ def _rows(
     accuracy: Mapping[str, Any],
     found: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    parsed = parse_defense(defense)
     leaks = [
         row
         for attack in study.attacks(scenario)
-        for row in found[_audit(scenario, attack, defense)]
+        for row in found[_audit(scenario, attack, defense)]["rows"]
     ]
     if not leaks:
         raise FedveilError(
@@ -327,23 +332,38 @@ def _rows(
             "unknown; name another --attack or --round-attack"
         )
     best = max(leaks, key=lambda row: (row["identified"], row["psnr_original"]))
-    closest = max(leaks, key=lambda row: row.get("recognised", 0))
-    return [
-        {
-            "defense": defense,
-            "family": parsed.family,
-            "strength": parsed.strength,
-            "scenario": scenario,
-            "accuracy": accuracy["mean"],
-            "accuracy_sd": accuracy["sd"],
-            "accuracy_plain": accuracy["plain"]["mean"],
-            "privacy": accuracy["privacy"],
-            **{key: value for key, value in row.items() if key != "defense"},
-            "best": row is best,
-            "best_membership": row is closest,
-        }
-        for row in leaks
-    ]
+    point = _point(scenario, defense, accuracy)
+    return [{**row, **point, "best": row is best} for row in leaks]
+
+
+def _recognitions(
+    study: FrontierStudy,
+    scenario: str,
+    defense: str,
+    accuracy: Mapping[str, Any],
+    found: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return what each membership attack tells; the best is chosen on what is reported."""
+    audits = (found[_audit(scenario, attack, defense)] for attack in study.attacks(scenario))
+    # Each audit of the scenario asks the same of the same images.
+    told = next((one["membership"] for one in audits if one["membership"]), list[Any]())
+    best = max(told, key=lambda row: row["picked_out"], default=None)
+    point = _point(scenario, defense, accuracy)
+    return [{**row, **point, "best": row is best} for row in told]
+
+
+def _point(scenario: str, defense: str, accuracy: Mapping[str, Any]) -> dict[str, Any]:
+    parsed = parse_defense(defense)
+    return {
+        "defense": defense,
+        "family": parsed.family,
+        "strength": parsed.strength,
+        "scenario": scenario,
+        "accuracy": accuracy["mean"],
+        "accuracy_sd": accuracy["sd"],
+        "accuracy_plain": accuracy["plain"]["mean"],
+        "privacy": accuracy["privacy"],
+    }
 
 
 def _refusals(out: Path) -> dict[str, str]:
@@ -375,7 +395,7 @@ _TITLES = {
 }
 
 
-def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+def _draw(rows: Sequence[Mapping[str, Any]], membership: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
@@ -384,11 +404,11 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     for column, scenario in enumerate(scenarios):
         own = [row for row in rows if row["scenario"] == scenario]
         best = [row for row in own if row["best"]]
-        member = [row for row in own if row["best_membership"] and "recognised" in row]
+        member = [row for row in membership if row["scenario"] == scenario and row["best"]]
         found, near, picked = panels[0][column], panels[1][column], panels[2][column]
         _panel(found, best, "identified", "reconstruction matched to its original among 100")
         _panel(near, best, "psnr_original", f"PSNR to the original, dB (median, up to {_MOST_DB})")
-        _panel(picked, member, "recognised", "picked out of 100 candidates by its gradient")
+        _panel(picked, member, "picked_out", "picked out of 100 candidates, best of the suite")
         found.set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
         picked.set(ylim=(-0.05, 1.05))
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -457,5 +477,16 @@ def _cells(row: Mapping[str, Any], member: Mapping[str, Any] | None) -> list[str
         f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
         with_interval(row, "identified", ".0%"),
         with_interval(row, "psnr_original", ".1f"),
-        with_interval(member, "recognised", ".0%") if member else "not measured",
+        *_member_cells(member),
+    ]
+
+
+def _member_cells(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["not measured"] * 3
+    told, name = row["strangers"], "tpr_at_1"
+    return [
+        f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
+        with_interval(row, "picked_out", ".0%"),
+        "cannot tell" if told[name] is None else with_interval(told, name, ".0%"),
     ]

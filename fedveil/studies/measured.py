@@ -32,7 +32,19 @@ def audited(
     *,
     checkpoint: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of an audit, from its directory where it is complete.
+    """Return the rows of an audit, as of ``report_of``."""
+    rows: list[dict[str, Any]] = report_of(dataset, model, settings, path, checkpoint)["rows"]
+    return rows
+
+
+def report_of(
+    dataset: str,
+    model: str,
+    settings: LeakageSettings,
+    path: Path,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Return the content of an audit's ``leakage.json``; audit where there is none.
 
     Args:
         dataset: What is attacked, by name.
@@ -57,8 +69,7 @@ def audited(
     asked = {"dataset": dataset, "model": model, **asdict(settings)}
     if plain(added | content.get("settings", {})) != plain(asked):
         raise _other_settings(path)
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
+    return content
 
 
 def run_of(config: TrainConfig, path: Path) -> tuple[RunDirectory, dict[str, Any]]:

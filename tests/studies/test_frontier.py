@@ -63,6 +63,32 @@ def test_rows_are_those_of_the_audits_and_the_best_is_marked(study):
     assert strengths == {"none": 0, "prune:share=0.9": 0.9}
 
 
+def test_every_membership_attack_stands_beside_and_what_picks_out_most_is_marked(study):
+    """Those of the audit, under whatever names: a new attack of the suite needs no edit here."""
+    out, result = study
+    for defense in SMALL.defenses:
+        for scenario in SCENARIOS:
+            rows = [
+                r
+                for r in result["membership"]
+                if (r["defense"], r["scenario"]) == (defense, scenario)
+            ]
+            path = f"leakage/{scenario}-*-{defense.replace(':', '-').replace('=', '-')}"
+            (audit,) = (p for p in out.glob(f"{path}/leakage.json"))
+            told = json.loads(audit.read_text())["membership"]
+            assert [row["attack"] for row in rows] == [row["attack"] for row in told]
+            assert {"gradient", "span"} <= {row["attack"] for row in rows}
+            (best,) = (row for row in rows if row["best"])
+            assert best["picked_out"] == max(row["picked_out"] for row in told)
+            built = [
+                r for r in result["rows"] if (r["defense"], r["scenario"]) == (defense, scenario)
+            ]
+            assert {row["accuracy"] for row in rows} == {built[0]["accuracy"]}
+    lines = (out / "frontier.md").read_text().splitlines()
+    assert all(", floor " in line for line in lines[2:])
+    assert "cannot tell" in lines[-1]  # sixteen images prove no rate
+
+
 def test_an_attack_that_does_not_apply_is_noted_and_not_scored(study):
     _, result = study
     assert "rgap handles batches of at most 1" in result["refused"]["round-rgap-none"]
@@ -71,7 +97,8 @@ def test_an_attack_that_does_not_apply_is_noted_and_not_scored(study):
 
 def test_an_attack_that_is_not_for_the_model_is_noted_whatever_it_says(tmp_path):
     part = dataclasses.replace(SMALL, scenarios=("worst",), worst_attacks=("fc",))
-    assert frontier._attack(part, "worst", "none", "fc", tmp_path) == []
+    found = frontier._attack(part, "worst", "none", "fc", tmp_path)
+    assert found == {"rows": [], "membership": []}
     (note,) = tmp_path.rglob("refused.json")
     assert "its first layer" in json.loads(note.read_text())["reason"]
 
@@ -80,7 +107,7 @@ def test_another_refusal_is_none_of_the_attack_whatever_it_says(tmp_path, monkey
     def refuse(*_, **__):
         raise FedveilError("--attack lm handles nothing: the disk is full")
 
-    monkeypatch.setattr(frontier, "audited", refuse)
+    monkeypatch.setattr(frontier, "report_of", refuse)
     with pytest.raises(FedveilError, match="disk is full"):
         frontier._attack(SMALL, "worst", "none", "lm", tmp_path)
 
