@@ -5,6 +5,9 @@ STAMP := $(VENV)/.installed
 # Tests of deployments mostly wait: one more worker than two cores has the others at work meanwhile.
 WORKERS ?= 3
 
+# What is compiled is kept: each worker would compile every test, each process of a deployment fedveil.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One thread a process: workers run side by side, and the thread count changes float32 results.
 export OMP_NUM_THREADS := 1
 export FLWR_TELEMETRY_ENABLED := 0

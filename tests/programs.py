@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
@@ -46,6 +47,7 @@ _LIBRARIES = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "numpy",
+    "opacus",
     "packaging.requirements",
     "pathspec",
     "PIL.Image",
@@ -317,6 +319,8 @@ def _serve(listener, modules):
         with suppress(ImportError):
             import_module(name)
     gc.freeze()  # a collection in a fork would copy all of it
+    for loaded in weakref.finalize._registry.values():
+        loaded.atexit = False  # taken apart at the end of every fork, it would be copied as well
     with socket.socket(fileno=listener) as listening:
         be = _Forks(listening).serve()
     if be is None:

@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -45,14 +46,22 @@ def room(module):
     return module.split(".")[1] if "." in module else module
 
 
-EDGES = [(own, other) for own, path in FILES.items() for other in imports(path)]
-INNER = [(own, other) for own, other in EDGES if other.split(".")[0] == "fedveil"]
+@cache
+def edges():
+    """Return who imports what, as pairs."""
+    return [(own, other) for own, path in FILES.items() for other in imports(path)]
+
+
+@cache
+def inner():
+    """Return who imports what of fedveil."""
+    return [(own, other) for own, other in edges() if other.split(".")[0] == "fedveil"]
 
 
 def test_no_room_imports_what_it_never_may():
     wrong = [
         (own, other)
-        for own, other in INNER
+        for own, other in inner()
         if room(other) in NEVER.get(room(own), ())
         or room(other) not in ONLY.get(room(own), {room(other)})
         or (room(other) == "cli" and room(own) not in ("cli", "__main__"))
@@ -63,7 +72,7 @@ def test_no_room_imports_what_it_never_may():
 def test_typer_and_rich_stay_where_they_are_shown():
     wrong = [
         (own, other)
-        for own, other in EDGES
+        for own, other in edges()
         if room(own) not in OWNERS.get(other.split(".")[0], {room(own)})
     ]
     assert wrong == []
@@ -72,7 +81,7 @@ def test_typer_and_rich_stay_where_they_are_shown():
 @pytest.mark.parametrize("name", [str, room], ids=["modules", "rooms"])
 def test_there_is_no_circle(name):
     graph = defaultdict(set)
-    for own, other in INNER:
+    for own, other in inner():
         if name(own) != name(other) and other != "fedveil":
             graph[name(own)].add(name(other))
     try:

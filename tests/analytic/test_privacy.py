@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from dp_accounting import dp_event
-from dp_accounting.pld import pld_privacy_accountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -37,6 +35,9 @@ def isometric(sums):
 @pytest.mark.parametrize("epsilon", [0.1, 0.93, 2.0, 8.0])
 @pytest.mark.parametrize("delta", [1e-5, 1e-7])
 def test_noise_is_what_an_independent_accountant_says(epsilon, delta):
+    from dp_accounting import dp_event
+    from dp_accounting.pld import pld_privacy_accountant
+
     sigma = gaussian_sigma(epsilon, delta)
     accountant = pld_privacy_accountant.PLDAccountant()
     accountant.compose(dp_event.GaussianDpEvent(sigma))

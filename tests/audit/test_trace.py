@@ -316,6 +316,7 @@ def test_the_study_names_everybody_it_should_on_digits(tmp_path, monkeypatch):
         return measure(replace(study, colluders=(2, 10)), out, **told)
 
     monkeypatch.setattr("fedveil.studies.study.measure", small)
+    monkeypatch.setattr("fedveil.studies.trace._IMAGES", 100)  # those that thieves tune a model on
     options = ["--dataset", "digits", "--rounds", "3", "--trials", "1", "--innocents", "10"]
     command = ["reproduce", "trace", "--out", str(tmp_path / "study"), *options, "--workers", "2"]
     done = CliRunner().invoke(app, command)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
@@ -298,6 +297,8 @@ def test_a_relative_path_and_the_home_folder_are_found(parquet_folder, monkeypat
 @pytest.fixture
 def fake_hub(monkeypatch, fresh_cache):
     """A hub of one dataset; ``reads`` lists the revisions that were downloaded."""
+
+    import datasets
 
     hub = SimpleNamespace(revision="r1", fill=30, reads=[])
 

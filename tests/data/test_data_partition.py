@@ -1,11 +1,9 @@
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from flwr_datasets.partitioner import IidPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +69,9 @@ def test_other_labels_or_clients_are_other_partitions():
 
 
 def test_iid_is_flowers_partitioner_on_shuffled_images():
+    import datasets
+    from flwr_datasets.partitioner import IidPartitioner
+
     parts = partition(BALANCED, clients=7, scheme=Iid(), seed=3)
     flower = IidPartitioner(num_partitions=7)
     flower.dataset = datasets.Dataset.from_dict({"index": torch.cat(parts).tolist()})

@@ -5,7 +5,6 @@ import json
 import uuid
 from decimal import Decimal
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -265,6 +264,8 @@ def test_a_table_that_names_no_split_among_others_is_said(tmp_path):
 @pytest.mark.parametrize(("images", "labels"), [(4, 3), (3, 4), (4, 0)])
 def test_columns_of_unequal_length_never_shift_labels(images, labels):
     """A damaged table may have them; the labels of the next one would move, too."""
+    import datasets
+
     features = {"image": datasets.Image(), "label": datasets.Value("int64")}
 
     def table(count, named):

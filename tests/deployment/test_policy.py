@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from dp_accounting import dp_event
-from dp_accounting.rdp import RdpAccountant
 from flwr.app import ConfigRecord, Context, Metadata, RecordDict
 from flwr.app.message.message import make_message
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
@@ -142,6 +140,9 @@ _releases = st.lists(
 @settings(max_examples=8, deadline=None)
 @given(_releases)
 def test_epsilon_over_runs_is_that_of_an_independent_accountant(tmp_path_factory, releases):
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
     ledger, oracle = Ledger(tmp_path_factory.mktemp("ledger") / "l.jsonl"), RdpAccountant(ORDERS)
     for run, (noise, rate, steps) in enumerate(releases):
         told = ledger.spend(Release(run, "m", noise, rate, steps), most=1e9, delta=DELTA)

@@ -64,7 +64,7 @@ def test_private_training_reports_its_epsilon(tmp_path):
 
 @pytest.mark.parametrize("defense", ["jpeg:quality=50", "soteria:share=0.5", "noise:ratio=0.05"])
 def test_a_defended_federation_learns(tmp_path, defense):
-    summary, _ = _train(tmp_path, defense, rounds=3, batch_size=10)
+    summary, _ = _train(tmp_path, defense, rounds=2, batch_size=10)
     assert summary["accuracy"] > 0.6
     assert summary["privacy"] is None
 

@@ -300,6 +300,7 @@ def test_rounds_of_two_clients_are_refused_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # sums of --strategy analytic go through Ray in every run of the suite
 def test_local_and_ray_give_the_same_bits(tmp_path):
     options = [*FAST, "--strategy", "noise-delta", "--rounds", 1, "--secure-aggregation"]
     fedveil("--out", tmp_path / "local", *options)

@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from dp_accounting import dp_event
-from dp_accounting.pld import pld_privacy_accountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -56,6 +54,9 @@ def test_no_two_clients_differ_by_more_than_the_noise_is_for(questions, classes,
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 8.0])
 @pytest.mark.parametrize("releases", [1, 3])
 def test_epsilon_is_what_another_accountant_finds(epsilon, releases):
+    from dp_accounting import dp_event
+    from dp_accounting.pld import pld_privacy_accountant
+
     release = VoteRelease(epsilon, 1e-5)
     accountant = pld_privacy_accountant.PLDAccountant()
     accountant.compose(dp_event.GaussianDpEvent(release.multiplier), releases)
