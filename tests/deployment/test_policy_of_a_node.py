@@ -58,10 +58,11 @@ def test_a_node_refuses_what_exceeds_its_policy_and_remembers_what_it_spent(fede
     assert [(r.noise, r.steps) for r in spent] == [(1.5, 15)]
     assert len(list((node / "state/images").rglob("*.png"))) == 1438
 
+    greeted = federation.greeted(0)
     federation.kill("node-0")
     _give_up(federation, node)
     federation.start_node(0)
-    federation.until(lambda: federation.greeted(0) > 1)
+    federation.until(lambda: federation.greeted(0) > greeted)
     done = _train(federation, tmp_path / "again", "--rounds=1")
     assert done.returncode == 2
     assert told in done.stderr
