@@ -34,7 +34,8 @@ FAST = [
 RAY = ["--engine", "ray", "--workers", 1]
 
 # Enough rounds that a kill after the third is in the middle.
-LONG = [*FAST, "--rounds", 8, "--learning-rate", 0.1]
+ROUNDS = 6
+LONG = [*FAST, "--rounds", ROUNDS, "--learning-rate", 0.1, "--distillation-steps", 20]
 LONG += ["--noise", "output.*", "--sigma-step", 2, "--sigma-limit", 1e6]
 
 
@@ -172,10 +173,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, whole, strategy):
     assert noisy == (strategy != "protected")
     # Nor does the archive hold anything else, before or after.
     entries = archived(ended)
-    assert [entry.round for entry in entries] == list(range(1, 9))
+    assert [entry.round for entry in entries] == list(range(1, ROUNDS + 1))
     assert all(map(sent_the_same, before, entries))
     again = archived(tmp_path / "killed")
-    assert len(again) == 8
+    assert len(again) == ROUNDS
     assert all(map(sent_the_same, again, entries))
 
 
@@ -191,12 +192,12 @@ def test_a_run_that_goes_on_to_more_rounds_ends_as_one_of_so_many(tmp_path, whol
     assert "but --rounds from the run itself; leave out --epochs" in " ".join(
         refused.stderr.replace("│", " ").split()
     )
-    done = fedveil("--resume", tmp_path / "longer", "--rounds", 8)
+    done = fedveil("--resume", tmp_path / "longer", "--rounds", ROUNDS)
     summary = json.loads((tmp_path / "longer/summary.json").read_text())
     # protected sends what it sends whatever the setting: no cap of it is printed or drawn.
     capped = strategy == "noise-delta"
     over = sum(max(line["copies"]) > 0.6 for line in outcomes(ended))
-    assert (f"(cap 60%, passed in {over} of 8 rounds)" in done.stdout) == capped
+    assert (f"(cap 60%, passed in {over} of {ROUNDS} rounds)" in done.stdout) == capped
     assert (summary["cap"], summary["rounds_over_cap"]) == ((0.6, over) if capped else (None, None))
     assert summary["sends"] == ("capped" if capped else "untrained")
     assert same_bits(tmp_path / "longer", ended)
