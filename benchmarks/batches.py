@@ -26,7 +26,8 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.audit.metrics import exact, identified, match, over_updates, psnr
 from fedveil.audit.scoring import strangers_to
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import Defense
 from fedveil.models.normalise import Normalise

@@ -41,7 +41,8 @@ from fedveil.attacks.inversion import (
     build_attack,
 )
 from fedveil.audit.metrics import bootstrap, exact, label_accuracy, match, median, psnr, wilson
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import load_dataset
 from fedveil.defenses import Defense, parse_defense
 from fedveil.models import build_model

@@ -22,7 +22,8 @@ from written import write_result
 from fedveil.attacks.membership import ATTACKS, ManyRounds
 from fedveil.audit.metrics import Ranks, over_updates, recognised
 from fedveil.audit.scoring import strangers_to
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import load_dataset
 from fedveil.defenses import Defense
 from fedveil.models import build_model

@@ -30,7 +30,8 @@ from written import write_result
 
 from fedveil.attacks.membership import ATTACKS
 from fedveil.audit.membership import Recognition, joined, picked_out
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model

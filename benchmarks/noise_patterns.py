@@ -18,7 +18,8 @@ import torch
 from written import write_result
 
 from fedveil import api
-from fedveil.audit.theft import THIEF, Attempt, Theft, TheftReport, TheftSettings, run_theft_audit
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import THIEF, Attempt, Theft, TheftReport, run_theft_audit
 
 PATTERNS = {
     "output": "the head alone (the default)",

@@ -20,7 +20,8 @@ import torch
 from written import write_result
 
 from fedveil.audit.metrics import over_updates
-from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, run_theft_audit
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import OWNER, THIEF, TheftReport, run_theft_audit
 from fedveil.runs.directory import RunDirectory
 
 ROWS = ("direct", "cluster", "every + cluster", "colluding + cluster", THIEF, OWNER)

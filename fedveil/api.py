@@ -50,7 +50,7 @@ def watch(
         dataset: What the clients share out among them.
         model: What the server sends, with its weights.
         out: Directory for the results; None writes nothing.
-        settings: By the names of ``fedveil.audit.leakage.LeakageSettings``.
+        settings: By the names of ``fedveil.audit.settings.LeakageSettings``.
 
     Raises:
         FedveilError: Anything the user can mend.
@@ -58,7 +58,8 @@ def watch(
     Example:
         >>> watch(data, Net(), attacks=("lm",), defenses=("none",)).table()  # doctest: +SKIP
     """
-    from fedveil.audit.leakage import LeakageSettings, audit_leakage
+    from fedveil.audit.leakage import audit_leakage
+    from fedveil.audit.settings import LeakageSettings
 
     place = None if out is None else Path(out)
     return audit_leakage(dataset, model, LeakageSettings(**settings), out=place)
@@ -70,31 +71,33 @@ def steal(run: Location, out: Location, **settings: Any) -> "TheftReport":
     Args:
         run: Directory of the run.
         out: Directory for the results; one that was interrupted goes on.
-        settings: By the names of ``fedveil.audit.theft.TheftSettings``; and ``workers``.
+        settings: By the names of ``fedveil.audit.settings.TheftSettings``; and ``workers``.
 
     Raises:
         FedveilError: Anything the user can mend.
     """
-    from fedveil.audit.theft import TheftSettings, run_theft_audit
+    from fedveil.audit.settings import TheftSettings
+    from fedveil.audit.theft import run_theft_audit
 
     workers = settings.pop("workers", None)
     return run_theft_audit(TheftSettings(run=Path(run), **settings), out=Path(out), workers=workers)
 
 
-def trace(leaked: Location, run: Location, *, alpha: float = 1e-6) -> str:
+def trace(leaked: Location, run: Location, **settings: Any) -> str:
     """Say which clients a leaked model came from, as ``fedveil audit trace`` does.
 
     Args:
         leaked: File of the leaked model's tensors.
         run: Directory of the run it may have come from.
-        alpha: Chance to name anybody innocent, above 0 and below 1.
+        settings: By the names of ``fedveil.audit.settings.TraceSettings``.
 
     Raises:
         FedveilError: A file is missing, damaged or does not fit, or copies carry no fingerprints.
     """
+    from fedveil.audit.settings import TraceSettings
     from fedveil.audit.trace import run_trace
 
-    return run_trace(Path(leaked), Path(run), alpha=alpha, out=None)
+    return run_trace(Path(leaked), Path(run), TraceSettings(**settings), out=None)
 
 
 def write_report(

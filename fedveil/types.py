@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # settings are read without PyTorch
+    from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, "Tensor"]
 """A model's state: the name of each tensor to it."""
 
 Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
+
+UpdateKind = Literal["gradient", "step", "fedavg"]
+"""What a client returns: a gradient, or its weights after one local step or after training."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING prints is all it takes to add an attack, a defence, a strategy or a dataset."""
+"""What CONTRIBUTING prints is all it takes to add what it names, from an attack to an option."""
 
 import json
 import os
@@ -50,6 +50,11 @@ def write_down(package):
     imported = "from fedveil.data.my_images import halves\n"
     add(package / "data/load.py", "from fedveil.data.source", imported)
     add(package / "data/load.py", '    "digits": digits,', block('    "halves"'))
+    add(
+        package / "audit/settings.py",
+        "    inverse: bool = option(",
+        block("    effort: int = option"),
+    )
 
 
 def fedveil_of(place, *options):
@@ -84,9 +89,12 @@ def test_one_file_and_its_name_are_all_it_takes(place, tmp_path):
         place,
         *("audit", "leakage", "--dataset", "digits", "--images", "2", "--workers", "1"),
         *("--attack", "my-attack:steps=3", "--defense", "none", "--defense", "mine:shades=4"),
-        *("--defense", "prune:share=0.9", "--out", leakage),
+        *("--defense", "prune:share=0.9", "--effort", "9", "--out", leakage),
     )
-    rows = json.loads((leakage / "leakage.json").read_text())["rows"]
+    found = json.loads((leakage / "leakage.json").read_text())
+    assert found["settings"]["effort"] == 9
+    assert "--effort" in fedveil_of(place, "audit", "leakage", "--help")
+    rows = found["rows"]
     assert [(row["defense"], row["adaptive"]) for row in rows] == [
         ("none", False),
         ("mine:shades=4", False),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from fedveil.attacks.membership.released import (
 )
 from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
+from fedveil.audit.settings import FEWEST, EgressSettings
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
@@ -38,45 +39,8 @@ from fedveil.runs.state_files import load_checkpoint
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
 
-_FEWEST = 20
 _EXPOSED = 10
-_MOST_EPOCHS = 60
 _DRAWS = 1_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class EgressSettings:
-    """How a model is audited.
-
-    Attributes:
-        images: Members, and as many others, that are told apart.
-        shadows: Models of the same kind that are trained to compare with, an even number; 0 leaves
-            the loss alone.
-        companions: Further training images that every shadow learns from besides.
-        epochs: Most passes of a shadow; it stops where it fits its images as the model fits its
-            own.
-        seed: Seeds the choice of images and the shadows.
-
-    Raises:
-        FedveilError: A number out of range.
-    """
-
-    images: int = 1_000
-    shadows: int = 4
-    companions: int = 4_000
-    epochs: int = _MOST_EPOCHS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", _FEWEST), ("shadows", 0), ("companions", 0), ("epochs", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise FedveilError(f"--{name} {value} is out of range: give at least {least}")
-        if self.shadows % 2:
-            raise FedveilError(
-                f"--shadows {self.shadows} is odd: give an even number, so that every image is "
-                "in half of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -211,8 +175,8 @@ class LearningByDescent:
     """
 
     fresh: Callable[[int], nn.Module]
-    training: LocalTraining = field(default_factory=LocalTraining)
-    epochs: int = _MOST_EPOCHS
+    training: LocalTraining
+    epochs: int
 
     def __call__(self, own: Images, fitted: Images, level: float, seed: int) -> nn.Module:
         """Return one that learnt from images, as of ``Learning``."""
@@ -324,10 +288,10 @@ def _drawn(
     used: Images, unused: Images, settings: EgressSettings, generator: torch.Generator
 ) -> tuple[Tensor, Images, Images]:
     """Return which of the used are told from others, both together, and the shadows' companions."""
-    if min(len(used), len(unused)) < _FEWEST:
+    if min(len(used), len(unused)) < FEWEST:
         raise FedveilError(
             f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}; an egress audit "
-            f"needs at least {_FEWEST} of each"
+            f"needs at least {FEWEST} of each"
         )
     drawn = torch.randperm(len(used), generator=generator)
     count = min(settings.images, len(used), len(unused))
@@ -403,7 +367,8 @@ def audit_model(
             released,
             LearningByDescent(
                 lambda seed: build_model(model, data.shape, classes, seed=seed),
-                epochs=settings.epochs,
+                LocalTraining(),
+                settings.epochs,
             ),
             data.train,
             data.test,

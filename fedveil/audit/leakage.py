@@ -25,11 +25,11 @@ from fedveil.audit.membership import table as membership_table
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
 from fedveil.audit.pieces import Pieces
 from fedveil.audit.scoring import Scorer
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import LeakageSettings
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
 from fedveil.data.load import remarks_on
 from fedveil.defenses import Defense, check_defense, parse_defense
-from fedveil.errors import FedveilError
 from fedveil.files import json_bytes, write_results
 from fedveil.models import build_model
 from fedveil.pictures import Column, draw_images, png
@@ -39,43 +39,6 @@ from fedveil.wording import quantity
 
 _DRAWN = 16
 _PUBLIC = 2_000  # test images that an inverse learns from
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeakageSettings(Watching):
-    """What is audited: whom the server watches, as of ``Watching``, and by which attacks.
-
-    Attributes:
-        attacks: As ``fedveil.attacks.inversion.build_attack`` reads them.
-        defenses: As ``fedveil.defenses.parse_defense`` reads them.
-        inverse: Whether a network also learns, on the test images, to undo each transformation.
-        recorded: What was recorded of another app's federation; None: fedveil runs one.
-        unchecked: What of a recording could not be checked, in a sentence.
-
-    Raises:
-        FedveilError: As of ``Watching``; or no attacks or defences.
-    """
-
-    attacks: tuple[str, ...] = ("dlg", "lm")
-    defenses: tuple[str, ...] = ("none",)
-    inverse: bool = False
-    recorded: str | None = None
-    unchecked: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.aggregate > 1 and self.update == "fedavg":
-            raise FedveilError(
-                "--aggregate with --update fedavg is not attacked: no attack of this package "
-                "simulates several clients' local training at once; use gradient or step"
-            )
-        if not self.attacks or not self.defenses:
-            raise FedveilError("name at least one --attack and one --defense")
-
-    def described(self, dataset: str, model: str) -> dict[str, Any]:
-        """Return what results depend on, by name: all settings but the number of workers."""
-        own = {name: value for name, value in asdict(self).items() if name != "workers"}
-        return {"dataset": dataset, "model": model, **own}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedveil.attacks.inversion import LocalSteps, Observation, check_model
+from fedveil.attacks.inversion import Observation, check_model
 from fedveil.audit import membership
 from fedveil.audit.leakage import (
     LeakageReport,
-    LeakageSettings,
     Progress,
     Row,
     attacked,
@@ -24,7 +23,8 @@ from fedveil.audit.leakage import (
 )
 from fedveil.audit.membership import picked_out_over_rounds
 from fedveil.audit.pieces import Pieces
-from fedveil.audit.watch import FEWEST_FOLLOWED, observation_from_records, public_knowledge
+from fedveil.audit.settings import FEWEST_FOLLOWED, LeakageSettings
+from fedveil.audit.watch import local_steps, observation_from_records, public_knowledge
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
@@ -107,6 +107,7 @@ def run_recorded_audit(
         settings,
         images=batch * len(exchanges),
         batch=batch,
+        update="step" if settings.update == "gradient" else settings.update,
         recorded=str(place),
         unchecked=told,
     )
@@ -382,7 +383,7 @@ def _beside_others(
 
 
 def _steps(images: int, settings: LeakageSettings) -> int:
-    local = settings.steps
+    local = local_steps(settings)
     return 1 if local is None else local.steps(images)
 
 
@@ -421,18 +422,15 @@ def observed(
     returned = [_named(exchange.returned, names) for exchange in group]
     for state in (sent, *returned):
         _check_alike(state, own)
-    whole = settings.update == "step"
+    if settings.update == "gradient":
+        raise FedveilError("--update gradient: a recording holds weights; give step or fedavg")
     return observation_from_records(
         model,
         ArrayRecord(sent),
         [ArrayRecord(state) for state in returned],
         shape=data.shape,
         classes=len(data.classes),
-        steps=LocalSteps(
-            1 if whole else settings.epochs,
-            settings.batch if whole else settings.batch_size,
-            settings.learning_rate,
-        ),
+        steps=local_steps(settings),
         images=group[0].examples,
         knows=None if defense.transform is None else defense.transform.surrogate,
         sanitizer=public_knowledge(defense, model, data),

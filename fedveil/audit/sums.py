@@ -23,6 +23,7 @@ from fedveil.attacks.inversion.feature_maps import FeatureInversion
 from fedveil.attacks.membership.leverage import Leverage, Tracing
 from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
+from fedveil.audit.settings import FEWEST, SumsSettings
 from fedveil.data import Images
 from fedveil.errors import FedveilError
 from fedveil.features import FeatureMap, slow_beneath
@@ -36,34 +37,8 @@ from fedveil.runs.directory import RunDirectory, origin
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
 
-_FEWEST = 20
 _MOST_STRANGERS = 10_000
 _SLOW_STEPS, _SLOW_IMAGES = 200, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class SumsSettings:
-    """How sums are audited.
-
-    Attributes:
-        images: Most images in the sums that are told from others.
-        rebuilt: Most images that are rebuilt; 0 rebuilds none.
-        seed: Seeds the choice of images, and the searches.
-
-    Raises:
-        FedveilError: A number out of range.
-    """
-
-    images: int = 2_000
-    rebuilt: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", _FEWEST), ("rebuilt", 0)):
-            if getattr(self, name) < least:
-                raise FedveilError(
-                    f"--{name} {getattr(self, name)} is out of range: give at least {least}"
-                )
 
 
 @dataclass(frozen=True)
@@ -254,10 +229,10 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
     plain = PlainLines()
     case.check(plain)
     generator = torch.Generator().manual_seed(settings.seed)
-    if len(case.strangers) < _FEWEST:
+    if len(case.strangers) < FEWEST:
         raise FedveilError(
             f"{path} has {quantity(len(case.report), 'report image')}; an audit of sums needs at "
-            f"least {_FEWEST} that are in none: give the run more --report-images"
+            f"least {FEWEST} that are in none: give the run more --report-images"
         )
     rows = tuple(_told(case, settings, generator))
     rebuilt = _rebuilt(case, settings, generator, plain) if settings.rebuilt else None

@@ -12,6 +12,7 @@ import torch
 
 from fedveil.attacks.theft import ATTACKS, COMBINATIONS, Stolen, TheftObservation
 from fedveil.audit.metrics import Interval, bootstrap
+from fedveil.audit.settings import TheftSettings
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.engines.worker import usable_cores
@@ -28,57 +29,6 @@ _CORE = ("direct", "batch-norm", "probe", "fine-tune", "retrain-noised")
 _ALL = tuple(ATTACKS)
 _ONE = (("last", _ALL), ("averaged", _CORE), ("every", ("cluster",)))
 _SEVERAL = (("last", _CORE), ("colluding", _ALL), ("every", ("cluster",)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TheftSettings:
-    """What is audited.
-
-    Attributes:
-        run: Directory of the run.
-        labels: Labelled images of a thief, over all who collude; each number is audited. 0 is a
-            thief whose images have no labels.
-        colluders: Clients that put their copies together; each number is audited.
-        thieves: Draws of clients and images behind each row.
-        seed: Seeds the draws.
-
-    Raises:
-        FedveilError: A number out of range.
-    """
-
-    run: Path
-    labels: tuple[int, ...] = (0, 10, 50, 100, 600)
-    colluders: tuple[int, ...] = (1, 2, 5)
-    thieves: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option, values, least in (
-            ("--labels", self.labels, 0),
-            ("--colluders", self.colluders, 1),
-            ("--thieves", (self.thieves,), 1),
-            ("--seed", (self.seed,), 0),
-        ):
-            if not values or min(values) < least or len(set(values)) < len(values):
-                text = ",".join(map(str, values))
-                raise FedveilError(
-                    f"{option} {text!r} is out of range: give numbers from {least}, none twice"
-                )
-        if 1 in self.labels:
-            raise FedveilError(
-                "--labels 1 is out of range: give 0, or at least 2, one to learn from and one to "
-                "check with"
-            )
-
-    @property
-    def cells(self) -> tuple[Thief, ...]:
-        """Every thief of the audit."""
-        return tuple(
-            Thief(labels, colluders, number)
-            for labels in self.labels
-            for colluders in self.colluders
-            for number in range(self.thieves)
-        )
 
 
 @dataclass(frozen=True)
@@ -279,6 +229,16 @@ class TheftReport:
         write_results(out, files)
 
 
+def cells(settings: TheftSettings) -> tuple[Thief, ...]:
+    """Return every thief of an audit."""
+    return tuple(
+        Thief(labels, colluders, number)
+        for labels in settings.labels
+        for colluders in settings.colluders
+        for number in range(settings.thieves)
+    )
+
+
 def run_theft_audit(
     settings: TheftSettings, *, out: Path, workers: int | None = None
 ) -> TheftReport:
@@ -301,10 +261,10 @@ def run_theft_audit(
     run = AuditedRun(settings.run, settings.seed)
     run.check_stealable()
     reference = run.accuracy(run.delivered())
-    for thief in settings.cells:
+    for thief in cells(settings):
         run.clients(thief)  # so that too many colluders are refused before anything is written
     (out / "thieves").mkdir(parents=True, exist_ok=True)
-    thefts = {thief: _stored(run, thief, out) for thief in settings.cells}
+    thefts = {thief: _stored(run, thief, out) for thief in cells(settings)}
     missing = [thief for thief, theft in thefts.items() if theft is None]
     before = len(thefts) - len(missing)
     with ProgressBars() as bars:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedveil.audit.align import aligned, mean_state
+from fedveil.audit.settings import TraceSettings
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
 from fedveil.errors import FedveilError
@@ -38,7 +39,7 @@ from fedveil.runs.state_files import read_state
 from fedveil.types import Weights
 from fedveil.wording import quantity
 
-ALPHA = 1e-6
+ALPHA = TraceSettings().alpha
 """Chance to accuse anybody innocent, over all tests of one leaked model."""
 
 _DECOYS = 2  # keys that nobody got, a lineup
@@ -339,13 +340,13 @@ def _corrected(z: float, tests: int) -> float:
     return min(0.0, log10_p(z) + math.log10(tests))
 
 
-def run_trace(leaked: Path, run: Path, *, alpha: float, out: Path | None) -> str:
+def run_trace(leaked: Path, run: Path, settings: TraceSettings, *, out: Path | None) -> str:
     """Trace a leaked file and return what to tell the user.
 
     Args:
         leaked: File of the leaked model's tensors.
         run: Directory of the run it may have come from.
-        alpha: Chance to name anybody innocent.
+        settings: How surely whoever is named is named.
         out: JSON file to write; ``None``: none.
 
     Raises:
@@ -354,7 +355,7 @@ def run_trace(leaked: Path, run: Path, *, alpha: float, out: Path | None) -> str
     state = read_state(leaked, option="LEAKED")
     directory = RunDirectory.open(run)
     archive = Archive.open(directory.path, directory.noise_key())
-    found = trace(state, _watched(archive), alpha=alpha)
+    found = trace(state, _watched(archive), alpha=settings.alpha)
     is_w = _is_delivered(state, directory)
     if out:
         described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
+from fedveil.audit.settings import Watching
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
 from fedveil.defenses import Defense
@@ -20,121 +21,11 @@ from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import SeededFedAvg
 from fedveil.federation.strategies.fedsgd import (
     FollowingFedAvg,
-    UpdateKind,
     WatchingFedSGD,
 )
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
 from fedveil.wording import quantity
-
-FEWEST_FOLLOWED = 4
-"""Clients, the victim with them, of whom the others tell how scores vary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watching:
-    """Whom a server watches, and what its clients do meanwhile.
-
-    Attributes:
-        clients: Clients among whom the training images are divided at random.
-        victim: Which of them is observed.
-        images: Its images in all.
-        batch: How many of them it uses in a round.
-        aggregate: How many clients secure aggregation adds up: the server then sees only the mean
-            update of the victim and the clients after it, and ``images`` are of them all.
-        update: What clients return: ``gradient``; ``step``, the weights after one local step on
-            the batch; or ``fedavg``, the weights after local training on it.
-        epochs: Passes of ``fedavg`` over the batch.
-        batch_size: Images a local step of ``fedavg``.
-        learning_rate: Of a local step, where weights are returned; the larger, the less the
-            rounding of the weights hides.
-        repeats: Rounds of federated averaging over which the server follows the victim and all
-            other clients, each of whom trains on the same images in every one of them.
-        seed: Seeds the division and the choice.
-        workers: Worker processes of the federation.
-
-    Raises:
-        FedveilError: No images, images that make up no whole batches, or a victim that is none of
-            the clients.
-    """
-
-    clients: int = 10
-    victim: int = 0
-    images: int = 16
-    batch: int = 1
-    aggregate: int = 1
-    update: UpdateKind = "gradient"
-    epochs: int = 1
-    batch_size: int = 10
-    learning_rate: float = 1.0
-    repeats: int = 1
-    seed: int = 0
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise FedveilError(f"--images {self.images} is out of range: give at least 1")
-        for name in ("batch", "epochs", "batch_size", "learning_rate", "repeats"):
-            value = getattr(self, name)
-            if value <= 0:
-                option = name.replace("_", "-")
-                raise FedveilError(f"--{option} {value} is out of range: give more than 0")
-        if not 1 <= self.aggregate <= self.clients:
-            raise FedveilError(
-                f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
-                "number of clients"
-            )
-        together = self.batch * self.aggregate
-        if self.images % together:
-            raise FedveilError(
-                f"--images {self.images} is no multiple of the {together} images of a round "
-                f"(--batch times --aggregate): give {-(-self.images // together) * together}"
-            )
-        self._check_repeats()
-        if not 0 <= self.victim < self.clients:
-            raise FedveilError(
-                f"--victim {self.victim} is no client: there are {self.clients}, "
-                f"so give 0 to {self.clients - 1}"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise FedveilError(f"--workers {self.workers} is out of range: give at least 1")
-
-    def _check_repeats(self) -> None:
-        if self.repeats == 1:
-            return
-        if self.update != "fedavg" or self.aggregate > 1 or self.batch != self.images:
-            raise FedveilError(
-                f"--repeats {self.repeats} follows one client's local training on the same images: "
-                f"give --update fedavg, --batch {self.images}, as many as --images, and no "
-                "--aggregate"
-            )
-        if self.clients < FEWEST_FOLLOWED:
-            raise FedveilError(
-                f"--repeats {self.repeats} compares the victim's updates with other clients': give "
-                f"--clients {FEWEST_FOLLOWED} or more"
-            )
-
-    @property
-    def rounds(self) -> int:
-        """Rounds, each with other images of the victim's."""
-        return self.images // (self.batch * self.aggregate)
-
-    @property
-    def victims(self) -> tuple[int, ...]:
-        """Partitions of the clients whose sum is observed."""
-        return tuple((self.victim + step) % self.clients for step in range(self.aggregate))
-
-    @property
-    def steps(self) -> LocalSteps | None:
-        """The local steps after which weights come back; None where gradients do."""
-        if self.update == "gradient":
-            return None
-        whole = self.update == "step"
-        return LocalSteps(
-            epochs=1 if whole else self.epochs,
-            batch_size=self.batch if whole else self.batch_size,
-            learning_rate=self.learning_rate,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +149,7 @@ class WatchedFederation:
             returned,
             shape=self.data.shape,
             classes=len(self.data.classes),
-            steps=self.watching.steps,
+            steps=local_steps(self.watching),
             images=self.watching.batch * self.watching.aggregate,
             knows=None if defense.transform is None else defense.transform.surrogate,
             sanitizer=public_knowledge(defense, self.model, self.data),
@@ -277,6 +168,18 @@ class WatchedFederation:
 
     def _task(self, defense: Defense) -> ClientTask:
         return _task(self._clients.name, self.watching, defense)
+
+
+def local_steps(watching: Watching) -> LocalSteps | None:
+    """Return the local steps after which weights come back; None where gradients do."""
+    if watching.update == "gradient":
+        return None
+    whole = watching.update == "step"
+    return LocalSteps(
+        epochs=1 if whole else watching.epochs,
+        batch_size=watching.batch if whole else watching.batch_size,
+        learning_rate=watching.learning_rate,
+    )
 
 
 def ground_truth(data: Dataset, watching: Watching) -> Tensor:

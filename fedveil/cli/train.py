@@ -8,13 +8,14 @@ from rich.console import Console
 
 from fedveil.cli.settings import with_settings
 from fedveil.errors import FedveilError
+from fedveil.runs.config import TrainConfig
 from fedveil.wording import quantity
 
 if TYPE_CHECKING:  # importing torch takes a second that --help need not wait
     from fedveil.runs.directory import RunDirectory
 
 
-@with_settings
+@with_settings(TrainConfig)
 def train(
     *,
     out: Annotated[
@@ -66,7 +67,6 @@ def _new_run(
 ) -> "RunDirectory":
     from fedveil.data.load import absolute_name, remarks_on
     from fedveil.federation.server_app import outlook, prepare_job
-    from fedveil.runs.config import TrainConfig
     from fedveil.runs.directory import RunDirectory
     from fedveil.runs.logs import check_log
     from fedveil.runs.secrets import read_noise_key

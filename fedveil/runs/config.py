@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from fedveil.errors import FedveilError
+from fedveil.settings import SIGNS, allowed
 
 Group = Literal[
     "Data",
@@ -653,11 +654,10 @@ def _explain(detail: Any) -> str:
 
 def _range(name: str) -> str:
     field = TrainConfig.model_fields.get(name.replace("-", "_"))
-    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = [
-        f"{sign} {getattr(rule, mark):g}"
+    limits = {
+        sign: getattr(rule, sign)
         for rule in (field.metadata if field else [])
-        for mark, sign in signs.items()
-        if isinstance(getattr(rule, mark, None), (int, float))
-    ]
-    return f" (allowed: {' and '.join(bounds)})" if bounds else ""
+        for sign in SIGNS
+        if isinstance(getattr(rule, sign, None), (int, float))
+    }
+    return f" (allowed: {allowed(limits)})" if limits else ""

@@ -77,8 +77,8 @@ class Comparison:
         """Return the comparison on these partitions only."""
         return replace(self, arms=tuple(arm for arm in self.arms if arm.partition in partitions))
 
-    def of(self, names: Sequence[str] | None) -> Self:
-        """Return the baselines and the arms of some names only; None for all.
+    def of(self, names: Sequence[str]) -> Self:
+        """Return the baselines and the arms of some names only; of none for all.
 
         Raises:
             FedveilError: No arm has such a name.
@@ -125,13 +125,13 @@ def finals(runs: Sequence[ArmRun]) -> dict[str, Any]:
     return {"final": found["seeds"], "final_mean": found["mean"], "final_sd": found["sd"]}
 
 
-def check_known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+def check_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
     """Refuse a name that a study does not have.
 
     Raises:
         FedveilError: Says which, and which it has.
     """
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise FedveilError(
                 f"{option} {name!r} is not in the study; allowed: {', '.join(known)}"

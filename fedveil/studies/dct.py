@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from fedveil.attacks.inversion import build_attack
-from fedveil.audit.leakage import LeakageSettings
 from fedveil.audit.metrics import psnr
+from fedveil.audit.settings import LeakageSettings
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import parse_defense
@@ -39,69 +39,44 @@ from fedveil.federation.server_app import prepare_job
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, Column, draw_images
 from fedveil.runs.config import TrainConfig
 from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
+from fedveil.studies.settings import KEEPS, DctOptions
 from fedveil.studies.study import Piece, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
 _NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DctStudy:
+class DctStudy(DctOptions):
     """What is measured.
 
     Attributes:
-        images: The victim's images behind each row of the sweep.
-        seeds: Training runs 0, 1, … for each ``keep``.
-        dataset: Images that are attacked; losslessly stored ones.
-        accuracy_dataset: Images that are learnt.
-        keeps: Coefficients kept of a block's 64.
         attack: The attack of the sweep.
         figure_attacks: The attacks of figure 3, the published one first.
-        figure_images: Images of figure 3.
-        figure_keep: Coefficients kept in figure 3; the paper does not say how many.
         clients: Clients, in leakage and in training.
         victim: Which of them is attacked.
         model: What is attacked.
         accuracy_model: What is trained.
-        rounds: Rounds of a training run, all clients in each.
-        epochs: Local epochs a round.
         learning_rate: Of the local steps.
 
     Raises:
-        FedveilError: Nothing to measure, or a ``keep`` out of range.
+        FedveilError: Nothing to measure, or a ``keep`` or an attack that cannot be.
     """
 
     name: ClassVar[str] = "dct"
-    images: int = 100
-    seeds: int = 3
-    dataset: str = "cifar100"
-    accuracy_dataset: str = "cifar10"
-    keeps: tuple[int, ...] = KEEPS
     attack: str = "lm"
     figure_attacks: tuple[str, ...] = ("dlg", "lm")
-    figure_images: int = 4
-    figure_keep: int = 6
     clients: int = 10
     victim: int = 3
     model: str = "lenet"
     accuracy_model: str = "cnn"
-    rounds: int = 20
-    epochs: int = 1
     learning_rate: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise FedveilError(f"--seeds {self.seeds} is out of range: give at least 1")
-        if self.figure_images < 1:
-            raise FedveilError(
-                f"--figure-images {self.figure_images} is out of range: give at least 1"
-            )
-        if not self.keeps or len(set(self.keeps)) < len(self.keeps):
-            raise FedveilError("name at least one --keep, and none twice")
+        super().__post_init__()
         for keep in (*self.keeps, self.figure_keep):
             parse_defense(_defense(keep))
         for attack in (self.attack, *self.figure_attacks):

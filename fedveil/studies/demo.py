@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised, ridge
-from fedveil.audit.leakage import LeakageReport, LeakageSettings, Row, run_leakage_audit
+from fedveil.audit.leakage import LeakageReport, Row, run_leakage_audit
 from fedveil.audit.members import Members
-from fedveil.audit.sums import SumsSettings, Told, audit_sums
-from fedveil.audit.theft import OWNER, TheftSettings, run_theft_audit
+from fedveil.audit.settings import LeakageSettings, SumsSettings, TheftSettings
+from fedveil.audit.sums import Told, audit_sums
+from fedveil.audit.theft import OWNER, run_theft_audit
 from fedveil.features import features_of
 from fedveil.federation.server_app import load_job
 from fedveil.files import json_bytes, write_atomically

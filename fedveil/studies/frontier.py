@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedveil.attacks.inversion import build_attack
-from fedveil.audit.leakage import LeakageSettings
+from fedveil.audit.settings import LeakageSettings
 from fedveil.audit.watch import ground_truth
 from fedveil.data import load_dataset
 from fedveil.defenses import DEFENSES, check_defense, parse_defense
 from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
-from fedveil.federation.strategies.fedsgd import UpdateKind
 from fedveil.files import json_bytes, write_results
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
 from fedveil.studies.measured import report_of, settings_of, spread, trained, with_interval
+from fedveil.studies.settings import SCENARIOS, FrontierOptions
 from fedveil.studies.study import Piece, markdown
+from fedveil.types import UpdateKind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,34 +49,19 @@ SETTINGS = (
 """Every defence at every strength that it names."""
 # A step on a batch is a local epoch of it; no attack simulates the epochs of several clients.
 _UPDATES: Mapping[str, UpdateKind] = {"worst": "gradient", "round": "fedavg", "sum": "step"}
-SCENARIOS = tuple(_UPDATES)
 _REFUSED = "refused.json"
 _MOST_DB = 50  # as drawn: an exact image is exact, however small the rounding
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierStudy:
+class FrontierStudy(FrontierOptions):
     """What is measured.
 
     Attributes:
-        dataset: What is learnt, and attacked in the realistic round.
-        leakage_dataset: What is attacked in the worst case; None for the same. Images stored as
-            JPEG, as CIFAR-10's sometimes are, have lost part of what transformations remove.
-        images: The victim's images behind each row.
-        sum_images: Images behind each row under a sum, of all clients together; None for a batch of
-            each.
-        scenarios: Which of ``SCENARIOS`` are attacked.
-        seeds: Training runs 0, 1, … for each defence.
-        rounds: Rounds of a training run, all clients in each.
-        defenses: As ``fedveil.defenses.parse_defense`` reads them; ``none`` is the reference.
-        worst_attacks: Attacks of the worst case, as ``build_attack`` reads them.
-        round_attacks: Attacks of the realistic round, and of the sum.
-        inverse: Whether a network also learns to undo each transformation.
         model: What is trained, and attacked in the realistic round.
         worst_model: What is attacked in the worst case.
         clients: Clients.
         victim: Which of them is attacked.
-        batch: Images of the realistic round.
         batch_size: Images a local step, in training; the realistic round has one step of ``batch``.
         learning_rate: Of the local steps.
         clip: Largest norm of a local gradient; None for no limit.
@@ -87,22 +73,10 @@ class FrontierStudy:
     """
 
     name: ClassVar[str] = "frontier"
-    dataset: str = "cifar10"
-    leakage_dataset: str | None = None
-    images: int = 96
-    sum_images: int | None = None
-    scenarios: tuple[str, ...] = SCENARIOS
-    seeds: int = 3
-    rounds: int = 20
-    defenses: tuple[str, ...] = SETTINGS
-    worst_attacks: tuple[str, ...] = ("lm", "ig")
-    round_attacks: tuple[str, ...] = ("ig",)
-    inverse: bool = True
     model: str = "cnn"
     worst_model: str = "lenet"
     clients: int = 10
     victim: int = 3
-    batch: int = 16
     batch_size: int = 10
     learning_rate: float = 0.05
     clip: float | None = 20.0
@@ -110,8 +84,9 @@ class FrontierStudy:
     private_learning_rate: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise FedveilError(f"--seeds {self.seeds} is out of range: give at least 1")
+        super().__post_init__()
+        if not self.defenses:
+            object.__setattr__(self, "defenses", SETTINGS)
         if self.images < 1 or self.images % self.batch:
             raise FedveilError(
                 f"--images {self.images} is no multiple of the {self.batch} images of a round: "
@@ -125,13 +100,8 @@ class FrontierStudy:
                 f"--sum-images {self.sum_images} is no multiple of the {whole} images of a sum: "
                 f"give {max(1, -(-self.sum_images // whole)) * whole}"
             )
-        if not self.scenarios or not set(self.scenarios) <= set(SCENARIOS):
-            raise FedveilError(
-                f"--scenario {', '.join(self.scenarios) or 'nothing'} cannot be; allowed: "
-                f"{', '.join(SCENARIOS)}"
-            )
-        if not self.defenses or len(set(self.defenses)) < len(self.defenses):
-            raise FedveilError("name at least one --defense, and none twice")
+        if len(set(self.defenses)) < len(self.defenses):
+            raise FedveilError(f"--defense {', '.join(self.defenses)}: name none twice")
         for defense in self.defenses:
             parse_defense(defense)
         for attack in (*self.worst_attacks, *self.round_attacks):

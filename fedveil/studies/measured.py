@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
+from fedveil.audit.leakage import run_leakage_audit
 from fedveil.audit.pieces import plain, read_piece
+from fedveil.audit.settings import LeakageSettings
 from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.evaluation import count_correct

@@ -1,7 +1,7 @@
 """The second paper's figure, made anew: baseline, w, w₁ and w₂ over the rounds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE
 from fedveil.studies.comparison import Arm, ArmRun, Comparison, finals
+from fedveil.studies.settings import NoiseOptions
 from fedveil.studies.study import Piece, markdown
 
 if TYPE_CHECKING:
@@ -109,15 +110,17 @@ _SHARDS_DELTA = {
     "sigma_limit": 1e6,
 }
 
+_USUAL = NoiseOptions()
+
 # Reported on a sixth of the training images by which no setting was chosen: SEARCH reads another
 # sixth, and the test images had a part in what came before SEARCH.
 NOISE = NoiseStudy(
     common={
-        "dataset": "mnist@4+5/12",
+        "dataset": _USUAL.dataset,
         "model": "cnn",
         "clients": 100,
         "fraction": 0.1,
-        "rounds": 50,
+        "rounds": _USUAL.rounds,
         "deliver": "last",  # as the paper has it
         "cap": 0.6,
         # Which are studied by themselves, with what they cost.
@@ -187,7 +190,7 @@ def _on_shards(learning_rate: float, smoothing: float, *, bias: bool) -> Arm:
 # How the settings of NOISE were chosen: the baseline's learning rate, where the noise goes, at
 # which temperature, how fast, how smooth.
 SEARCH = NoiseSearch(
-    common={**NOISE.common, "dataset": "mnist@1+6/12"},
+    common={**NOISE.common, "dataset": _USUAL.search_dataset},
     arms=(
         *(
             _search_arm("fedavg", partition, strategy="fedavg", learning_rate=rate)
@@ -209,6 +212,23 @@ SEARCH = NoiseSearch(
     seeds=(0, 1),
     prefix="search ",
 )
+
+
+def select(wanted: NoiseOptions) -> tuple[NoiseSearch, ...]:
+    """Return what is measured, in its order: the search where it is asked for, and the study.
+
+    Raises:
+        FedveilError: The study has no such arm.
+    """
+    common = {**NOISE.common, "rounds": wanted.rounds}
+    study = replace(
+        NOISE.of(wanted.arms),
+        common={**common, "dataset": wanted.dataset},
+        seeds=tuple(range(wanted.seeds)),
+    )
+    if not wanted.search:
+        return (study,)
+    return (replace(SEARCH, common={**common, "dataset": wanted.search_dataset}), study)
 
 
 def _row(study: Comparison, arm: Arm, runs: Sequence[ArmRun]) -> dict[str, Any]:

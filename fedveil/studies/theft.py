@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedveil.audit.theft import OWNER, THIEF, TheftReport, TheftSettings, points, run_theft_audit
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import OWNER, THIEF, TheftReport, points, run_theft_audit
 from fedveil.pictures import BLUE, GREEN, GREY, ORANGE
 from fedveil.studies.comparison import Arm, ArmRun, Comparison, check_known, finals
 from fedveil.studies.noise import PAPER
+from fedveil.studies.settings import TheftOptions
 from fedveil.studies.study import Piece, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NEAR = 0.05  # of a figure's height, which a name takes
+_USUAL = TheftOptions()
 _Found = tuple[ArmRun, TheftReport | None]
 
 
@@ -38,8 +41,8 @@ class TheftStudy:
     name: ClassVar[str] = "theft-study"
     trainings: tuple[Comparison, ...]
     labels: tuple[int, ...] = (10, 50, 100, 600)
-    colluders: tuple[int, ...] = (1, 2, 5)
-    thieves: int = 1
+    colluders: tuple[int, ...] = _USUAL.colluders
+    thieves: int = _USUAL.thieves
     workers: int | None = None
     command: str = "fedveil reproduce theft --out DIR"
 
@@ -185,62 +188,44 @@ THEFT = TheftStudy(
 )
 
 
-def select(
-    study: TheftStudy,
-    *,
-    datasets: Sequence[str] | None,
-    partitions: Sequence[str] | None,
-    arms: Sequence[str] | None,
-    rounds: int | None,
-    seeds: tuple[int, ...],
-    thieves: int,
-    colluders: tuple[int, ...] | None,
-    workers: int | None = None,
-) -> TheftStudy:
+def select(study: TheftStudy, wanted: TheftOptions) -> TheftStudy:
     """Return a part of a study, or with other rounds, seeds or thieves.
 
     Args:
         study: The whole.
-        datasets: Names of the datasets to keep; None for all.
-        partitions: Ways to share them out to keep; None for all.
-        arms: Names of the protections to keep beside ``fedavg``; None for all.
-        rounds: Rounds of each run; None for the study's own.
-        seeds: Runs of each arm.
-        thieves: Thieves of each run.
-        colluders: How many collude, each at least 1; None for the study's own.
-        workers: Worker processes of an audit; one a core by default.
+        wanted: What is kept of it, beside ``fedavg``, and what is other.
 
     Raises:
         FedveilError: The study has no such dataset, partition or protection.
     """
-    known = [training.common["dataset"] for training in study.trainings]
-    shares = list(dict.fromkeys(arm.partition for t in study.trainings for arm in t.arms))
-    check_known("--dataset", datasets, known)
-    check_known("--partition", partitions, shares)
-    changed = {} if rounds is None else {"rounds": rounds}
-    kept = (t for t in study.trainings if datasets is None or t.common["dataset"] in datasets)
+    known = tuple(training.common["dataset"] for training in study.trainings)
+    shares = tuple(dict.fromkeys(arm.partition for t in study.trainings for arm in t.arms))
+    check_known("--dataset", wanted.datasets, known)
+    check_known("--partition", wanted.partitions, shares)
+    changed = {} if wanted.rounds is None else {"rounds": wanted.rounds}
+    kept = (t for t in study.trainings if t.common["dataset"] in (wanted.datasets or known))
     return replace(
         study,
         trainings=tuple(
             replace(
-                training.of(arms).on(partitions or shares),
+                training.of(wanted.arms).on(wanted.partitions or shares),
                 common={**training.common, **changed},
-                seeds=seeds,
+                seeds=tuple(range(wanted.seeds)),
             )
             for training in kept
         ),
-        thieves=thieves,
-        colluders=colluders or study.colluders,
-        workers=workers,
+        thieves=wanted.thieves,
+        colluders=wanted.colluders,
+        workers=wanted.workers,
         command=_command(
             study.command,
-            ("dataset", datasets or ()),
-            ("partition", partitions or ()),
-            ("arm", arms or ()),
-            ("rounds", () if rounds is None else (rounds,)),
-            ("seeds", (len(seeds),)),
-            ("thieves", (thieves,)),
-            ("colluders", colluders or ()),
+            ("dataset", wanted.datasets),
+            ("partition", wanted.partitions),
+            ("arm", wanted.arms),
+            ("rounds", tuple(changed.values())),
+            ("seeds", (wanted.seeds,)),
+            ("thieves", (wanted.thieves,)),
+            ("colluders", () if wanted.colluders == study.colluders else wanted.colluders),
         ),
     )
 

@@ -27,6 +27,7 @@ from fedveil.runs.archive import Archive, Entry
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.studies.measured import run_of
+from fedveil.studies.settings import TraceOptions
 from fedveil.studies.study import Piece, markdown
 from fedveil.types import Weights
 
@@ -43,33 +44,21 @@ _TRACED = "models traced"
 _OF_ALL_COPIES = ("as it is", "fine-tuned, 20 epochs")
 
 
-@dataclass(frozen=True)
-class TraceStudy:
+@dataclass(frozen=True, kw_only=True)
+class TraceStudy(TraceOptions):
     """What is run.
 
     Attributes:
-        dataset: What is learnt.
         clients: Clients of each run, a tenth of them a round.
-        rounds: Rounds of the run that is leaked from.
-        other_rounds: Rounds of the two runs innocent models come from.
+        other_rounds: Rounds of the two runs innocent models come from; no more than ``rounds``.
         colluders: Numbers of clients that average their copies.
-        trials: Leaks for each number of colluders and each treatment.
-        innocents: Innocent models traced.
-        strength: Of the fingerprints; ``None``: the default.
-        workers: As of ``fedveil train``.
         seed: Of the run, the leaks and the innocent models.
     """
 
     name: ClassVar[str] = "trace"
-    dataset: str = "mnist"
     clients: int = 100
-    rounds: int = 50
     other_rounds: int = 20
     colluders: tuple[int, ...] = tuple(range(1, 11))
-    trials: int = 3
-    innocents: int = 1_000
-    strength: float | None = None
-    workers: int | None = None
     seed: int = 0
 
     def config(self, name: str) -> TrainConfig:
@@ -78,7 +67,7 @@ class TraceStudy:
             "dataset": self.dataset,
             "clients": self.clients,
             "fraction": 0.1,
-            "rounds": self.rounds if name == "leaked" else self.other_rounds,
+            "rounds": self.rounds if name == "leaked" else min(self.rounds, self.other_rounds),
             "deliver": "last",
             "learning_rate": 0.2,
             "clip": 20.0,

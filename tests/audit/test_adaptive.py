@@ -15,9 +15,10 @@ from fedveil.attacks.inversion import (
     check_declared,
 )
 from fedveil.audit.adaptive import attackers
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.metrics import psnr
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import LeakageSettings, Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import load_dataset
 from fedveil.defenses import BlockDCT, Defense, Pruning, check_defense, parse_defense, specs
 from fedveil.errors import FedveilError

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from fedveil.audit.egress import EgressSettings, LearningByDescent, audit_egress
+from fedveil.audit.egress import LearningByDescent, audit_egress
+from fedveil.audit.settings import EgressSettings
 from fedveil.cli.main import app as command
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError

@@ -11,14 +11,10 @@ from torch import nn
 
 from fedveil.attacks.inversion import RGAP, LevenbergMarquardt, LocalSteps
 from fedveil.audit import leakage as leakage_module
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.metrics import exact
-from fedveil.audit.watch import (
-    WatchedFederation,
-    Watching,
-    ground_truth,
-    observation_from_records,
-)
+from fedveil.audit.settings import LeakageSettings, Watching
+from fedveil.audit.watch import WatchedFederation, ground_truth, observation_from_records
 from fedveil.data import Dataset, Images, load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.errors import FedveilError

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
+from fedveil.audit.settings import LeakageSettings
 from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.files import UNFINISHED

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.recorded import (
     audit_recorded,
     check_settings,
@@ -20,6 +20,7 @@ from fedveil.audit.recorded import (
     read_truth,
     truth_of,
 )
+from fedveil.audit.settings import LeakageSettings
 from fedveil.audit.watch import ground_truth
 from fedveil.cli.main import app as command
 from fedveil.data import load_dataset

@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedveil.audit.sums import SumsSettings, _mean_correlation, audit_sums
+from fedveil.audit.settings import SumsSettings
+from fedveil.audit.sums import _mean_correlation, audit_sums
 from fedveil.cli.main import app as command
 from fedveil.data import Images
 from fedveil.errors import FedveilError

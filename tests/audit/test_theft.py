@@ -11,21 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fedveil.audit.theft import (
-    OWNER,
-    THIEF,
-    Attempt,
-    Theft,
-    TheftReport,
-    TheftSettings,
-    run_theft_audit,
-)
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import OWNER, THIEF, Attempt, Theft, TheftReport, run_theft_audit
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.studies.comparison import Arm, Comparison
+from fedveil.studies.settings import TheftOptions
 from fedveil.studies.study import measure
 from fedveil.studies.theft import THEFT, TheftStudy, select
 from tests.commands import forked, started
@@ -248,8 +242,8 @@ def test_the_two_bests_choose_by_what_they_may_see():
     [
         ({"labels": (1,)}, "--labels 1 is out of range"),
         ({"labels": (10, 10)}, "none twice"),
-        ({"colluders": (0,)}, "--colluders '0'"),
-        ({"thieves": 0}, "--thieves '0'"),
+        ({"colluders": (0,)}, "--colluders 0"),
+        ({"thieves": 0}, "--thieves 0"),
         ({"colluders": (4,)}, "--colluders 4 is too many"),
     ],
 )
@@ -319,16 +313,7 @@ def test_a_study_pools_its_audits_and_does_nothing_twice(tmp_path):
 
 
 def part(**chosen):
-    whole = {
-        "datasets": None,
-        "partitions": None,
-        "arms": None,
-        "rounds": None,
-        "seeds": (0,),
-        "thieves": 1,
-        "colluders": None,
-    }
-    return select(THEFT, **{**whole, **chosen})
+    return select(THEFT, TheftOptions(**{"seeds": 1, **chosen}))
 
 
 def test_the_committed_study_is_of_valid_settings():
@@ -341,7 +326,7 @@ def test_the_committed_study_is_of_valid_settings():
 
 
 def test_a_part_of_the_study_says_by_which_command_it_is_made():
-    study = part(partitions=["iid"], arms=["fedavg, trained alike"], seeds=(0, 1), colluders=(1, 2))
+    study = part(partitions=["iid"], arms=["fedavg, trained alike"], seeds=2, colluders=(1, 2))
     assert study.colluders == (1, 2)
     assert study.command == (
         "fedveil reproduce theft --out DIR --partition iid --arm 'fedavg, trained alike' "

@@ -255,7 +255,7 @@ def test_what_the_user_can_mend_is_said_in_a_sentence(run, tmp_path):
     (tmp_path / "text.pt").write_text("no tensors")
     assert "no file of tensors" in told(tmp_path / "text.pt", "--run", run)
     assert "no run directory" in told(leaked, "--run", tmp_path)
-    assert "--alpha 2 is not allowed" in told(leaked, "--run", run, "--alpha", 2)
+    assert "--alpha 2.0 is out of range" in told(leaked, "--run", run, "--alpha", 2)
     plain = federation(tmp_path / "plain", "--strategy", "fedavg", "--rounds", 2)
     assert "carry no fingerprints" in told(leaked, "--run", plain)
     bare = federation(tmp_path / "bare", "--no-archive", "--rounds", 1)

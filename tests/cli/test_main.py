@@ -238,7 +238,7 @@ def test_a_model_that_cannot_be_attacked(folder, model, words):
         (["--attack", "ig:stepps=3"], ["no option 'stepps'", "its options: steps"]),
         (["--attack", "fc"], ["first layer body.0 (Conv2d)", "--attack ig"]),
         (["--batch", "2"], ["--images 1 is no multiple of the 2 images", "give 2"]),
-        (["--update", "fedavg", "--learning-rate", "0"], ["--learning-rate 0.0", "more than 0"]),
+        (["--update", "fedavg", "--learning-rate", "0"], ["--learning-rate 0.0", "above 0"]),
         (["--update", "fedavg", "--epochs", "2", "--attack", "dlg"], ["--attack ig"]),
         (["--defense", "dtc:keep=3"], ["defence 'dtc'", "did you mean 'dct'"]),
         (["--defense", "dct:keep=0"], ["keep=0", "1 to 64"]),

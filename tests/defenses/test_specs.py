@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import load_dataset
 from fedveil.defenses import BlockDCT, parse_defense
 from fedveil.defenses.sanitizers import Pruning

@@ -10,7 +10,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
+from fedveil.audit.leakage import run_leakage_audit
+from fedveil.audit.settings import LeakageSettings
 from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.training_run import run_to_completion

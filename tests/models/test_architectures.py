@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedveil.audit.leakage import LeakageSettings, run_leakage_audit
+from fedveil.audit.leakage import run_leakage_audit
+from fedveil.audit.settings import LeakageSettings
 from fedveil.errors import FedveilError
 from fedveil.federation import client_app
 from fedveil.federation.server_app import prepare_job

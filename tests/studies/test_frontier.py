@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
 from fedveil.studies import frontier
-from fedveil.studies.frontier import SCENARIOS, FrontierStudy
+from fedveil.studies.frontier import FrontierStudy
+from fedveil.studies.settings import SCENARIOS
 from fedveil.studies.study import Piece, measure, run_pieces
 
 SMALL = FrontierStudy(

@@ -73,6 +73,6 @@ def test_a_part_of_a_study_keeps_its_baselines():
     assert {(arm.name, arm.partition) for arm in part.arms} == {
         (name, partition) for name in ("fedavg", "noise-delta") for partition in ("iid", "shards:2")
     }
-    assert NOISE.of(None) == NOISE
+    assert NOISE.of(()) == NOISE
     with pytest.raises(FedveilError, match="'noise-gamma' is not in the study; allowed: fedavg"):
         NOISE.of(["noise-gamma"])

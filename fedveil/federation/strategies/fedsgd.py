@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -10,9 +9,7 @@ from flwr.serverapp import Grid
 from fedveil.federation.replies import Update
 from fedveil.federation.roster import Sampling
 from fedveil.federation.strategies.fedavg import Distribution, SeededFedAvg, weighted_mean
-from fedveil.types import Weights
-
-UpdateKind = Literal["gradient", "step", "fedavg"]
+from fedveil.types import UpdateKind, Weights
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership.gradients import GradientMembership
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.membership import picked_out
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import LeakageSettings, Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import GradientMembership, ManyRounds
-from fedveil.audit.leakage import LeakageSettings, audit_leakage
+from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.metrics import area
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import LeakageSettings, Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import Defense
 from fedveil.errors import FedveilError

@@ -13,7 +13,8 @@ from fedveil.attacks.inversion import LocalSteps, Observation
 from fedveil.attacks.membership import ReturnedGradientNorm, ReturnedLoss
 from fedveil.audit.membership import picked_out
 from fedveil.audit.metrics import area
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import Defense
 from fedveil.errors import InapplicableAttackError

@@ -10,7 +10,8 @@ from fedveil.attacks.inversion import Observation
 from fedveil.attacks.membership import ATTACKS, GradientMembership
 from fedveil.audit.membership import Recognition, best, picked_out, table
 from fedveil.audit.metrics import Ranks, recognised
-from fedveil.audit.watch import WatchedFederation, Watching
+from fedveil.audit.settings import Watching
+from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import parse_defense
 from fedveil.models import build_model

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 
 from fedveil.analytic import FRACTION_BITS, Statistics, load_classifier, quantised
-from fedveil.audit.theft import TheftSettings, run_theft_audit
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import run_theft_audit
 from fedveil.data import parse_partition
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
