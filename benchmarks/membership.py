@@ -135,9 +135,9 @@ def summary(found: list[Recognition]) -> dict[str, Any]:
     (one,) = joined([(update,) for update in found])
     told = one.as_json()
     return {
-        "recognised": told["picked_out"],
-        "recognised_low": told["picked_out_low"],
-        "recognised_high": told["picked_out_high"],
+        "picked_out": told["picked_out"],
+        "picked_out_low": told["picked_out_low"],
+        "picked_out_high": told["picked_out_high"],
         **one.strangers.roc().as_json(),
         "auc_unseen": None if one.unseen is None else one.unseen.roc().auc.value,
         "certain": told["certain"],
@@ -179,8 +179,8 @@ def main() -> None:
         found.append(row)
         print(
             f"{row['clients']:3} clients, {row['images']:5} images each, {row['defense']:15}"
-            f"{row['attack']:15}{row['recognised']:7.1%} "
-            f"[{row['recognised_low']:.1%}, {row['recognised_high']:.1%}]",
+            f"{row['attack']:15}{row['picked_out']:7.1%} "
+            f"[{row['picked_out_low']:.1%}, {row['picked_out_high']:.1%}]",
             flush=True,
         )
     write_result(

@@ -6,6 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedveil.results import (
+    AUC,
+    EXACT,
+    FOUND,
+    IDENTIFIED,
+    PICKED_OUT,
+    SCORES,
+    TO_ORIGINAL,
+    TO_TRAINED,
+    renamed,
+)
+
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.ko.md")
 GUIDES = ("docs/guide.md", "docs/guide.ko.md")
@@ -20,7 +32,8 @@ _VIEW = "best by the owner's view"
 
 
 def _results(name: str) -> Any:
-    return json.loads((ROOT / "docs/results" / f"{name}.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/results" / f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text, object_hook=renamed)
 
 
 def theft(words: Mapping[str, str]) -> list[str]:
@@ -193,7 +206,7 @@ def many_rounds(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
-_TOLD = ("AUC", "found at FPR 1 %")
+_TOLD = (AUC.heading, FOUND.heading)
 
 
 def recovery(_words: Mapping[str, str]) -> list[str]:
@@ -286,14 +299,15 @@ def frontier(_words: Mapping[str, str]) -> list[str]:
     """What defences cost, and what they leave: of a small round, and of one image a round."""
     rows = _results("frontier")["rows"]
     lines = [
-        "| defence | accuracy | picked out of a round of 16 | one image a round: identified | dB |",
+        f"| defence | accuracy | {PICKED_OUT.heading} of a round of 16 "
+        f"| one image a round: {IDENTIFIED.heading} | {TO_ORIGINAL.heading} |",
         "|---|---|---|---|---|",
     ]
     for defense in _ON_THE_FRONTIER:
         own = [row for row in rows if row["defense"] == defense]
-        seen = max((r for r in own if r["scenario"] == "round"), key=lambda r: r["recognised"])
+        seen = max((r for r in own if r["scenario"] == "round"), key=lambda r: r[PICKED_OUT.key])
         worst = next(r for r in own if r["scenario"] == "worst" and r["best"])
-        told = [_whole(seen, "recognised"), _whole(worst, "identified")]
+        told = [_whole(seen, PICKED_OUT.key), _whole(worst, IDENTIFIED.key)]
         lines.append(
             f"| `{defense}` | {seen['accuracy']:.1%} ± {100 * seen['accuracy_sd']:.1f} "
             f"| {' | '.join(told)} | {worst['psnr_original']:.1f} |"
@@ -316,8 +330,8 @@ _ON_THE_FRONTIER = (
 def transformed(_words: Mapping[str, str]) -> list[str]:
     """What the block-DCT leaves to an attacker who knows it, and what it costs in accuracy."""
     lines = [
-        "| kept of 64 | dB to the original | dB to T(x) | T(x) exactly | identified among 100 "
-        "| accuracy on T(x) | on x |",
+        f"| kept of 64 | {TO_ORIGINAL.heading} | {TO_TRAINED.heading} | {EXACT.heading}, of T(x) "
+        f"| {IDENTIFIED.heading} among 100 | accuracy on T(x) | on x |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(_results("dct")["rows"], key=lambda row: int(row["keep"])):
@@ -392,7 +406,7 @@ def fedavg(_words: Mapping[str, str]) -> list[str]:
     found = _results("fedavg-leakage")
     heads = (
         *("attack", "step size", "updates", f"above {found['recovered_above']:.0f} dB", "floor"),
-        *("mean dB", "identified among 100", "cannot tell", "processor seconds"),
+        *("mean dB", f"{IDENTIFIED.heading} among 100", "cannot tell", "processor seconds"),
     )
     return [
         f"| {' | '.join(heads)} |",
@@ -436,7 +450,7 @@ def _over_seeds(found: Mapping[str, float]) -> str:
 def _membership_lines() -> list[str]:
     def share(name: str, clients: int, attack: str | None) -> float:
         return next(
-            float(row["recognised"])
+            float(row[PICKED_OUT.key])
             for row in _results(name)["rows"]
             if (row["images"], row["clients"], row["defense"]) == (16, clients, "none")
             and row.get("attack") == attack
@@ -453,9 +467,10 @@ def _membership_lines() -> list[str]:
         for name, attack in (("membership", None), ("membership-span", "span"))
     )
     return [
-        "| `span`, picked out of 100 | CIFAR-10, trained `cnn`, a sum of ten clients of 16 images "
+        f"| `span`, {PICKED_OUT.heading} of 100 "
+        "| CIFAR-10, trained `cnn`, a sum of ten clients of 16 images "
         f"| `gradient` {before:.0%} | {now:.0%} | none known to us |",
-        "| `gradient` over ten rounds, area under the curve | CIFAR-10, `cnn`, one of ten clients, "
+        f"| `gradient` over ten rounds, {AUC.heading} | CIFAR-10, `cnn`, one of ten clients, "
         f"256 images, 3 local epochs | one round {rounds[1]:.2f} | {rounds[10]:.2f} "
         "| the idea: FedMIA, in other settings |",
         "| `loss`, area under the curve | CIFAR-10, `cnn`, 500 images, 30 local epochs "
@@ -601,8 +616,9 @@ def analytic_membership(_words: Mapping[str, str]) -> list[str]:
     """Who is told in sums of so many images, by leverage, by tracing, and under noise."""
     rows = _results("analytic-membership")["rows"]
     lines = [
-        "| images a feature | leverage: AUC, TPR at 1 % | tracing: AUC, TPR at 1 %, at 0.1 % "
-        "| expected at 1 % | tracing at ε = 8: AUC, TPR at 1 % |",
+        f"| images a feature | leverage: {AUC.heading}, {FOUND.heading} "
+        f"| tracing: {AUC.heading}, {FOUND.heading}, at 0.1 % "
+        f"| expected at 1 % | tracing at ε = 8: {AUC.heading}, {FOUND.heading} |",
         "|---|---|---|---|---|",
     ]
     for ratio in dict.fromkeys(row["ratio"] for row in rows):
@@ -677,6 +693,16 @@ def _mean_and_range(values: list[float]) -> str:
 
 _OUTCOMES = {"trained": "trains", "attacked": "attacked", "refused": "said"}
 
+
+def scores(_words: Mapping[str, str]) -> list[str]:
+    """What the figures of a leakage audit are called, and mean."""
+    return [
+        "| heading | key in JSON | meaning |",
+        "|---|---|---|",
+        *(f"| {score.heading} | `{score.key}` | {score.meaning} |" for score in SCORES),
+    ]
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
     "leakage": leakage,
@@ -687,6 +713,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "batches": batches,
     "active-servers": active_servers,
     "fedavg": fedavg,
+    "scores": scores,
     "noise-patterns": noise_patterns,
     "many-rounds": many_rounds,
     "suite": suite,
@@ -714,7 +741,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "gain": "a thief with 10 labels gains, points",
         "itself": "is sent the model itself",
         "transformation": "transformation",
-        "exact": "what was trained on, rebuilt exactly",
+        "exact": f"{EXACT.heading}, of what was trained on",
         "decibels": "and so the original to",
         "none": "none",
         "partition": "partition",

@@ -34,6 +34,18 @@ from fedveil.files import json_bytes, write_results
 from fedveil.models import build_model
 from fedveil.pictures import Column, draw_images, png
 from fedveil.progress import ProgressBars, say
+from fedveil.results import (
+    EXACT,
+    IDENTIFIED,
+    LABELS,
+    PICKED_OUT,
+    SECONDS,
+    SHARES,
+    TO_ORIGINAL,
+    TO_TRAINED,
+    Score,
+    exact_of,
+)
 from fedveil.runs.state_files import load_checkpoint
 from fedveil.wording import quantity
 
@@ -78,22 +90,19 @@ class Row:
         for name, values in self.scores.items():
             # A round's images are recovered together, so each update is one draw.
             updates = values.view(len(self.loss), -1)
-            if name in _SHARES:
+            if name in SHARES:
                 interval = over_updates(updates)
             else:
                 interval = bootstrap(median(updates), statistic=median)
             row[name] = interval.value
             # One update tells nothing of how far others lie from it.
-            told = name in _SHARES or len(updates) > 1
+            told = name in SHARES or len(updates) > 1
             row[f"{name}_low"] = interval.low if told else None
             row[f"{name}_high"] = interval.high if told else None
         for name, values in self.floors.items():
-            middle = values.mean() if name in _SHARES else median(values[None])[0]
+            middle = values.mean() if name in SHARES else median(values[None])[0]
             row[f"{name}_floor"] = float(middle)
         return row
-
-
-_SHARES = {"exact", "identified", "label_accuracy", "recognised"}
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,8 @@ class LeakageReport:
         wide = [max(8, *(len(row.attack) + 2 for row in self.rows))]
         wide += [max(16, *(len(row.defense) + 2 for row in self.rows))]
         lines = [
-            f"{'attack':{wide[0]}}{'defence':{wide[1]}}{'attacker':10}{'exact':>7}{'found':>7}"
-            f"{'member':>8}{'labels':>8}{'dB to original':>16}{'dB to trained':>15}{'s/image':>9}"
+            f"{'attack':{wide[0]}}{'defence':{wide[1]}}{'attacker':10}"
+            + "".join(f"{score.heading:>{_width(score)}}" for score in _COLUMNS)
         ]
         for row in self.rows:
             found = row.summary()
@@ -167,23 +176,31 @@ class LeakageReport:
         write_results(out, files)
 
 
+_COLUMNS = (EXACT, IDENTIFIED, PICKED_OUT, LABELS, TO_ORIGINAL, TO_TRAINED, SECONDS)
+_DIGITS = {TO_ORIGINAL: 1, TO_TRAINED: 1, SECONDS: 2}
+
+
+def _width(score: Score) -> int:
+    return 15 if score is EXACT else len(score.heading) + 2
+
+
 def _line(row: dict[str, Any], wide: Sequence[int]) -> str:
-    member = f"{row['recognised']:8.0%}" if "recognised" in row else f"{'-':>8}"
-    return (
-        f"{row['attack']:{wide[0]}}{row['defense']:{wide[1]}}"
-        f"{'adaptive' if row['adaptive'] else 'naive':10}"
-        f"{row['exact']:7.0%}{row['identified']:7.0%}{member}{row['label_accuracy']:8.0%}"
-        f"{row['psnr_original']:16.1f}{row['psnr_trained']:15.1f}{row['seconds_per_image']:9.2f}"
-    )
+    kind = "adaptive" if row["adaptive"] else "naive"
+    return f"{row['attack']:{wide[0]}}{row['defense']:{wide[1]}}{kind:10}" + _cells(row, "")
 
 
 def _floor_line(row: dict[str, Any], wide: Sequence[int]) -> str:
-    member = f"{row['recognised_floor']:8.0%}" if "recognised_floor" in row else f"{'-':>8}"
-    return (
-        f"{'':{wide[0]}}{'':{wide[1]}}{'floor':10}{row['exact_floor']:7.0%}"
-        f"{row['identified_floor']:7.0%}{member}{row['label_accuracy_floor']:8.0%}"
-        f"{row['psnr_original_floor']:16.1f}{'-':>15}{'-':>9}"
-    )
+    return f"{'':{wide[0]}}{'':{wide[1]}}{'floor':10}" + _cells(row, "_floor")
+
+
+def _cells(row: dict[str, Any], end: str) -> str:
+    cells = []
+    for score in _COLUMNS:
+        value = row.get(f"{score.key}{end}")
+        text = "-" if value is None else f"{value:.0%}" if score.share else ""
+        text = text or f"{value:.{_DIGITS[score]}f}"
+        cells.append(f"{text + (exact_of(row) if score is EXACT else ''):>{_width(score)}}")
+    return "".join(cells)
 
 
 Progress = Callable[[str, int, int, float], None]
@@ -420,8 +437,8 @@ class _Measure:
         floor = dict(self.floors[knows])
         closest = best(self.told, adaptive=attacker.adaptive)
         if closest is not None:
-            scores["recognised"] = closest.picked.flatten()
-            floor["recognised"] = torch.full_like(scores["recognised"], closest.chance)
+            scores[PICKED_OUT.key] = closest.picked.flatten()
+            floor[PICKED_OUT.key] = torch.full_like(scores[PICKED_OUT.key], closest.chance)
         kind = (attack, self.defense.label, attacker.adaptive)
         untold = 0 if result.untold is None else int(result.untold.sum())
         return Row(*kind, images, result.loss, scores, floor, untold)

@@ -17,6 +17,7 @@ from fedveil.audit.scoring import strangers_to
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 from fedveil.errors import InapplicableAttackError
+from fedveil.results import CERTAIN, PICKED_OUT
 
 _STRANGERS = 1_000  # a rate of one in a thousand needs as many
 _UNSEEN = 250
@@ -61,13 +62,13 @@ class Recognition:
             "adaptive": self.adaptive,
             "updates": len(self.picked),
             "images": self.picked.numel(),
-            "picked_out": picked.value,
-            "picked_out_low": picked.low,
-            "picked_out_high": picked.high,
-            "picked_out_floor": self.chance,
+            PICKED_OUT.key: picked.value,
+            f"{PICKED_OUT.key}_low": picked.low,
+            f"{PICKED_OUT.key}_high": picked.high,
+            f"{PICKED_OUT.key}_floor": self.chance,
             "strangers": _points(self.strangers),
             "unseen": None if self.unseen is None else _points(self.unseen),
-            "certain": self.certain,
+            CERTAIN.key: self.certain,
             "mistaken": self.mistaken,
         }
 
@@ -81,7 +82,9 @@ def table(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
         return []
     wide = max(16, *(len(defense) + 2 for defense in found))
     narrow = max(12, *(len(row.attack) + 2 for rows in found.values() for row in rows))
-    lines = [f"{'membership':{narrow}}{'defence':{wide}}{'attacker':10}{'certain':>9}  {ROC_HEAD}"]
+    lines = [
+        f"{'membership':{narrow}}{'defence':{wide}}{'attacker':10}{CERTAIN.heading:>9}  {ROC_HEAD}"
+    ]
     for defense, rows in found.items():
         told: dict[tuple[str, str], list[str]] = {}
         for row in rows:

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fedveil.errors import FedveilError
-
-EXACT = 40.0
-"""PSNR in dB above which a reconstruction counts as exact."""
+from fedveil.results import AUC, EXACTLY, FOUND, FOUND_SURELY
 
 CANDIDATES = 100
 """Among how many images an original has to be told to count as identified."""
@@ -78,7 +76,7 @@ def exact(images: Tensor, trained: Tensor) -> Tensor:
     Returns:
         Bool [N].
     """
-    return psnr(images, trained) > EXACT
+    return psnr(images, trained) > EXACTLY
 
 
 def identified(
@@ -234,7 +232,9 @@ class Roc:
         """Return ``auc``, ``tpr_at_1`` and ``tpr_at_01``, each with its ``_low`` and ``_high``."""
         row: dict[str, float | None] = {}
         for name, told in zip(
-            ("auc", "tpr_at_1", "tpr_at_01"), (self.auc, *self.found), strict=True
+            (score.key for score in (AUC, FOUND, FOUND_SURELY)),
+            (self.auc, *self.found),
+            strict=True,
         ):
             ends = (None, None, None) if told is None else astuple(told)
             row |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
@@ -250,7 +250,7 @@ class Roc:
         return f"{auc:22}" + "".join(f"{text:24}" for text in found).rstrip()
 
 
-ROC_HEAD = f"{'AUC':22}{'found at FPR 1 %':24}at FPR 0.1 %"
+ROC_HEAD = f"{AUC.heading:22}{FOUND.heading:24}{FOUND_SURELY.heading}"
 """What stands over the columns of ``Roc.as_text``."""
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from fedveil.errors import FedveilError
+from fedveil.results import renamed
 
 _LARGEST_TEXT = 64 * 2**20
 _MOST_ARTIFACTS = 64
@@ -86,7 +87,16 @@ class RunSummary(_Content):
     answers: Returned | None = None
 
 
-class LeakageRow(_Content):
+class _Scores(_Content):
+    """A row of scores, under the keys of this version or of an earlier one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, content: Any) -> Any:
+        return renamed(content) if isinstance(content, dict) else content
+
+
+class LeakageRow(_Scores):
     """A row of ``leakage.json``: one attack on one defence; shares, decibels, seconds."""
 
     attack: Text
@@ -101,14 +111,15 @@ class LeakageRow(_Content):
     identified_low: Share | None = None
     identified_high: Share | None = None
     identified_floor: Share | None = None
-    recognised: Share | None = None
-    recognised_low: Share | None = None
-    recognised_high: Share | None = None
-    recognised_floor: Share | None = None
+    picked_out: Share | None = None
+    picked_out_low: Share | None = None
+    picked_out_high: Share | None = None
+    picked_out_floor: Share | None = None
     label_accuracy: Share | None = None
     psnr_original: float
     psnr_original_floor: float | None = None
     psnr_trained: float | None = None
+    psnr_ceiling: float | None = None
     ssim_original: float | None = None
     seconds_per_image: float | None = None
 
@@ -167,7 +178,7 @@ class TheftRow(_Content):
     advantage_high: Gain | None = None
 
 
-class FrontierRow(_Content):
+class FrontierRow(_Scores):
     """A row of ``frontier.json``: one defence at one strength under one attack."""
 
     defense: Text
@@ -182,8 +193,8 @@ class FrontierRow(_Content):
     identified_low: Share | None = None
     identified_high: Share | None = None
     identified_floor: Share | None = None
-    recognised: Share | None = None
-    recognised_floor: Share | None = None
+    picked_out: Share | None = None
+    picked_out_floor: Share | None = None
     images: Count | None = None
     psnr_original: float
     psnr_original_floor: float | None = None

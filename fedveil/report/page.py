@@ -36,6 +36,7 @@ from fedveil.report.finding import percent, points
 from fedveil.report.gallery import IMAGES, ROWS, Strip, gallery
 from fedveil.report.svg import Axis, Chart, Series, counts, draw, legend, shares
 from fedveil.report.verdict import ranked, without_floor
+from fedveil.results import IDENTIFIED, SCORES, exact_of
 from fedveil.wording import quantity
 
 _LISTED_ROUNDS = 200
@@ -158,6 +159,7 @@ def build_page(artifacts: Artifacts, *, title: str, now: datetime) -> str:
         style=Markup(_resource("report.css")),
         script=Markup(script),
         script_digest=digest,
+        scores={score.key: score for score in SCORES},
         findings=ranked(artifacts),
         controls=controls(artifacts),
         runs=[_run_view(n, run) for n, run in enumerate(artifacts.runs)],
@@ -182,6 +184,7 @@ def _template() -> Template:
         "points": points,
         "number": _number,
         "quantity": quantity,
+        "exact_of": lambda row: exact_of(row.model_dump()),
     }
     return environment.from_string(_resource("report.html.j2"))
 
@@ -251,7 +254,7 @@ def _leakage_view(number: int, audit: LeakageAudit) -> LeakageView:
                 )
             )
     chart = Chart(
-        title=f"Images matched to their originals: {audit.name}",
+        title=f"Images {IDENTIFIED.heading}: {audit.name}",
         description="; ".join(
             f"{index:.0f}: {row.attack} on {row.defense}, {percent(row.identified)}"
             for row, index in places.items()
@@ -324,7 +327,8 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
             joined=False,
             notes=tuple(
                 f"{row.defense} {row.strength_text}: accuracy "
-                f"{percent(row.accuracy)}, {percent(row.identified)} matched by {row.attack}"
+                f"{percent(row.accuracy)}, {percent(row.identified)} {IDENTIFIED.heading} by "
+                f"{row.attack}"
                 for row in rows
             ),
         )
@@ -340,7 +344,7 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
             f"{quantity(len({row.family for row in worst}), 'defence')}, each under "
             "the attack that did best; better settings are further up and further left."
         ),
-        x=shares("share of images matched to their originals"),
+        x=shares(f"share of images {IDENTIFIED.heading}"),
         y=shares("accuracy"),
         series=tuple(series),
     )
@@ -349,8 +353,8 @@ def _frontier_view(number: int, frontier: Frontier) -> FrontierView:
 
 def _worst(rows: Sequence[FrontierRow]) -> FrontierRow:
     """Return the first row, with what the best of all rows picked out."""
-    picked = [row.recognised for row in rows if row.recognised is not None]
-    return rows[0].model_copy(update={"recognised": max(picked, default=None)})
+    picked = [row.picked_out for row in rows if row.picked_out is not None]
+    return rows[0].model_copy(update={"picked_out": max(picked, default=None)})
 
 
 def _or(value: float | None, otherwise: float) -> float:
@@ -481,9 +485,10 @@ def _limits_of_leakage(artifacts: Artifacts, leakages: Sequence[LeakageView]) ->
         )
     if bare := without_floor((*artifacts.leakages, *artifacts.frontiers)):
         yield (
-            f"No floor stands beside the matched shares of {', '.join(bare)[:600]}: an earlier "
-            "version wrote them, which matched a batch to its originals by the truth first, so "
-            "that images without content reached 7 % in batches of 16 and 35 % in batches of 256. "
+            f"No floor stands beside the {IDENTIFIED.heading} shares of "
+            f"{', '.join(bare)[:600]}: an earlier version wrote them, which matched a batch to its "
+            "originals by the truth first, so that images without content reached 7 % in batches "
+            "of 16 and 35 % in batches of 256. "
             "Of batches, such shares mean nothing below that; audit anew."
         )
     for audit in artifacts.leakages:

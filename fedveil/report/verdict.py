@@ -27,6 +27,7 @@ from fedveil.report.artifacts import (
 )
 from fedveil.report.finding import Finding, interval, percent, points
 from fedveil.report.sums import IMAGES, of_sums, rebuilt_from_sums
+from fedveil.results import IDENTIFIED, PICKED_OUT
 from fedveil.wording import quantity
 
 _Leaked = LeakageRow | FrontierRow
@@ -607,8 +608,8 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
     undefended = max((_told(row) for row in plain), default=None)
     seen = [least] if least else plain
     top = max(_told(row) for row in seen)
-    how = "matched" if any(row.identified == top for row in seen) else "picked out"
-    mark = f"{percent(top)} {how}"
+    how = IDENTIFIED if any(row.identified == top for row in seen) else PICKED_OUT
+    mark = f"{percent(top)} {how.heading}"
     if top > _FEW and not any(_above_floor(row) for row in seen):
         return (
             "At the floor",
@@ -653,12 +654,12 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
 
 
 def _rebuilt(row: _Leaked) -> str:
-    known = f"let {percent(row.identified)} of the images be matched to their originals"
+    known = f"let {percent(row.identified)} of the images be {IDENTIFIED.heading}"
     known += interval(row.identified_low, row.identified_high)
     if row.identified_floor is not None:
         known += f" where images without content reach {percent(row.identified_floor)}"
-    if row.recognised is not None:
-        known += f", {percent(row.recognised)} to be picked out among candidates"
+    if row.picked_out is not None:
+        known += f", and {percent(row.picked_out)} be {PICKED_OUT.heading}"
     if isinstance(row, LeakageRow) and row.defense == "none":
         return (
             f"the strongest attack tried ({row.attack}) rebuilt {percent(row.exact)} of "
@@ -672,7 +673,7 @@ def _rebuilt(row: _Leaked) -> str:
 
 def _told(row: _Leaked) -> float:
     """Return which share of the images could be told, rebuilt or not."""
-    return max(row.identified, row.recognised or 0.0)
+    return max(row.identified, row.picked_out or 0.0)
 
 
 def _above_floor(row: _Leaked) -> bool:
@@ -682,7 +683,7 @@ def _above_floor(row: _Leaked) -> bool:
     """
     pairs = (
         (row.identified, row.identified_floor),
-        (row.recognised, row.recognised_floor),
+        (row.picked_out, row.picked_out_floor),
     )
     return any(
         share is not None and share > 0 and (floor is None or _beats(share, floor, row.images or 1))

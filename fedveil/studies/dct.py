@@ -37,6 +37,7 @@ from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.federation.server_app import prepare_job
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, Column, draw_images
+from fedveil.results import EXACT, IDENTIFIED, LABELS, TO_ORIGINAL, TO_TRAINED
 from fedveil.runs.config import TrainConfig
 from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
 from fedveil.studies.settings import KEEPS, DctOptions
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _ALL = 64  # coefficients of a block; to keep them all is to do nothing
 _NONE = "none"
+_EXACT_OF_T = f"{EXACT.heading}, of T(x)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +176,9 @@ class DctStudy(DctOptions):
     def table(self, result: Mapping[str, Any]) -> str:
         """Return leakage and accuracy for each keep."""
         head = (
-            *("keep", "ceiling, dB", "attacker", "dB to original", "dB to T(x)", "T(x) exactly"),
-            *("identified", "labels", "accuracy on T(x)", "accuracy on x"),
+            *("keep", "ceiling, dB", "attacker", TO_ORIGINAL.heading, TO_TRAINED.heading),
+            *(_EXACT_OF_T, IDENTIFIED.heading, LABELS.heading),
+            *("accuracy on T(x)", "accuracy on x"),
         )
         lines = (
             _cells(row, kind, first=kind == "naive")
@@ -234,7 +237,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), dpi=130, layout="constrained")
-    distance, recognised, learnt = figure.subplots(1, 3)
+    distance, given, learnt = figure.subplots(1, 3)
     swept = [row for row in rows if row["defense"] != _NONE]
     keeps = [row["keep"] for row in swept]
     _line(distance, swept, "naive", "psnr_original", ORANGE, "to x, naive attack", "s--")
@@ -247,10 +250,11 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     )
     _line(distance, swept, "adaptive", "psnr_trained", GREEN, "to T(x), attack knows T", "^:")
     distance.set(ylabel="PSNR, dB (median)", title="What the server rebuilds")
-    _line(recognised, swept, "naive", "identified", ORANGE, "own original found, naive", "s--")
-    _line(recognised, swept, "adaptive", "identified", BLUE, "own original found, knows T", "o-")
-    _line(recognised, swept, "adaptive", "exact", GREEN, "T(x) exactly, knows T", "^:")
-    recognised.set(ylabel="share of images", ylim=(-0.03, 1.03), title="What that gives away")
+    told = IDENTIFIED.heading
+    _line(given, swept, "naive", IDENTIFIED.key, ORANGE, f"{told}, naive", "s--")
+    _line(given, swept, "adaptive", IDENTIFIED.key, BLUE, f"{told}, knows T", "o-")
+    _line(given, swept, "adaptive", EXACT.key, GREEN, f"{_EXACT_OF_T}, knows T", "^:")
+    given.set(ylabel="share of images", ylim=(-0.03, 1.03), title="What that gives away")
     for name, color, style, label in (
         ("accuracy_transformed", BLUE, "o-", "on transformed images"),
         ("accuracy_plain", ORANGE, "s--", "on plain images"),
@@ -269,7 +273,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         rows[0]["accuracy_plain"]["mean"], color=GREY, linestyle=":", label="without transformation"
     )
     learnt.set(ylabel="test accuracy (mean, sd over seeds)", title="What it costs")
-    for axes in (distance, recognised, learnt):
+    for axes in (distance, given, learnt):
         axes.set_xscale("log", base=2)
         axes.set_xticks(keeps, [str(keep) for keep in keeps])
         axes.set_xlabel("DCT coefficients kept of 64")
@@ -355,10 +359,10 @@ def _cells(row: Mapping[str, Any], kind: str, *, first: bool) -> list[str]:
         keep if first else "",
         ceiling if first else "",
         "knows T" if kind == "adaptive" else "naive",
-        with_interval(scores, "psnr_original", ".1f"),
-        with_interval(scores, "psnr_trained", ".1f"),
-        with_interval(scores, "exact", ".0%"),
-        with_interval(scores, "identified", ".0%"),
+        with_interval(scores, TO_ORIGINAL, ".1f"),
+        with_interval(scores, TO_TRAINED, ".1f"),
+        with_interval(scores, EXACT, ".0%"),
+        with_interval(scores, IDENTIFIED, ".0%"),
         f"{scores['label_accuracy']:.0%}",
         f"{transformed['mean']:.1%} ± {transformed['sd']:.1%}" if first else "",
         f"{plain['mean']:.1%} ± {plain['sd']:.1%}" if first else "",

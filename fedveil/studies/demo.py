@@ -18,7 +18,7 @@ from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from fedveil.studies.measured import run_of
 
-_Recognised = dict[str, float | None]
+_Found = dict[str, float | None]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,17 +83,17 @@ def run_demo(out: Path) -> str:
         "capped copies": _stolen(copies, of_copies, out / "theft"),
         "sums": _not_stolen(sums, of_sums),
     }
-    recognised = _recognised(sums)
+    found = _found_in_sums(sums)
     report = run_leakage_audit("photos", "lenet", _LEAKAGE, out=out / "leakage")
-    write_atomically(out / "demo.png", _picture(kept, report, recognised))
+    write_atomically(out / "demo.png", _picture(kept, report, found))
     summary = {
         "training": {"sums": of_sums, "copies": of_copies},
         "kept": {name: vars(one) for name, one in kept.items()},
-        "recognised": {name.replace("\n", " "): share for name, share in recognised.items()},
+        "found": {name.replace("\n", " "): share for name, share in found.items()},
         "leakage": report.as_json(),
     }
     write_atomically(out / "summary.json", json_bytes(summary))
-    return _sentences(kept, report, recognised, out)
+    return _sentences(kept, report, found, out)
 
 
 def _stolen(run: RunDirectory, known: dict[str, Any], out: Path) -> _Kept:
@@ -122,8 +122,8 @@ def _not_stolen(directory: RunDirectory, known: dict[str, Any]) -> _Kept:
     return _Kept(known["accuracy"], known["copies_max"], alone, alone)
 
 
-def _recognised(directory: RunDirectory) -> _Recognised:
-    """Return which share of images is recognised in sums where 1 % of strangers are."""
+def _found_in_sums(directory: RunDirectory) -> _Found:
+    """Return which share of images is found in sums where 1 % of strangers are."""
     report = audit_sums(directory.path, SumsSettings(rebuilt=0), out=None)
     of_all, of_one = ([row for row in report.rows if row.seen == seen] for seen in (True, False))
     assert report.forecast is not None  # there is no noise
@@ -139,13 +139,11 @@ def _most_found(rows: list[Told]) -> float | None:
     return max((share.value for share in shares if share is not None), default=None)
 
 
-def _sentences(
-    kept: dict[str, _Kept], report: LeakageReport, recognised: _Recognised, out: Path
-) -> str:
+def _sentences(kept: dict[str, _Kept], report: LeakageReport, found: _Found, out: Path) -> str:
     plain, _, adaptive = report.rows
     shown = _most_detailed(report)
     copies, sums = kept["capped copies"], kept["sums"]
-    one, everybody, traced = (_found(share) for share in recognised.values())
+    one, everybody, traced = (_found(share) for share in found.values())
     return (
         f"Copies below a cap: w is right on {copies.owner:.0%}, no copy on more than "
         f"{copies.copy:.0%}; {_COLLUDERS} clients with {_LABELS} labels make "
@@ -155,7 +153,7 @@ def _sentences(
         f"From an unprotected update the server rebuilt {plain.summary()['exact']:.0%} of the "
         f"images exactly; under {adaptive.defense} those shown came back at "
         f"{_decibels(adaptive, shown)} dB: the transformed images themselves, exactly.\n"
-        f"Of the images in one client's sums {one} were recognised where 1 % of strangers are; in "
+        f"Of the images in one client's sums {one} were found where 1 % of strangers are; in "
         f"the sums of all clients, which is what the server learns, {everybody}. Whoever has as "
         f"many public images is to be expected to find {traced}; noise (--epsilon) prevents it.\n"
         f"{out / 'demo.png'}  {out / 'summary.json'}"
@@ -176,14 +174,14 @@ def _found(share: float | None) -> str:
     return "nobody can tell how many" if share is None else f"{share:.0%}"
 
 
-def _picture(kept: dict[str, _Kept], report: LeakageReport, recognised: _Recognised) -> bytes:
+def _picture(kept: dict[str, _Kept], report: LeakageReport, found: _Found) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), dpi=120, layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(4, 6, 4), squeeze=False)[0]
     _draw_kept(left.subplots(), kept)
     _draw_images(middle, report)
-    _draw_recognised(right.subplots(), recognised)
+    _draw_found_in_sums(right.subplots(), found)
     return png(figure)
 
 
@@ -219,15 +217,15 @@ def _draw_images(figure: "SubFigure", report: LeakageReport) -> None:
     draw_images(grid, columns, _most_detailed(report), size=8)
 
 
-def _draw_recognised(axes: "Axes", recognised: _Recognised) -> None:
-    heights = [share or 0.0 for share in recognised.values()]
-    drawn = axes.bar(list(recognised), heights, 0.5, color=ORANGE)
-    texts = ["cannot tell" if share is None else f"{share:.0%}" for share in recognised.values()]
+def _draw_found_in_sums(axes: "Axes", found: _Found) -> None:
+    heights = [share or 0.0 for share in found.values()]
+    drawn = axes.bar(list(found), heights, 0.5, color=ORANGE)
+    texts = ["cannot tell" if share is None else f"{share:.0%}" for share in found.values()]
     axes.bar_label(drawn, texts, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.axhline(0.01, color=GREY, linestyle=":")
     axes.set(ylim=(0, 1.15), yticks=(0, 0.5, 1))
-    axes.set_title("Images recognised in sums\n(1 % of strangers are)", fontsize=11)
+    axes.set_title("Images found in sums\n(1 % of strangers are)", fontsize=11)
 
 
 def _columns(report: LeakageReport) -> list[Column]:

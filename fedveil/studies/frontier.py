@@ -28,6 +28,7 @@ from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
 from fedveil.files import json_bytes, write_results
+from fedveil.results import FOUND, IDENTIFIED, PICKED_OUT, TO_ORIGINAL, Score
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
 from fedveil.studies.measured import report_of, settings_of, spread, trained, with_interval
@@ -225,8 +226,8 @@ class FrontierStudy(FrontierOptions):
     def table(self, result: Mapping[str, Any]) -> str:
         """Return the best attacks on each defence in each scenario: rebuilding, and membership."""
         head = (
-            *("defence", "strength", "accuracy", "scenario", "best attack", "identified"),
-            *("dB to original", "best membership attack", "picked out", "found at FPR 1 %"),
+            *("defence", "strength", "accuracy", "scenario", "best attack", IDENTIFIED.heading),
+            *(TO_ORIGINAL.heading, "best membership attack", PICKED_OUT.heading, FOUND.heading),
         )
         closest = {
             (row["defense"], row["scenario"]): row for row in result["membership"] if row["best"]
@@ -317,7 +318,7 @@ def _recognitions(
     audits = (found[_audit(scenario, attack, defense)] for attack in study.attacks(scenario))
     # Each audit of the scenario asks the same of the same images.
     told = next((one["membership"] for one in audits if one["membership"]), list[Any]())
-    best = max(told, key=lambda row: row["picked_out"], default=None)
+    best = max(told, key=lambda row: row[PICKED_OUT.key], default=None)
     point = _point(scenario, defense, accuracy)
     return [{**row, **point, "best": row is best} for row in told]
 
@@ -376,9 +377,9 @@ def _draw(rows: Sequence[Mapping[str, Any]], membership: Sequence[Mapping[str, A
         best = [row for row in own if row["best"]]
         member = [row for row in membership if row["scenario"] == scenario and row["best"]]
         found, near, picked = panels[0][column], panels[1][column], panels[2][column]
-        _panel(found, best, "identified", "reconstruction matched to its original among 100")
-        _panel(near, best, "psnr_original", f"PSNR to the original, dB (median, up to {_MOST_DB})")
-        _panel(picked, member, "picked_out", "picked out of 100 candidates, best of the suite")
+        _panel(found, best, IDENTIFIED, f"{IDENTIFIED.heading} among 100")
+        _panel(near, best, TO_ORIGINAL, f"{TO_ORIGINAL.heading} (median, up to {_MOST_DB})")
+        _panel(picked, member, PICKED_OUT, f"{PICKED_OUT.heading} of 100, best of the suite")
         found.set(title=_TITLES[scenario], ylim=(-0.05, 1.05))
         picked.set(ylim=(-0.05, 1.05))
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -395,7 +396,7 @@ def _look(family: str) -> tuple[str, str]:
     return _LOOKS[color][0], _LOOKS[(places[-1] + turn) % len(_LOOKS)][1]
 
 
-def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], score: Score, label: str) -> None:
     for family in dict.fromkeys(row["family"] for row in rows):
         own = sorted(
             (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
@@ -403,7 +404,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
         color, marker = _look(family)
         x = [row["accuracy"] for row in own]
         y, lowest, highest = (
-            [min(_MOST_DB, _end(row, column, end)) for row in own] for end in ("", "_low", "_high")
+            [min(_MOST_DB, _end(row, score, end)) for row in own] for end in ("", "_low", "_high")
         )
         low = [value - end for value, end in zip(y, lowest, strict=True)]
         high = [end - value for value, end in zip(y, highest, strict=True)]
@@ -429,10 +430,10 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], column: str, label: str
     axes.grid(alpha=0.2)
 
 
-def _end(row: Mapping[str, Any], column: str, end: str) -> float:
+def _end(row: Mapping[str, Any], score: Score, end: str) -> float:
     """Return an end of a column's interval, the value itself where one update has none."""
-    value: float | None = row[f"{column}{end}"]
-    return float(row[column]) if value is None else value
+    value: float | None = row[f"{score.key}{end}"]
+    return float(row[score.key]) if value is None else value
 
 
 def _cells(row: Mapping[str, Any], member: Mapping[str, Any] | None) -> list[str]:
@@ -445,8 +446,8 @@ def _cells(row: Mapping[str, Any], member: Mapping[str, Any] | None) -> list[str
         accuracy,
         row["scenario"],
         f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
-        with_interval(row, "identified", ".0%"),
-        with_interval(row, "psnr_original", ".1f"),
+        with_interval(row, IDENTIFIED, ".0%"),
+        with_interval(row, TO_ORIGINAL, ".1f"),
         *_member_cells(member),
     ]
 
@@ -454,9 +455,9 @@ def _cells(row: Mapping[str, Any], member: Mapping[str, Any] | None) -> list[str
 def _member_cells(row: Mapping[str, Any] | None) -> list[str]:
     if row is None:
         return ["not measured"] * 3
-    told, name = row["strangers"], "tpr_at_1"
+    told = row["strangers"]
     return [
         f"{row['attack']}, {'adaptive' if row['adaptive'] else 'naive'}",
-        with_interval(row, "picked_out", ".0%"),
-        "cannot tell" if told[name] is None else with_interval(told, name, ".0%"),
+        with_interval(row, PICKED_OUT, ".0%"),
+        "cannot tell" if told[FOUND.key] is None else with_interval(told, FOUND, ".0%"),
     ]

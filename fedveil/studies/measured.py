@@ -19,6 +19,7 @@ from fedveil.federation.evaluation import count_correct
 from fedveil.federation.server_app import load_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import json_bytes, write_results
+from fedveil.results import Score, renamed
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 
@@ -70,7 +71,7 @@ def report_of(
     asked = {"dataset": dataset, "model": model, **asdict(settings)}
     if plain(added | content.get("settings", {})) != plain(asked):
         raise _other_settings(path)
-    return content
+    return {**content, "rows": [renamed(row) for row in content["rows"]]}
 
 
 def run_of(config: TrainConfig, path: Path) -> tuple[RunDirectory, dict[str, Any]]:
@@ -161,9 +162,9 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
+def with_interval(row: Mapping[str, Any], score: Score, form: str) -> str:
     """Return a column of an audit's row with its interval and its floor, each in one format."""
-    low, high, floor = (row.get(f"{name}_{end}") for end in ("low", "high", "floor"))
-    text = f"{row[name]:{form}}"
+    low, high, floor = (row.get(f"{score.key}_{end}") for end in ("low", "high", "floor"))
+    text = f"{row[score.key]:{form}}"
     text += " [one update]" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
     return text if floor is None else f"{text}, floor {floor:{form}}"

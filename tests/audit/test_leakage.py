@@ -75,7 +75,7 @@ def test_report_files(dataset, model, tmp_path):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
         assert row["images"] == 3
         assert 0 < row["identified_floor"] < 0.15
-        assert row["recognised_floor"] == 0.01
+        assert row["picked_out_floor"] == 0.01
         assert row["exact_floor"] == 0
         assert 5 < row["psnr_original_floor"] < 20
     assert rows[1]["exact"] == rows[1]["label_accuracy"] == rows[1]["identified"] == 1
@@ -243,7 +243,7 @@ def test_batch_normalisation_is_scored_in_the_clients_own_mode(dataset, update):
         images=8, batch=4, batch_size=4, update=update, attacks=("ig:steps=1",), workers=1
     )
     (row,) = audit_leakage(dataset, model, settings).rows
-    assert row.scores["recognised"].mean() > 0.9
+    assert row.scores["picked_out"].mean() > 0.9
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.01])

@@ -190,11 +190,11 @@ def test_a_defence_is_judged_by_its_strongest_attack(tmp_path):
 def test_what_hides_a_reconstruction_is_no_defence_where_candidates_are_picked_out(tmp_path):
     rows = [
         leakage_row(images=100, recognised=1.0),
-        leakage_row(defense="a", adaptive=True, identified=0.0, images=100, recognised=0.4),
+        leakage_row(defense="a", adaptive=True, identified=0.0, images=100, picked_out=0.4),
     ]
     directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
     assert marks(directory)[2] == ("bad", "40 % picked out")
-    assert "40 % to be picked out among candidates" in sentences(directory)[2]
+    assert "and 40 % be picked out" in sentences(directory)[2]
 
 
 def test_the_best_of_several_defences_is_the_one_whose_strongest_attack_gets_least(tmp_path):
@@ -260,7 +260,7 @@ def test_a_low_share_is_no_success_where_the_scorer_cannot_tell(tmp_path):
     rows = [floored(1.0, 0.2, images=100)]
     rows.append(floored(0.01, 0.2, defense="a", adaptive=True, images=100))
     directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
-    assert marks(directory)[2] == ("unknown", "1.0 % matched")
+    assert marks(directory)[2] == ("unknown", "1.0 % identified")
     assert "images without content reach 20 %" in sentences(directory)[2]
 
 
@@ -295,7 +295,7 @@ def test_shares_without_a_floor_are_named(tmp_path):
     old = make_leakage(tmp_path / "old")
     new = make_leakage(tmp_path / "new", [floored(1.0, 0.01)], arrays=False)
     page = build_page(read_artifacts([old, new]), title="a", now=NOW)
-    assert f"No floor stands beside the matched shares of {old}:" in page
+    assert f"No floor stands beside the identified shares of {old}:" in page
     assert "floor 1.0\N{NO-BREAK SPACE}%" in page
 
 

@@ -124,20 +124,20 @@ def _audit(defense, **changes):
 
 def test_noise_that_ruins_a_reconstruction_hides_nothing_from_who_has_candidates():
     row = _audit("noise:ratio=3")[0].summary()
-    assert row["recognised"] > 0.25  # by chance 0.01; the noise is another in every run
-    assert row["recognised_low"] <= row["recognised"] <= row["recognised_high"]
+    assert row["picked_out"] > 0.25  # by chance 0.01; the noise is another in every run
+    assert row["picked_out_low"] <= row["picked_out"] <= row["picked_out_high"]
 
 
 def test_a_known_transformation_is_applied_to_the_candidates():
     naive, aware = (row.summary() for row in _audit("dct:skip=6"))
-    assert aware["recognised"] > 0.6
-    assert naive["recognised"] < aware["recognised"]
+    assert aware["picked_out"] > 0.6
+    assert naive["picked_out"] < aware["picked_out"]
 
 
 def test_of_a_sum_each_clients_images_are_told():
     row = _audit("none", aggregate=4)[0].summary()
     assert row["images"] == 32
-    assert row["recognised"] > 0.5
+    assert row["picked_out"] > 0.5
 
 
 def _by_gradient(found):
@@ -157,5 +157,5 @@ def test_a_part_of_a_large_round_is_scored_like_the_whole():
 
 def test_where_the_update_says_nothing_no_image_stands_out():
     """Noise a thousand times the update: every image is as likely to be first as any other."""
-    shares = [row.scores["recognised"].mean() for row in _audit("noise:ratio=1e4", images=160)]
+    shares = [row.scores["picked_out"].mean() for row in _audit("noise:ratio=1e4", images=160)]
     assert max(shares) < 0.06
