@@ -8,7 +8,7 @@ EXACTLY = 40.0
 """PSNR in dB beyond which an image is rebuilt exactly: what is left is rounding."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
     """A figure about attacked images.
 
@@ -24,73 +24,51 @@ class Score:
     key: str
     heading: str
     meaning: str
-    share: bool = False
+    share: bool = True
     earlier: tuple[str, ...] = ()
 
 
 EXACT = Score(
-    key="exact",
-    heading="exact",
-    meaning="Rebuilt up to rounding, over 40 dB; of a transformed image it is T(x), and says so.",
-    share=True,
+    "exact",
+    "exact",
+    "Rebuilt up to rounding, over 40 dB; of a transformed image it is T(x), and says so.",
 )
 IDENTIFIED = Score(
-    key="identified",
-    heading="identified",
-    meaning="The original is nearer to what was rebuilt from its update than 99 others are.",
-    share=True,
+    "identified",
+    "identified",
+    "The original is nearer to what was rebuilt from its update than 99 others are.",
 )
 PICKED_OUT = Score(
-    key="picked_out",
-    heading="picked out",
-    meaning="It scores above 99 others by the update alone; nothing is rebuilt.",
-    share=True,
+    "picked_out",
+    "picked out",
+    "It scores above 99 others by the update alone; nothing is rebuilt.",
     earlier=("recognised",),
 )
-LABELS = Score(
-    key="label_accuracy",
-    heading="labels",
-    meaning="Its label is read off the update.",
-    share=True,
-)
+LABELS = Score("label_accuracy", "labels", "Its label is read off the update.")
 TO_ORIGINAL = Score(
-    key="psnr_original",
-    heading="dB to original",
-    meaning="PSNR of what was rebuilt to the image as its owner has it, median.",
+    "psnr_original",
+    "dB to original",
+    "PSNR of what was rebuilt to the image as its owner has it, median.",
+    share=False,
 )
 TO_TRAINED = Score(
-    key="psnr_trained",
-    heading="dB to T(x)",
-    meaning="The same to what the client trained on: the image, or what a transformation left.",
+    "psnr_trained",
+    "dB to T(x)",
+    "The same to what the client trained on: the image, or what a transformation left.",
+    share=False,
 )
 SECONDS = Score(
-    key="seconds_per_image",
-    heading="s/image",
-    meaning="Seconds an image that the attack took.",
+    "seconds_per_image", "s/image", "Seconds an image that the attack took.", share=False
 )
-CERTAIN = Score(
-    key="certain",
-    heading="certain",
-    meaning="The attack calls the image used beyond doubt.",
-    share=True,
-)
+CERTAIN = Score("certain", "certain", "The attack calls the image used beyond doubt.")
 AUC = Score(
-    key="auc",
-    heading="AUC",
-    meaning="Area under the curve of images that were used against others; 0.5 is guessing.",
+    "auc",
+    "AUC",
+    "Area under the curve of images that were used against others; 0.5 is guessing.",
+    share=False,
 )
-FOUND = Score(
-    key="tpr_at_1",
-    heading="found at FPR 1 %",
-    meaning="Used images called used where 1 % of others are.",
-    share=True,
-)
-FOUND_SURELY = Score(
-    key="tpr_at_01",
-    heading="found at FPR 0.1 %",
-    meaning="The same where 0.1 % of others are.",
-    share=True,
-)
+FOUND = Score("tpr_at_1", "found at FPR 1 %", "Used images called used where 1 % of others are.")
+FOUND_SURELY = Score("tpr_at_01", "found at FPR 0.1 %", "The same where 0.1 % of others are.")
 
 SCORES = (
     *(EXACT, IDENTIFIED, PICKED_OUT, LABELS, TO_ORIGINAL, TO_TRAINED, SECONDS),

@@ -69,27 +69,27 @@ def options(settings: type[Any]) -> dict[str, Option]:
     return {one.name: one.metadata[_OPTION] for one in fields(settings) if _OPTION in one.metadata}
 
 
-def check_ranges(settings: Any) -> None:
-    """Refuse settings that are out of their options' ranges; of several numbers none comes twice.
-
-    Args:
-        settings: A dataclass.
+@dataclass(frozen=True, kw_only=True)
+class CheckedSettings:
+    """Settings that refuse what is out of their options' ranges; of several numbers none is twice.
 
     Raises:
         FedveilError: Names the option, its value and what is allowed.
     """
-    for name, told in options(type(settings)).items():
-        value = getattr(settings, name)
-        if value is None or not told.limits:
-            continue
-        several = isinstance(value, tuple)
-        values = value if several else (value,)
-        fits = all(_within(number, told.limits) for number in values)
-        if not fits or not values or len(set(values)) < len(values):
-            raise FedveilError(
-                f"{told.named(name)[0]} {','.join(map(str, values)) or 'nothing'} is out of range "
-                f"(allowed: {allowed(told.limits)}{', none twice' if several else ''})"
-            )
+
+    def __post_init__(self) -> None:
+        for name, told in options(type(self)).items():
+            value = getattr(self, name)
+            if value is None or not told.limits:
+                continue
+            several = isinstance(value, tuple)
+            values = value if several else (value,)
+            fits = all(_within(number, told.limits) for number in values)
+            if not fits or not values or len(set(values)) < len(values):
+                raise FedveilError(
+                    f"{told.named(name)[0]} {','.join(map(str, values)) or 'nothing'} is out of "
+                    f"range (allowed: {allowed(told.limits)}{', none twice' if several else ''})"
+                )
 
 
 def allowed(limits: Mapping[str, float]) -> str:

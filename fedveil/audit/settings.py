@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.errors import FedveilError
-from fedveil.settings import check_ranges, option
+from fedveil.settings import CheckedSettings, option
 from fedveil.types import UpdateKind
 
 FEWEST_FOLLOWED = 4
@@ -19,7 +19,7 @@ FEWEST = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watching:
+class Watching(CheckedSettings):
     """Whom a server watches, and what its clients do meanwhile.
 
     The training images are divided among the clients at random. Under ``aggregate`` the server
@@ -60,7 +60,7 @@ class Watching:
         if self.learning_rate is None:
             rate = 0.05 if self.update == "fedavg" else 1.0
             object.__setattr__(self, "learning_rate", rate)
-        check_ranges(self)
+        super().__post_init__()
         if self.aggregate > self.clients:
             raise FedveilError(
                 f"--aggregate {self.aggregate} is out of range: give 1 to {self.clients}, the "
@@ -147,7 +147,7 @@ class LeakageSettings(Watching):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSettings:
+class TraceSettings(CheckedSettings):
     """How surely whoever is named is named.
 
     Raises:
@@ -156,12 +156,9 @@ class TraceSettings:
 
     alpha: float = option(1e-6, "Chance to name anybody innocent.", gt=0, lt=1)
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class EgressSettings:
+class EgressSettings(CheckedSettings):
     """How a model is audited.
 
     Without shadows there is the loss alone. A shadow stops where it fits its images as the model
@@ -178,7 +175,7 @@ class EgressSettings:
     seed: int = option(0, "Seeds the images and the shadows.")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if self.shadows % 2:
             raise FedveilError(
                 f"--shadows {self.shadows} is odd: give an even number, so that every image is "
@@ -187,7 +184,7 @@ class EgressSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumsSettings:
+class SumsSettings(CheckedSettings):
     """How sums are audited.
 
     Raises:
@@ -198,12 +195,9 @@ class SumsSettings:
     rebuilt: int = option(8, "Images that are rebuilt at most; 0: none.", ge=0)
     seed: int = option(0, "Seeds the images and the searches.")
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TheftSettings:
+class TheftSettings(CheckedSettings):
     """What is audited: every number of labels with every number of colluders.
 
     A thief without labels has images all the same. Labels are shared by all who collude.
@@ -232,7 +226,7 @@ class TheftSettings:
     seed: int = option(0, "Seeds the draws of clients and images.", ge=0)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if 1 in self.labels:
             raise FedveilError(
                 "--labels 1 is out of range: give 0, or at least 2, one to learn from and one to "

@@ -5,7 +5,7 @@ shut.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -87,8 +87,25 @@ class RunSummary(_Content):
     answers: Returned | None = None
 
 
-class _Scores(_Content):
-    """A row of scores, under the keys of this version or of an earlier one."""
+class _Audit(_Content):
+    """What all audits share; ``name`` is the directory, as the user gave it."""
+
+    settings: dict[Text, Any] = Field(default_factory=dict)
+    untold: tuple[Text, ...] = Field(default=(), max_length=100)
+    name: Text = ""
+
+
+class _Row(_Content):
+    """What rows of attacks on a defence share, under the keys of this version or an earlier one."""
+
+    attack: Text
+    defense: Text
+    adaptive: bool
+    images: Count | None = None
+    picked_out: Share | None = None
+    picked_out_low: Share | None = None
+    picked_out_high: Share | None = None
+    picked_out_floor: Share | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -96,28 +113,26 @@ class _Scores(_Content):
         return renamed(content) if isinstance(content, dict) else content
 
 
-class LeakageRow(_Scores):
+class _Rebuilt(_Row):
+    """What rows of attacks that rebuild images share."""
+
+    identified: Share
+    identified_low: Share | None = None
+    identified_high: Share | None = None
+    identified_floor: Share | None = None
+    psnr_original: float
+    psnr_original_floor: float | None = None
+
+
+class LeakageRow(_Rebuilt):
     """A row of ``leakage.json``: one attack on one defence; shares, decibels, seconds."""
 
-    attack: Text
-    defense: Text
-    adaptive: bool
     images: Count
     untold: Count = 0
     exact: Share
     exact_low: Share | None = None
     exact_high: Share | None = None
-    identified: Share
-    identified_low: Share | None = None
-    identified_high: Share | None = None
-    identified_floor: Share | None = None
-    picked_out: Share | None = None
-    picked_out_low: Share | None = None
-    picked_out_high: Share | None = None
-    picked_out_floor: Share | None = None
     label_accuracy: Share | None = None
-    psnr_original: float
-    psnr_original_floor: float | None = None
     psnr_trained: float | None = None
     psnr_ceiling: float | None = None
     ssim_original: float | None = None
@@ -144,18 +159,11 @@ class Points(_Found):
     auc_high: Share | None = None
 
 
-class MembershipRow(_Content):
+class MembershipRow(_Row):
     """A row of ``membership`` in ``leakage.json``: one attack that rebuilds nothing."""
 
-    attack: Text
-    defense: Text
-    adaptive: bool
-    images: Count | None = None
     updates: Count | None = None
     picked_out: Share
-    picked_out_low: Share | None = None
-    picked_out_high: Share | None = None
-    picked_out_floor: Share | None = None
     strangers: Points
     unseen: Points | None = None
     certain: Share | None = None
@@ -178,26 +186,14 @@ class TheftRow(_Content):
     advantage_high: Gain | None = None
 
 
-class FrontierRow(_Scores):
+class FrontierRow(_Rebuilt):
     """A row of ``frontier.json``: one defence at one strength under one attack."""
 
-    defense: Text
     strength: float | Text | None = None
-    attack: Text
-    adaptive: bool
     scenario: Text | None = None
     accuracy: Share
     accuracy_low: Share | None = None
     accuracy_high: Share | None = None
-    identified: Share
-    identified_low: Share | None = None
-    identified_high: Share | None = None
-    identified_floor: Share | None = None
-    picked_out: Share | None = None
-    picked_out_floor: Share | None = None
-    images: Count | None = None
-    psnr_original: float
-    psnr_original_floor: float | None = None
 
     @property
     def family(self) -> str:
@@ -229,19 +225,16 @@ class Exposed(_Content):
     others_above: Count
 
 
-class EgressAudit(_Content):
+class EgressAudit(_Audit):
     """``egress.json``: what a delivered model tells of who was in its training."""
 
     subject: Text
-    settings: dict[Text, Any] = Field(default_factory=dict)
     members: Count
     others: Count
     accuracy_members: Share
     accuracy_others: Share
     rows: tuple[EgressRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     exposed: tuple[Exposed, ...] = Field(default=(), max_length=1_000)
-    untold: tuple[Text, ...] = Field(default=(), max_length=100)
-    name: Text = ""
 
 
 class SumsRow(_Found):
@@ -280,11 +273,10 @@ class AllowedByNoise(_Content):
     tpr_at_1: Share
 
 
-class SumsAudit(_Content):
+class SumsAudit(_Audit):
     """``sums.json``: what sums over clients' images tell of them."""
 
     subject: Text
-    settings: dict[Text, Any] = Field(default_factory=dict)
     dimension: Count
     epsilon: float | None = Field(default=None, ge=0)
     public: Count
@@ -293,23 +285,25 @@ class SumsAudit(_Content):
     allowed: AllowedByNoise | None = None
     rows: tuple[SumsRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     rebuilt: RebuiltFromSums | None = None
-    untold: tuple[Text, ...] = Field(default=(), max_length=100)
-    name: Text = ""
 
 
-class _Leakage(_Content):
-    settings: dict[Text, Any] = Field(default_factory=dict)
+class LeakageAudit(_Audit):
+    """``leakage.json``; ``arrays`` is the ``reconstructions.npz`` beside it, if there is one."""
+
     rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     membership: tuple[MembershipRow, ...] = Field(default=(), max_length=_MOST_ROWS)
+    arrays: Path | None = None
 
 
-class _Theft(_Content):
-    settings: dict[Text, Any] = Field(default_factory=dict)
+class TheftAudit(_Audit):
+    """``theft.json``."""
+
     rows: tuple[TheftRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 
-class _Frontier(_Content):
-    settings: dict[Text, Any] = Field(default_factory=dict)
+class Frontier(_Audit):
+    """``frontier.json``: a grid of defences and strengths."""
+
     rows: tuple[FrontierRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 
@@ -366,35 +360,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class LeakageAudit:
-    """A leakage audit; ``arrays`` is its ``reconstructions.npz``, if there is one."""
-
-    name: str
-    settings: Mapping[str, Any]
-    rows: tuple[LeakageRow, ...]
-    arrays: Path | None
-    membership: tuple[MembershipRow, ...] = ()
-
-
-@dataclass(frozen=True)
-class TheftAudit:
-    """A theft audit."""
-
-    name: str
-    settings: Mapping[str, Any]
-    rows: tuple[TheftRow, ...]
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """A grid of defences and strengths."""
-
-    name: str
-    settings: Mapping[str, Any]
-    rows: tuple[FrontierRow, ...]
-
-
-@dataclass(frozen=True)
 class Artifacts:
     """All that a report is made of; at least one is not empty."""
 
@@ -424,11 +389,11 @@ def read_artifacts(directories: Sequence[Path]) -> Artifacts:
         )
     return Artifacts(
         runs=tuple(_run(p) for p in places if _has_run(p)),
-        leakages=tuple(_leakage(p) for p in places if _has(p, "leakage.json")),
-        thefts=tuple(_theft(p) for p in places if _has(p, "theft.json")),
-        frontiers=tuple(_frontier(p) for p in places if _has(p, "frontier.json")),
-        egresses=tuple(_egress(p) for p in places if _has(p, "egress.json")),
-        sums=tuple(_sums(p) for p in places if _has(p, "sums.json")),
+        leakages=tuple(map(_with_arrays, _audits(LeakageAudit, places, "leakage.json"))),
+        thefts=tuple(_audits(TheftAudit, places, "theft.json")),
+        frontiers=tuple(_audits(Frontier, places, "frontier.json")),
+        egresses=tuple(_audits(EgressAudit, places, "egress.json")),
+        sums=tuple(_audits(SumsAudit, places, "sums.json")),
     )
 
 
@@ -490,41 +455,20 @@ def _run(path: Path) -> Run:
     return Run(str(path), summary, rounds)
 
 
-def _leakage(path: Path) -> LeakageAudit:
-    file = path / "leakage.json"
-    content = _checked(_Leakage, _object(file), file)
-    arrays = path / "reconstructions.npz"
-    return LeakageAudit(
-        str(path),
-        content.settings,
-        content.rows,
-        arrays if arrays.is_file() else None,
-        content.membership,
-    )
+_Kind = TypeVar("_Kind", bound=_Audit)
 
 
-def _theft(path: Path) -> TheftAudit:
-    file = path / "theft.json"
-    content = _checked(_Theft, _object(file), file)
-    return TheftAudit(str(path), content.settings, content.rows)
+def _audits(kind: type[_Kind], places: Sequence[Path], name: str) -> Iterator[_Kind]:
+    for path in places:
+        if _has(path, name):
+            audit = _checked(kind, _object(path / name), path / name)
+            yield audit.model_copy(update={"name": str(path)})
 
 
-def _frontier(path: Path) -> Frontier:
-    file = path / "frontier.json"
-    content = _checked(_Frontier, _object(file), file)
-    return Frontier(str(path), content.settings, content.rows)
-
-
-def _egress(path: Path) -> EgressAudit:
-    file = path / "egress.json"
-    audit = _checked(EgressAudit, _object(file), file)
-    return audit.model_copy(update={"name": str(path)})
-
-
-def _sums(path: Path) -> SumsAudit:
-    file = path / "sums.json"
-    audit = _checked(SumsAudit, _object(file), file)
-    return audit.model_copy(update={"name": str(path)})
+def _with_arrays(audit: LeakageAudit) -> LeakageAudit:
+    # Whatever the file says: only what is beside it is opened.
+    arrays = Path(audit.name) / "reconstructions.npz"
+    return audit.model_copy(update={"arrays": arrays if arrays.is_file() else None})
 
 
 def _text(file: Path) -> str:

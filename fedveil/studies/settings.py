@@ -7,7 +7,7 @@ inherits these; of one that is a list of arms they choose a part.
 from dataclasses import dataclass
 
 from fedveil.errors import FedveilError
-from fedveil.settings import check_ranges, option
+from fedveil.settings import CheckedSettings, option
 
 KEEPS = (1, 3, 6, 10, 15, 21, 28, 64)
 """Coefficients kept of a block's 64 in the study of the transformation."""
@@ -17,7 +17,7 @@ SCENARIOS = ("worst", "round", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseOptions:
+class NoiseOptions(CheckedSettings):
     """Which part of the noise study is measured, on what.
 
     Raises:
@@ -33,12 +33,9 @@ class NoiseOptions:
     )
     search: bool = option(False, "Also run the settings that were tried on the way.")
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class DctOptions:
+class DctOptions(CheckedSettings):
     """What is measured of the transformation.
 
     The paper does not say how many coefficients its figure 3 keeps.
@@ -60,13 +57,13 @@ class DctOptions:
     epochs: int = option(1, "Local epochs a round.")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if not self.keeps or len(set(self.keeps)) < len(self.keeps):
             raise FedveilError("name at least one --keep, and none twice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceOptions:
+class TraceOptions(CheckedSettings):
     """What leaks are traced.
 
     Raises:
@@ -82,12 +79,9 @@ class TraceOptions:
     )
     workers: int | None = option(None, "Worker processes; one a core.")
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TheftOptions:
+class TheftOptions(CheckedSettings):
     """Which part of the theft study is measured, by which thieves.
 
     Raises:
@@ -107,12 +101,9 @@ class TheftOptions:
     colluders: tuple[int, ...] = option((1, 2, 5), "How many collude.", ge=1)
     workers: int | None = option(None, "Worker processes of the audits.")
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierOptions:
+class FrontierOptions(CheckedSettings):
     """What defences are measured, and how.
 
     Images stored as JPEG, as CIFAR-10's sometimes are, have lost part of what transformations
@@ -148,7 +139,7 @@ class FrontierOptions:
     inverse: bool = option(True, "Also learn, on test images, to undo transformations.")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if not self.scenarios or not set(self.scenarios) <= set(SCENARIOS):
             raise FedveilError(
                 f"--scenario {', '.join(self.scenarios) or 'nothing'} cannot be; allowed: "

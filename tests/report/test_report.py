@@ -496,7 +496,7 @@ runs = st.builds(
     share,
 )
 thefts = st.builds(
-    lambda settings, rows: TheftAudit("theft", settings, tuple(rows)),
+    lambda settings, rows: TheftAudit(name="theft", settings=settings, rows=rows),
     st.sampled_from([{}, {"run": "run"}, {"run": "/elsewhere/run"}]),
     st.lists(
         st.builds(
@@ -511,7 +511,7 @@ thefts = st.builds(
     ),
 )
 leakages = st.builds(
-    lambda rows: LeakageAudit("leakage", {}, tuple(rows), None),
+    lambda rows: LeakageAudit(name="leakage", rows=rows),
     st.lists(
         st.builds(
             lambda defense, adaptive, identified, psnr: LeakageRow(
