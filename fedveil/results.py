@@ -9,7 +9,7 @@ EXACTLY = 40.0
 
 
 @dataclass(frozen=True)
-class Score:
+class Term:
     """A figure about attacked images.
 
     Attributes:
@@ -28,47 +28,47 @@ class Score:
     earlier: tuple[str, ...] = ()
 
 
-EXACT = Score(
+EXACT = Term(
     "exact",
     "exact",
     "Rebuilt up to rounding, over 40 dB; of a transformed image it is T(x), and says so.",
 )
-IDENTIFIED = Score(
+IDENTIFIED = Term(
     "identified",
     "identified",
     "The original is nearer to what was rebuilt from its update than 99 others are.",
 )
-PICKED_OUT = Score(
+PICKED_OUT = Term(
     "picked_out",
     "picked out",
     "It scores above 99 others by the update alone; nothing is rebuilt.",
     earlier=("recognised",),
 )
-LABELS = Score("label_accuracy", "labels", "Its label is read off the update.")
-TO_ORIGINAL = Score(
+LABELS = Term("label_accuracy", "labels", "Its label is read off the update.")
+TO_ORIGINAL = Term(
     "psnr_original",
     "dB to original",
     "PSNR of what was rebuilt to the image as its owner has it, median.",
     share=False,
 )
-TO_TRAINED = Score(
+TO_TRAINED = Term(
     "psnr_trained",
     "dB to T(x)",
     "The same to what the client trained on: the image, or what a transformation left.",
     share=False,
 )
-SECONDS = Score(
+SECONDS = Term(
     "seconds_per_image", "s/image", "Seconds an image that the attack took.", share=False
 )
-CERTAIN = Score("certain", "certain", "The attack calls the image used beyond doubt.")
-AUC = Score(
+CERTAIN = Term("certain", "certain", "The attack calls the image used beyond doubt.")
+AUC = Term(
     "auc",
     "AUC",
     "Area under the curve of images that were used against others; 0.5 is guessing.",
     share=False,
 )
-FOUND = Score("tpr_at_1", "found at FPR 1 %", "Used images called used where 1 % of others are.")
-FOUND_SURELY = Score("tpr_at_01", "found at FPR 0.1 %", "The same where 0.1 % of others are.")
+FOUND = Term("tpr_at_1", "found at FPR 1 %", "Used images called used where 1 % of others are.")
+FOUND_SURELY = Term("tpr_at_01", "found at FPR 0.1 %", "The same where 0.1 % of others are.")
 
 SCORES = (
     *(EXACT, IDENTIFIED, PICKED_OUT, LABELS, TO_ORIGINAL, TO_TRAINED, SECONDS),

@@ -43,7 +43,7 @@ from fedveil.results import (
     SHARES,
     TO_ORIGINAL,
     TO_TRAINED,
-    Score,
+    Term,
     exact_of,
 )
 from fedveil.runs.state_files import load_checkpoint
@@ -180,7 +180,7 @@ _COLUMNS = (EXACT, IDENTIFIED, PICKED_OUT, LABELS, TO_ORIGINAL, TO_TRAINED, SECO
 _DIGITS = {TO_ORIGINAL: 1, TO_TRAINED: 1, SECONDS: 2}
 
 
-def _width(score: Score) -> int:
+def _width(score: Term) -> int:
     return 15 if score is EXACT else len(score.heading) + 2
 
 

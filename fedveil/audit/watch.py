@@ -72,7 +72,6 @@ class WatchedFederation:
         Raises:
             FedveilError: The victim's answers did not come.
         """
-        logging.getLogger("flwr").setLevel(logging.WARNING)
         watching = self.watching
         strategy = WatchingFedSGD(
             victims=watching.victims,
@@ -80,13 +79,7 @@ class WatchedFederation:
             action=watching.update,
             sampling=Sampling(seed=watching.seed, min_clients=watching.clients),
         )
-        with LocalGrid(self._clients, nodes=watching.clients, workers=watching.workers) as grid:
-            strategy.start(
-                grid,
-                ArrayRecord(self.model.state_dict()),
-                num_rounds=watching.rounds,
-                train_config=self._task(defense).to_record(),
-            )
+        self._run(strategy, self._task(defense), watching.rounds)
         if len(strategy.exchanges) < watching.rounds:
             raise FedveilError(
                 f"client {watching.victim} answered {len(strategy.exchanges)} of {watching.rounds} "
@@ -111,19 +104,12 @@ class WatchedFederation:
         Raises:
             FedveilError: The victim's answers did not come.
         """
-        logging.getLogger("flwr").setLevel(logging.WARNING)
         watching = self.watching
         strategy = FollowingFedAvg(
             sampling=Sampling(seed=watching.seed, min_clients=watching.clients)
         )
         task = self._task(defense).model_copy(update={"repeat": True})
-        with LocalGrid(self._clients, nodes=watching.clients, workers=watching.workers) as grid:
-            strategy.start(
-                grid,
-                ArrayRecord(self.model.state_dict()),
-                num_rounds=watching.repeats,
-                train_config=task.to_record(),
-            )
+        self._run(strategy, task, watching.repeats)
         alike = [
             {client for client, images in one.images.items() if images == watching.batch}
             for one in strategy.rounds
@@ -139,6 +125,12 @@ class WatchedFederation:
             self._observed(defense, one.sent, [one.returned[client] for client in clients])
             for one in strategy.rounds
         )
+
+    def _run(self, strategy: SeededFedAvg, task: ClientTask, rounds: int) -> None:
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+        watching, sent = self.watching, ArrayRecord(self.model.state_dict())
+        with LocalGrid(self._clients, nodes=watching.clients, workers=watching.workers) as grid:
+            strategy.start(grid, sent, num_rounds=rounds, train_config=task.to_record())
 
     def _observed(
         self, defense: Defense, sent: ArrayRecord, returned: Sequence[ArrayRecord]

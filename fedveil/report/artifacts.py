@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -87,9 +87,10 @@ class RunSummary(_Content):
     answers: Returned | None = None
 
 
-class _Audit(_Content):
+class Audit(_Content):
     """What all audits share; ``name`` is the directory, as the user gave it."""
 
+    kind: ClassVar[str]
     settings: dict[Text, Any] = Field(default_factory=dict)
     untold: tuple[Text, ...] = Field(default=(), max_length=100)
     name: Text = ""
@@ -225,9 +226,10 @@ class Exposed(_Content):
     others_above: Count
 
 
-class EgressAudit(_Audit):
+class EgressAudit(Audit):
     """``egress.json``: what a delivered model tells of who was in its training."""
 
+    kind: ClassVar = "egress audit"
     subject: Text
     members: Count
     others: Count
@@ -273,9 +275,10 @@ class AllowedByNoise(_Content):
     tpr_at_1: Share
 
 
-class SumsAudit(_Audit):
+class SumsAudit(Audit):
     """``sums.json``: what sums over clients' images tell of them."""
 
+    kind: ClassVar = "audit of sums"
     subject: Text
     dimension: Count
     epsilon: float | None = Field(default=None, ge=0)
@@ -287,23 +290,26 @@ class SumsAudit(_Audit):
     rebuilt: RebuiltFromSums | None = None
 
 
-class LeakageAudit(_Audit):
+class LeakageAudit(Audit):
     """``leakage.json``; ``arrays`` is the ``reconstructions.npz`` beside it, if there is one."""
 
+    kind: ClassVar = "leakage audit"
     rows: tuple[LeakageRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     membership: tuple[MembershipRow, ...] = Field(default=(), max_length=_MOST_ROWS)
     arrays: Path | None = None
 
 
-class TheftAudit(_Audit):
+class TheftAudit(Audit):
     """``theft.json``."""
 
+    kind: ClassVar = "theft audit"
     rows: tuple[TheftRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 
-class Frontier(_Audit):
+class Frontier(Audit):
     """``frontier.json``: a grid of defences and strengths."""
 
+    kind: ClassVar = "frontier"
     rows: tuple[FrontierRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 
@@ -369,6 +375,11 @@ class Artifacts:
     frontiers: tuple[Frontier, ...] = ()
     egresses: tuple[EgressAudit, ...] = ()
     sums: tuple[SumsAudit, ...] = ()
+
+    @property
+    def audits(self) -> tuple[Audit, ...]:
+        """Every audit, kind by kind."""
+        return (*self.leakages, *self.thefts, *self.sums, *self.egresses, *self.frontiers)
 
 
 def read_artifacts(directories: Sequence[Path]) -> Artifacts:
@@ -455,7 +466,7 @@ def _run(path: Path) -> Run:
     return Run(str(path), summary, rounds)
 
 
-_Kind = TypeVar("_Kind", bound=_Audit)
+_Kind = TypeVar("_Kind", bound=Audit)
 
 
 def _audits(kind: type[_Kind], places: Sequence[Path], name: str) -> Iterator[_Kind]:

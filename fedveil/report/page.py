@@ -20,13 +20,11 @@ from fedveil.errors import FedveilError
 from fedveil.files import write_atomically
 from fedveil.report.artifacts import (
     Artifacts,
-    EgressAudit,
     Frontier,
     FrontierRow,
     LeakageAudit,
     MembershipRow,
     Run,
-    SumsAudit,
     TheftAudit,
     TheftRow,
     read_artifacts,
@@ -361,25 +359,12 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-_Audit = LeakageAudit | SumsAudit | TheftAudit | Frontier | EgressAudit
-
-
 def _settings(artifacts: Artifacts) -> Iterator[Settings]:
     for run in artifacts.runs:
         yield Settings(run.name, "training run", _pairs(run.summary.configuration.model_dump()))
         yield Settings(run.name, "versions", _pairs(run.summary.versions))
-    audits: Sequence[
-        tuple[str, Sequence[LeakageAudit | SumsAudit | TheftAudit | Frontier | EgressAudit]]
-    ] = (
-        ("leakage audit", artifacts.leakages),
-        ("theft audit", artifacts.thefts),
-        ("audit of sums", artifacts.sums),
-        ("egress audit", artifacts.egresses),
-        ("frontier", artifacts.frontiers),
-    )
-    for kind, group in audits:
-        for audit in group:
-            yield Settings(audit.name, kind, _pairs(audit.settings))
+    for audit in artifacts.audits:
+        yield Settings(audit.name, audit.kind, _pairs(audit.settings))
 
 
 def _pairs(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -405,12 +390,8 @@ def _limits(artifacts: Artifacts, leakages: Sequence[LeakageView]) -> Iterator[s
     )
     yield from _limits_of_runs(artifacts.runs)
     yield from _limits_of_leakage(artifacts, leakages)
-    untold: Sequence[tuple[str, Sequence[str]]] = (
-        *((audit.name, audit.untold) for audit in artifacts.sums),
-        *((audit.name, audit.untold) for audit in artifacts.egresses),
-    )
-    for name, sentences in untold:
-        yield from (f"{name}: {sentence}" for sentence in sentences[:_MOST_CLAIMS])
+    for audit in artifacts.audits:
+        yield from (f"{audit.name}: {sentence}" for sentence in audit.untold[:_MOST_CLAIMS])
     if artifacts.runs and not artifacts.egresses:
         yield "What the delivered model tells of who was in its training was not measured."
     if not artifacts.thefts:

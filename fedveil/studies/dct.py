@@ -39,7 +39,7 @@ from fedveil.federation.server_app import prepare_job
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, Column, draw_images
 from fedveil.results import EXACT, IDENTIFIED, LABELS, TO_ORIGINAL, TO_TRAINED
 from fedveil.runs.config import TrainConfig
-from fedveil.studies.measured import audited, settings_of, spread, trained, with_interval
+from fedveil.studies.measured import audited, averaging, settings_of, spread, trained, with_interval
 from fedveil.studies.settings import KEEPS, DctOptions
 from fedveil.studies.study import Piece, markdown
 
@@ -119,21 +119,15 @@ class DctStudy(DctOptions):
 
     def training(self, defense: str, seed: int) -> TrainConfig:
         """Return the settings of one training run."""
-        return TrainConfig.check(
-            {
-                "dataset": self.accuracy_dataset,
-                "model": self.accuracy_model,
-                "defense": defense,
-                "clients": self.clients,
-                "fraction": 1.0,
-                "rounds": self.rounds,
-                "deliver": "last",
-                "epochs": self.epochs,
-                "learning_rate": self.learning_rate,
-                "strategy": "fedavg",
-                "report_images": 500,  # each round; the last counts on all
-                "seed": seed,
-            }
+        return averaging(
+            dataset=self.accuracy_dataset,
+            model=self.accuracy_model,
+            defense=defense,
+            clients=self.clients,
+            rounds=self.rounds,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            seed=seed,
         )
 
     @property

@@ -28,10 +28,17 @@ from fedveil.defenses.protocol import metadata_of
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.federation.server_app import prepare_job
 from fedveil.files import json_bytes, write_results
-from fedveil.results import FOUND, IDENTIFIED, PICKED_OUT, TO_ORIGINAL, Score
+from fedveil.results import FOUND, IDENTIFIED, PICKED_OUT, TO_ORIGINAL, Term
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.secrets import MODEL, RunSecrets
-from fedveil.studies.measured import report_of, settings_of, spread, trained, with_interval
+from fedveil.studies.measured import (
+    averaging,
+    report_of,
+    settings_of,
+    spread,
+    trained,
+    with_interval,
+)
 from fedveil.studies.settings import SCENARIOS, FrontierOptions
 from fedveil.studies.study import Piece, markdown
 from fedveil.types import UpdateKind
@@ -157,23 +164,17 @@ class FrontierStudy(FrontierOptions):
     def training(self, defense: str, seed: int) -> TrainConfig:
         """Return the settings of one training run."""
         private = parse_defense(defense).privacy is not None
-        return TrainConfig.check(
-            {
-                "dataset": self.dataset,
-                "model": self.model,
-                "defense": defense,
-                "clients": self.clients,
-                "fraction": 1.0,
-                "rounds": self.rounds,
-                "deliver": "last",
-                "batch_size": self.private_batch_size if private else self.batch_size,
-                "learning_rate": self.private_learning_rate if private else self.learning_rate,
-                "clip": self.clip,
-                "strategy": "fedavg",
-                "report_images": 500,  # each round; the last counts on all
-                "seed": seed,
-                "workers": 1,
-            }
+        return averaging(
+            dataset=self.dataset,
+            model=self.model,
+            defense=defense,
+            clients=self.clients,
+            rounds=self.rounds,
+            batch_size=self.private_batch_size if private else self.batch_size,
+            learning_rate=self.private_learning_rate if private else self.learning_rate,
+            clip=self.clip,
+            seed=seed,
+            workers=1,
         )
 
     def check(self) -> None:
@@ -396,7 +397,7 @@ def _look(family: str) -> tuple[str, str]:
     return _LOOKS[color][0], _LOOKS[(places[-1] + turn) % len(_LOOKS)][1]
 
 
-def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], score: Score, label: str) -> None:
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], score: Term, label: str) -> None:
     for family in dict.fromkeys(row["family"] for row in rows):
         own = sorted(
             (row for row in rows if row["family"] == family), key=lambda row: row["strength"]
@@ -430,7 +431,7 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], score: Score, label: st
     axes.grid(alpha=0.2)
 
 
-def _end(row: Mapping[str, Any], score: Score, end: str) -> float:
+def _end(row: Mapping[str, Any], score: Term, end: str) -> float:
     """Return an end of a column's interval, the value itself where one update has none."""
     value: float | None = row[f"{score.key}{end}"]
     return float(row[score.key]) if value is None else value

@@ -19,7 +19,7 @@ from fedveil.federation.evaluation import count_correct
 from fedveil.federation.server_app import load_job
 from fedveil.federation.training_run import run_to_completion
 from fedveil.files import json_bytes, write_results
-from fedveil.results import Score, renamed
+from fedveil.results import Term, renamed
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 
@@ -72,6 +72,13 @@ def report_of(
     if plain(added | content.get("settings", {})) != plain(asked):
         raise _other_settings(path)
     return {**content, "rows": [renamed(row) for row in content["rows"]]}
+
+
+def averaging(**settings: Any) -> TrainConfig:
+    """Return the settings of a run of plain averaging over all clients, to its last round."""
+    common = {"strategy": "fedavg", "fraction": 1.0, "deliver": "last"}
+    # Each round; the last counts on all.
+    return TrainConfig.check({**common, "report_images": 500, **settings})
 
 
 def run_of(config: TrainConfig, path: Path) -> tuple[RunDirectory, dict[str, Any]]:
@@ -162,7 +169,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def with_interval(row: Mapping[str, Any], score: Score, form: str) -> str:
+def with_interval(row: Mapping[str, Any], score: Term, form: str) -> str:
     """Return a column of an audit's row with its interval and its floor, each in one format."""
     low, high, floor = (row.get(f"{score.key}_{end}") for end in ("low", "high", "floor"))
     text = f"{row[score.key]:{form}}"
