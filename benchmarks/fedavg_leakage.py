@@ -5,9 +5,12 @@ network, step size and measure (images above 20 dB after the assignment that sui
 as their code has it), on MNIST where they have FEMNIST. Clients' images are training images; their
 orders are drawn anew in each epoch, their steps are torch's SGD. The floor is the best of images
 without content by the same measure: other images with the client's labels, blurred noise, the mean
-of other images. The attack's settings were chosen on a client of seed 100.
+of other images. The attack's settings were chosen on a client of seed 100, in the setting that was
+published; the others are it with one thing changed: longer steps, momentum, weights that were
+trained on other images first, photographs.
 
-    python benchmarks/fedavg_leakage.py --updates 3,2 --rates 0.004,0.04 --work DIR \
+    python benchmarks/fedavg_leakage.py --setting published:3 --setting longer:2 \
+        --setting momentum:3 --setting trained:3 --setting photographs:3 --work DIR \
         --out docs/results
 
 What is in DIR already is not done again.
@@ -17,6 +20,8 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +32,57 @@ from written import write_result
 
 from fedveil.attacks.inversion import Inversion, LocalSteps, Observation, build_attack
 from fedveil.audit.metrics import identified, over_updates
-from fedveil.data import Dataset, load_dataset
+from fedveil.data import Dataset, Images, load_dataset
 from fedveil.files import write_atomically
 
 IMAGES, EPOCHS, BATCH = 50, 10, 5
 RECOVERED = 20.0  # decibels
 STRANGERS = 400
 ATTACKS = ("features", "ig:steps=400,tv=0.02")
-THEIR_RATE = 0.004
+_FIRST = 1_000  # images of the order from which client, strangers and others are
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a client trains, on what and how.
+
+    Attributes:
+        dataset: As ``load_dataset`` reads it.
+        learning_rate: Of the client's steps.
+        momentum: Of these.
+        trained: Steps of 50 images that the weights were trained for before, on images of others.
+    """
+
+    dataset: str = "mnist"
+    learning_rate: float = 0.004
+    momentum: float = 0.0
+    trained: int = 0
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "published": Setting(),
+    "longer": Setting(learning_rate=0.04),
+    "momentum": Setting(momentum=0.9),
+    "trained": Setting(trained=1_000),
+    "photographs": Setting(dataset="cifar10"),
+}
 
 
 class Network(nn.Module):
     """Two 3×3 convolutions with average pooling, a hidden layer of 100, as in their code."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
+        channels, height, width = shape
         self.body = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
-            *(nn.Flatten(), nn.Linear(3136, 100), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 100), nn.ReLU()),
         )
         self.output = nn.Linear(100, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits [N, classes] of float [N, 1, 28, 28] in [0, 1]."""
+        """Return logits [N, classes] of float [N, C, H, W] in [0, 1]."""
         logits: Tensor = self.output(self.body((pixels - 0.1307) / 0.3081))
         return logits
 
@@ -58,25 +90,29 @@ class Network(nn.Module):
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--updates", default="3", help="for each step size")
-    parser.add_argument("--rates", default="0.004", help="step sizes, theirs first")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        required=True,
+        metavar="NAME:UPDATES",
+        help=f"NAME of {', '.join(SETTINGS)}",
+    )
     parser.add_argument("--work", type=Path, required=True, help="where scores are kept")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    data = load_dataset("mnist")
     rows = []
-    counts = map(int, arguments.updates.split(","))
-    for rate, updates in zip(map(float, arguments.rates.split(",")), counts, strict=True):
-        for attack in ATTACKS if rate == THEIR_RATE else ATTACKS[:1]:
-            scores = [kept(arguments.work, data, attack, rate, update) for update in range(updates)]
-            rows.append({"attack": attack, "learning_rate": rate, **joined(scores)})
+    for asked in arguments.setting:
+        name, _, updates = asked.partition(":")
+        for attack in ATTACKS if name == "published" else ATTACKS[:1]:
+            scores = [kept(arguments.work, attack, name, update) for update in range(int(updates))]
+            rows.append({"attack": attack, "setting": name, **asdict(SETTINGS[name])})
+            rows[-1] |= joined(scores)
             print(json.dumps(rows[-1]), flush=True)
     write_result(
         arguments.out / "fedavg-leakage.json",
         arguments,
-        dataset="mnist",
         images=IMAGES,
         epochs=EPOCHS,
         batch_size=BATCH,
@@ -86,25 +122,24 @@ def main() -> None:
     )
 
 
-def kept(work: Path, data: Dataset, attack: str, rate: float, update: int) -> dict[str, Any]:
+def kept(work: Path, attack: str, name: str, update: int) -> dict[str, Any]:
     """Return the scores of one update, from an earlier run where there are any."""
-    place = work / f"{attack.partition(':')[0]}-{rate}-{update}.json"
+    place = work / f"{attack.partition(':')[0]}-{name}-{update}.json"
     if not place.exists():
-        found = scored(data, attack, rate, update)
+        found = scored(attack, SETTINGS[name], update)
         print(place.name, json.dumps(found), flush=True)
         write_atomically(place, json.dumps(found).encode())
     scores: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     return scores
 
 
-def scored(data: Dataset, attack: str, rate: float, update: int) -> dict[str, Any]:
+def scored(attack: str, setting: Setting, update: int) -> dict[str, Any]:
     """Attack one client's update, and score what is rebuilt beside images without content."""
+    data = load_dataset(setting.dataset)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(update))
     own, others = data.train[order[:IMAGES]], data.train[order[IMAGES : IMAGES + 2 * STRANGERS]]
-    with torch.random.fork_rng():
-        torch.manual_seed(update)
-        model = Network(len(data.classes))
-    observation = observed(model, own.pixels, own.labels, rate, update)
+    model = sent(data, order[_FIRST:], setting, update)
+    observation = observed(model, own, setting, update)
     begin = time.process_time()
     result: Inversion
     if attack.startswith("ig"):
@@ -131,17 +166,30 @@ def scored(data: Dataset, attack: str, rate: float, update: int) -> dict[str, An
     }
 
 
-def observed(
-    model: nn.Module, images: Tensor, labels: Tensor, rate: float, seed: int
-) -> Observation:
+def sent(data: Dataset, others: Tensor, setting: Setting, seed: int) -> Network:
+    """Return what the server sends: fresh weights, or such as others' images have trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Network(data.shape, len(data.classes))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(setting.trained):
+        batch = data.train[others[torch.randint(len(others), (50,), generator=generator)]]
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.pixels), batch.labels).backward()
+        optimizer.step()
+    return model
+
+
+def observed(model: nn.Module, held: Images, setting: Setting, seed: int) -> Observation:
     """Return what a server has of a client that trained on its images and sent weights back."""
-    own, steps = copy.deepcopy(model), 0
-    optimizer = torch.optim.SGD(own.parameters(), rate)
+    own, steps, rate = copy.deepcopy(model), 0, setting.learning_rate
+    optimizer = torch.optim.SGD(own.parameters(), rate, momentum=setting.momentum)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
         for index in torch.randperm(IMAGES, generator=generator).split(BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(own(images[index]), labels[index]).backward()
+            F.cross_entropy(own(held.pixels[index]), held.labels[index]).backward()
             optimizer.step()
             steps += 1
     returned = dict(own.named_parameters())
@@ -150,7 +198,8 @@ def observed(
         for name, sent in model.named_parameters()
     }
     local = LocalSteps(EPOCHS, BATCH, rate)
-    return Observation(model, gradients, (1, 28, 28), 10, IMAGES, local=local)
+    shape, classes = held.pixels.shape[1:], own.output.out_features
+    return Observation(model, gradients, tuple(shape), classes, IMAGES, local=local)
 
 
 def assigned(found: Tensor, originals: Tensor) -> Tensor:
@@ -169,10 +218,12 @@ def without_content(labels: Tensor, others: Any) -> list[Tensor]:
         (others.labels == label).nonzero()[:, 0][int((labels[:place] == label).sum())]
         for place, label in enumerate(labels)
     ]
-    noise = torch.rand(len(labels), 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    channels, side = others.pixels.shape[1:3]
+    coarse = (len(labels), channels, side // 4, side // 4)
+    noise = torch.rand(coarse, generator=torch.Generator().manual_seed(0))
     return [
         others.pixels[torch.stack(places)],
-        F.interpolate(noise, 28, mode="bicubic").clamp(0, 1),
+        F.interpolate(noise, side, mode="bicubic").clamp(0, 1),
         others.pixels.mean(dim=0, keepdim=True).repeat(len(labels), 1, 1, 1),
     ]
 
