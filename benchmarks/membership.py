@@ -75,12 +75,12 @@ class Sent:
             model.load_state_dict(run.model())
         return cls(config, data, model, arguments.epochs)
 
-    def watched(self, images: int, clients: int, seed: int) -> WatchedFederation:
-        """Return what is watched for one row: a round of clients with so many images, summed."""
+    def watched(self, images: int, clients: int, updates: int, seed: int) -> WatchedFederation:
+        """Return rounds to watch, of clients with so many images each, summed."""
         watching = Watching(
             clients=self.config.clients,
             victim=min(3, self.config.clients - 1),
-            images=images * clients,
+            images=images * clients * updates,
             batch=images,
             aggregate=clients,
             update="fedavg",
@@ -99,15 +99,17 @@ def rows(
     clients: tuple[int, ...],
     defenses: list[str],
     draws: int,
+    together: int,
     attacks: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows, smallest rounds first."""
     for images, count, spec in itertools.product(sizes, clients, defenses):
-        updates = [
-            picked(sent.watched(images, count, seed), spec, attacks) for seed in range(draws)
+        drawn = [
+            picked(sent.watched(images, count, together, seed), spec, attacks)
+            for seed in range(draws)
         ]
         for attack in attacks:
-            found = [update[attack] for update in updates if attack in update]
+            found = [updates[attack] for updates in drawn if attack in updates]
             if found:
                 yield {
                     "images": images,
@@ -121,18 +123,22 @@ def rows(
 def picked(
     federation: WatchedFederation, spec: str, attacks: tuple[str, ...]
 ) -> dict[str, Recognition]:
-    """Return what each attack that knows the defence recognises of one update."""
+    """Return what each attack that knows the defence recognises of the updates of one draw."""
     defense, used = parse_defense(spec), federation.ground_truth()
     informed, seed = federation.observe(defense), federation.watching.seed
     found = picked_out(
-        defense, informed, federation.data, used, seed=seed, scored=_SCORED, attacks=attacks
+        *(defense, informed, federation.data, used),
+        seed=seed,
+        scored=_SCORED,
+        attacks=attacks,
+        naive=False,
     )
     return {one.attack: one for one in found if one.adaptive}
 
 
 def summary(found: list[Recognition]) -> dict[str, Any]:
     """Return means over updates, with intervals over these."""
-    (one,) = joined([(update,) for update in found])
+    (one,) = joined([(updates,) for updates in found])
     told = one.as_json()
     return {
         "picked_out": told["picked_out"],
@@ -142,7 +148,7 @@ def summary(found: list[Recognition]) -> dict[str, Any]:
         "auc_unseen": None if one.unseen is None else one.unseen.roc().auc.value,
         "certain": told["certain"],
         "mistaken": told["mistaken"],
-        "updates": [float(update.picked.mean()) for update in found],
+        "updates": one.picked.mean(dim=1).tolist(),
     }
 
 
@@ -161,7 +167,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=SIZES)
     parser.add_argument("--defense", nargs="+", default=DEFENSES)
     parser.add_argument("--attack", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
-    parser.add_argument("--draws", type=int, default=5, help="updates behind a row")
+    parser.add_argument("--draws", type=int, default=5, help="of images and strangers, for a row")
+    parser.add_argument(
+        "--together", type=int, default=1, help="updates against the same strangers"
+    )
     parser.add_argument("--name", default="membership", help="of the JSON file")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -174,6 +183,7 @@ def main() -> None:
         (1,) if arguments.single else (1, sent.config.clients),
         arguments.defense,
         arguments.draws,
+        arguments.together,
         tuple(arguments.attack),
     ):
         found.append(row)
@@ -183,12 +193,13 @@ def main() -> None:
             f"[{row['picked_out_low']:.1%}, {row['picked_out_high']:.1%}]",
             flush=True,
         )
-    write_result(
-        arguments.out / f"{arguments.name}.json",
-        arguments,
-        training=sent.config.model_dump(),
-        rows=found,
-    )
+        # Whoever stops it keeps the rows there are.
+        write_result(
+            arguments.out / f"{arguments.name}.json",
+            arguments,
+            training=sent.config.model_dump(),
+            rows=found,
+        )
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def picked_out(
     seed: int,
     scored: int | None = None,
     attacks: Sequence[str] = tuple(ATTACKS),
+    naive: bool = True,
 ) -> tuple[Recognition, ...]:
     """Run every membership attack on an observation and score it.
 
@@ -158,6 +159,7 @@ def picked_out(
         seed: Seeds the choice of the others, and of those that are scored.
         scored: How many images of each victim are scored, drawn at random; None for all.
         attacks: Names of those that run.
+        naive: Whether they also run as who does not know the defence.
 
     Returns:
         One for each attack and kind of attacker; none where every training image was used. An
@@ -171,6 +173,7 @@ def picked_out(
         lineup,
         lambda name, aware, seen: _run(name, _attacker(defense, informed, name, aware=aware), seen),
         attacks,
+        naive=naive,
     )
 
 
@@ -215,9 +218,12 @@ def _by_all(
     lineup: "_Lineup",
     run: Callable[[str, bool, "_Lineup"], Recognition | None],
     attacks: Sequence[str] = tuple(ATTACKS),
+    *,
+    naive: bool = True,
 ) -> tuple[Recognition, ...]:
     """Return what each attack finds by who does not know the defence, then by who does."""
-    found = [run(name, False, lineup) for name in attacks]
+    ignorant = naive or not defense.names
+    found = [run(name, False, lineup) for name in attacks] if ignorant else []
     if defense.names:
         known = lineup.treated(defense.transform)
         found += [run(name, True, known) for name in attacks]
