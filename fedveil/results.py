@@ -31,17 +31,17 @@ class Term:
 EXACT = Term(
     "exact",
     "exact",
-    "Rebuilt up to rounding, over 40 dB; of a transformed image it is T(x), and says so.",
+    "Rebuilt up to rounding, over 40 dB; where an image is transformed, T(x) is, and it says so.",
 )
 IDENTIFIED = Term(
     "identified",
     "identified",
-    "The original is nearer to what was rebuilt from its update than 99 others are.",
+    "The original is nearer to what was rebuilt from its update than 99 other images are.",
 )
 PICKED_OUT = Term(
     "picked_out",
     "picked out",
-    "It scores above 99 others by the update alone; nothing is rebuilt.",
+    "The image scores above 99 others by the update alone; nothing is rebuilt.",
     earlier=("recognised",),
 )
 LABELS = Term("label_accuracy", "labels", "Its label is read off the update.")
@@ -54,7 +54,7 @@ TO_ORIGINAL = Term(
 TO_TRAINED = Term(
     "psnr_trained",
     "dB to T(x)",
-    "The same to what the client trained on: the image, or what a transformation left.",
+    "PSNR to T(x), what the client trained on: the image, or what a transformation left of it.",
     share=False,
 )
 SECONDS = Term(
