@@ -32,7 +32,7 @@ from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.models import build_model
 
 _CLIENTS, _GROUP, _STRANGERS, _STEPS = 100, 10, 1_000, 600
-_ALONE = LocalTraining(
+ALONE = LocalTraining(
     epochs=30, batch_size=20, learning_rate=0.1, decay=True, momentum=0.9, clip=1.0
 )
 
@@ -61,23 +61,23 @@ class Federation:
         shares = partition(data.train.labels, clients=_CLIENTS, scheme=scheme, seed=seed)
         models = []
         for client in range(2 * _GROUP):
-            model, own = _untrained(data), data.train[shares[client]]
+            model, own = untrained(data), data.train[shares[client]]
             generator = torch.Generator().manual_seed(1_000 * seed + client)
-            train_locally(model, own, _ALONE, generator=generator)
+            train_locally(model, own, ALONE, generator=generator)
             models.append({name: value.clone() for name, value in model.state_dict().items()})
             print(f"seed {seed}: client {client} of {2 * _GROUP}", flush=True)
         return cls(data, list(shares), models, data.test[:2_000])
 
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Return what each client answers, [20, N, K]."""
-        model = _untrained(self.data)
+        model = untrained(self.data)
         return torch.stack([logits_of(model, state, pixels).softmax(1) for state in self.models])
 
     def students(self, answers: Tensor) -> list[dict[str, Tensor]]:
         """Return a model taught each of the answers [V, N, K] to the questions."""
         taught = []
         for number, targets in enumerate(answers):
-            model, generator = _untrained(self.data).train(), torch.Generator().manual_seed(number)
+            model, generator = untrained(self.data).train(), torch.Generator().manual_seed(number)
             optimiser = torch.optim.SGD(model.parameters(), 0.05, 0.9)
             for _ in range(_STEPS):
                 index = torch.randint(len(targets), (50,), generator=generator)
@@ -88,7 +88,7 @@ class Federation:
         return taught
 
 
-def _untrained(data: Dataset) -> nn.Module:
+def untrained(data: Dataset) -> nn.Module:
     return build_model("cnn", data.shape, len(data.classes), seed=0)
 
 
@@ -114,7 +114,7 @@ def rows(federation: Federation, seed: int) -> list[tuple[str, str, Ranks]]:
     answers = federation.probabilities(federation.questions.pixels)
     alone = federation.students(answers[:_GROUP])
     summed = federation.students(_sums(answers))
-    model, pixels = _untrained(federation.data), candidates.pixels
+    model, pixels = untrained(federation.data), candidates.pixels
     asked = federation.probabilities(pixels)
     shifted = federation.probabilities(pixels.roll(1, dims=3))
     told = {

@@ -38,7 +38,7 @@ def test_it_runs_from_an_empty_folder(notebook, tmp_path):
     (accuracy,) = [line for line in lines if line.startswith("accuracy ")]
     assert float(accuracy.split()[1].rstrip("%,")) > 70
     assert "the server sees sums of a round's clients" in lines
-    assert "clients of strategy analytic received no model" in told
+    assert "clients were sent a feature map (filters, offset) and nothing else" in told
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "clients of runs/both-ways returned sums over their images" in page
     assert "which show nothing about that run" in page

@@ -1,7 +1,7 @@
 """``fedveil audit theft``: what clients can make of the copies they were sent."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedveil.attacks.theft import ATTACKS, COMBINATIONS, Stolen, TheftObservation
+from fedveil.audit.map_thieves import ATTACKS_ON_MAPS, MapThieves
 from fedveil.audit.metrics import Interval, bootstrap
 from fedveil.audit.settings import TheftSettings
 from fedveil.audit.thieves import AuditedRun, Thief
@@ -21,6 +22,7 @@ from fedveil.forks import in_processes
 from fedveil.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, png
 from fedveil.progress import ProgressBars
 from fedveil.runs.directory import origin
+from fedveil.types import Weights
 
 THIEF, OWNER = "best by the thief's holdout", "best by the owner's view"
 """Rows of the best of the suite; see ``TheftReport``."""
@@ -93,34 +95,51 @@ def steal(run: AuditedRun, thief: Thief) -> Theft:
         thief,
         run.clients(thief),
         len(observation.labelled),
-        tuple(_attempts(run, observation, thief.colluders)),
-        tuple(_tried(run, alone, _ALL, "")),
+        tuple(_attempts(run.accuracy, observation, thief.colluders)),
+        tuple(_tried(run.accuracy, alone, _ALL, "")),
     )
 
 
-def _attempts(run: AuditedRun, observation: TheftObservation, colluders: int) -> list[Attempt]:
+def steal_by_map(thieves: MapThieves, thief: Thief) -> Theft:
+    """Let one thief try every head on the map that was sent, and on one of its own; score both.
+
+    Raises:
+        FedveilError: No round had as many clients as collude.
+    """
+    through = thieves.seen_by(thief)
+    attempts, alone = (
+        tuple(_tried(seen.accuracy, seen.observation, ATTACKS_ON_MAPS, "")) for seen in through
+    )
+    labels_held = len(through[0].observation.labelled)
+    return Theft(thief, thieves.run.clients(thief), labels_held, attempts, alone)
+
+
+_Accuracy = Callable[[Weights], float]
+
+
+def _attempts(accuracy: _Accuracy, observation: TheftObservation, colluders: int) -> list[Attempt]:
     tried: list[Attempt] = []
     for name, attacks in _ONE if colluders == 1 else _SEVERAL:
         combination = COMBINATIONS[name]
         if combination.applies(observation):
             prefix = "" if name == "last" else f"{name} + "
-            tried += _tried(run, combination(observation), attacks, prefix)
+            tried += _tried(accuracy, combination(observation), attacks, prefix)
     return tried
 
 
 def _tried(
-    run: AuditedRun, observation: TheftObservation, attacks: Sequence[str], prefix: str
+    accuracy: _Accuracy, observation: TheftObservation, attacks: Sequence[str], prefix: str
 ) -> list[Attempt]:
     return [
-        _scored(run, f"{prefix}{name}", ATTACKS[name](observation))
+        _scored(accuracy, f"{prefix}{name}", ATTACKS[name](observation))
         for name in attacks
         if ATTACKS[name].applies(observation)
     ]
 
 
-def _scored(run: AuditedRun, name: str, stolen: Stolen) -> Attempt:
+def _scored(accuracy: _Accuracy, name: str, stolen: Stolen) -> Attempt:
     seen = (stolen.score.accuracy, stolen.score.confidence)
-    return Attempt(name, run.accuracy(stolen.weights), seen)
+    return Attempt(name, accuracy(stolen.weights), seen)
 
 
 @dataclass(frozen=True)
@@ -138,11 +157,13 @@ class TheftReport:
         settings: What was audited.
         reference: Accuracy of w on the report images, at the end of the run.
         thefts: All thefts.
+        sent: What clients were sent, in words.
     """
 
     settings: TheftSettings
     reference: float
     thefts: tuple[Theft, ...]
+    sent: str = "copies of a model"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of ``theft.json``."""
@@ -187,6 +208,7 @@ class TheftReport:
         return {
             "settings": {**asdict(self.settings), "run": str(self.settings.run)},
             "reference": self.reference,
+            "sent": self.sent,
             **origin(),
             "rows": self.rows(),
             "thefts": [asdict(theft) for theft in self.thefts],
@@ -195,7 +217,7 @@ class TheftReport:
     def table(self) -> str:
         """Return the bests as lines of text."""
         lines = [
-            f"w, kept by the server: {self.reference:.1%}",
+            f"clients were sent {self.sent}; w, kept by the server: {self.reference:.1%}",
             f"{'labels':>6} {'colluders':>9} {'alone':>7} {'direct':>7}   "
             f"{'thief chooses':15}{'advantage':23}{'owner fears':15}{'advantage':23}by",
         ]
@@ -259,13 +281,15 @@ def run_theft_audit(
         raise FedveilError(f"--workers {workers} is out of range: give at least 1")
     check_directory(out)
     run = AuditedRun(settings.run, settings.seed)
-    run.check_stealable()
+    sent = run.sent
     reference = run.accuracy(run.delivered())
     for thief in cells(settings):
         run.clients(thief)  # so that too many colluders are refused before anything is written
     (out / "thieves").mkdir(parents=True, exist_ok=True)
     thefts = {thief: _stored(run, thief, out) for thief in cells(settings)}
     missing = [thief for thief, theft in thefts.items() if theft is None]
+    # Thieves who are the same clients, and so have the same map of their own, one after another.
+    missing.sort(key=lambda thief: (thief.number, thief.colluders))
     before = len(thefts) - len(missing)
     with ProgressBars() as bars:
         bars.begin("thieves", before, len(thefts))
@@ -281,18 +305,21 @@ def run_theft_audit(
             thefts[theft.thief] = theft
             bars("thieves", number, len(thefts), str(theft.thief))
     done = tuple(theft for theft in thefts.values() if theft)
-    report = TheftReport(settings, reference, done)
+    report = TheftReport(settings, reference, done, sent)
     report.write(out)
     return report
 
 
 def _steal(settings: TheftSettings, thief: Thief) -> Theft:
-    return steal(_audited(settings.run, settings.seed), thief)
+    run, thieves = _audited(settings.run, settings.seed)
+    return steal_by_map(thieves, thief) if thieves else steal(run, thief)
 
 
 @lru_cache(maxsize=1)
-def _audited(run: Path, seed: int) -> AuditedRun:
-    return AuditedRun(run, seed)
+def _audited(path: Path, seed: int) -> tuple[AuditedRun, MapThieves | None]:
+    run = AuditedRun(path, seed)
+    features = run.feature_map
+    return run, None if features is None else MapThieves(run, features)
 
 
 def _path(out: Path, thief: Thief) -> Path:

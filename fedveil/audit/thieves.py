@@ -17,6 +17,7 @@ from fedveil.data import Images, parse_partition
 from fedveil.data.augmentation import Augmentation, parse_augmentation
 from fedveil.data.partition import partition
 from fedveil.errors import FedveilError
+from fedveil.features import FeatureMap
 from fedveil.federation.answers import pixels_of
 from fedveil.federation.evaluation import count_correct
 from fedveil.federation.job import Job
@@ -32,7 +33,8 @@ from fedveil.types import Weights
 from fedveil.wording import quantity
 
 _LATE = 5  # thieves come from the last fifth of the rounds: they hold the best copies
-_UNLABELLED = 2_000
+MOST_UNLABELLED = 2_000
+"""Unlabelled images that a thief looks at."""
 _WITHOUT_EFFECT = {"workers", "engine", "log"}  # on what clients were sent
 _SHIFT = 14  # by two pixels of 28 or 32, none of 8
 
@@ -99,33 +101,37 @@ class AuditedRun:
             SentRound(entry.round, entry.assignment, _differing(entry)) for entry in self.archive
         )
 
-    def check_stealable(self) -> None:
-        """Refuse a run whose clients received a feature map alone, which the archive shows.
+    @cached_property
+    def feature_map(self) -> FeatureMap | None:
+        """What clients of an analytic run were sent, by all of its archive; None of other runs.
 
         Raises:
-            FedveilError: There is no model to steal from; or the archive holds something else than
-                the map, which is said as well.
+            FedveilError: The archive holds something else than the map.
         """
         if not isinstance(self.job.model, AnalyticClassifier):
-            return
-        features = load_classifier(self.directory.model()).features.sent()
+            return None
+        features = load_classifier(self.directory.model()).features
+        sent = features.sent()
         for entry in self.archive:
             for copy in entry.copies:
-                if copy.keys() != features.keys() or any(
-                    not torch.equal(value, features[name]) for name, value in copy.items()
+                if copy.keys() != sent.keys() or any(
+                    not torch.equal(value, sent[name]) for name, value in copy.items()
                 ):
                     raise FedveilError(
                         f"{self.directory.path}: round {entry.round} sent clients something else "
                         "than the feature map of w, which an analytic run never does; do not trust "
                         "this run"
                     )
-        raise FedveilError(
-            f"{self.directory.path}: clients of strategy analytic received no model. Its archive "
-            f"was read whole: in {quantity(len(self.archive.rounds), 'round')} they were sent the "
-            "feature map "
-            f"({', '.join(sorted(features)) or 'its name'}) and nothing else, so a thief who "
-            "trains alone with the same map has all that any thief has, and the advantage is 0"
-        )
+        return features
+
+    @property
+    def sent(self) -> str:
+        """What clients were sent, in words."""
+        if self.feature_map is None:
+            return "copies of a model"
+        names = ", ".join(sorted(self.feature_map.sent())) or "its name"
+        rounds = quantity(len(self.archive.rounds), "round")
+        return f"a feature map ({names}) and nothing else, by the archive of {rounds}"
 
     @cached_property
     def shares(self) -> tuple[Tensor, ...]:
@@ -206,13 +212,21 @@ class AuditedRun:
         ]
         return {other: apart[copy] for other, copy in entry.assignment.items()}
 
+    def images_of(self, thief: Thief) -> tuple[Tensor, Tensor]:
+        """Return which training images a thief has with their labels, and which without."""
+        return self._images(thief, self.clients(thief))
+
+    def own_seed(self, thief: Thief) -> int:
+        """Return the seed of a thief's own randomness."""
+        return random.Random(f"fedveil thief {self.seed} {thief.number}").randrange(2**31)
+
     def observation(self, thief: Thief) -> TheftObservation:
         """Return what a thief holds; report images are in nobody's share."""
         clients = self.clients(thief)
         labelled, unlabelled = self._images(thief, clients)
         train = self.job.dataset.train
         channels_height_width, classes = self.job.dataset.shape, len(self.job.dataset.classes)
-        own_seed = random.Random(f"fedveil thief {self.seed} {thief.number}").randrange(2**31)
+        own_seed = self.own_seed(thief)
         met = [sent.round for sent in self.rounds if set(clients) & set(sent.assignment)]
         copies = [
             entry.received(client)
@@ -226,7 +240,7 @@ class AuditedRun:
             ),
             copies=tuple(copies),
             labelled=train[labelled],
-            unlabelled=torch.cat([train[unlabelled].pixels, *self._shared])[:_UNLABELLED],
+            unlabelled=torch.cat([train[unlabelled].pixels, *self._shared])[:MOST_UNLABELLED],
             noised=self.noised,
             honest=self._train_honestly,
             augmentation=self._augmentation(channels_height_width[2] // _SHIFT),
@@ -254,14 +268,15 @@ class AuditedRun:
 
     def accuracy(self, weights: Weights) -> float:
         """Return the accuracy on the run's report images, as many as each round reports on."""
-        report = self._report
+        report = self.report
         self.job.model.load_state_dict(dict(weights))
-        return count_correct(self.job.model, report[0], report[1]) / len(report[1])
+        return count_correct(self.job.model, report.pixels, report.labels) / len(report)
 
     @cached_property
-    def _report(self) -> tuple[Tensor, Tensor]:
+    def report(self) -> Images:
+        """The report images, as many as each round reports on."""
         images = self.job.evaluation.report[: self.config.report_images]
-        return images.pixels, images.labels
+        return Images(images.pixels, images.labels)
 
     @cached_property
     def _shared(self) -> tuple[Tensor, ...]:

@@ -119,12 +119,15 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"  fedveil train --resume {directory.path}"
         )
         raise typer.Exit(130) from None
-    for warning in filter(None, (_of_no_use(summary), _collapsed(directory, summary))):
+    warnings = (_of_no_use(summary), _collapsed(directory, summary), _adds_nothing(summary))
+    for warning in filter(None, warnings):
         typer.echo(warning, err=True)
     typer.echo(
         f"w{_of_round(summary)}: {summary['accuracy']:.2%} on "
         f"{quantity(summary['report_images'], 'image')} it never met"
     )
+    if alone := summary.get("server_alone"):
+        typer.echo(_beside(alone))
     if taught := _distilled(summary):
         typer.echo(taught)
     typer.echo(_received(summary, kept_cap(directory.config)))
@@ -133,6 +136,27 @@ def _finish_training(directory: "RunDirectory") -> None:
     if traced := _traced(summary):
         typer.echo(traced, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _beside(alone: dict[str, Any]) -> str:
+    gain, low, high = (100 * alone[name] for name in ("gain", "gain_low", "gain_high"))
+    return (
+        f"the server's own {quantity(alone['images'], 'labelled image')} alone: "
+        f"{alone['accuracy']:.2%}; clients add {gain:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    )
+
+
+def _adds_nothing(summary: dict[str, Any]) -> str | None:
+    alone = summary.get("server_alone")
+    if alone is None or alone["gain_low"] > 0:
+        return None
+    advice = "ask more clients, or clients with more images"
+    if summary["configuration"]["epsilon"] is not None:
+        advice += ", or give a larger --epsilon"
+    return (
+        "Clients add nothing that can be told from chance: w is what the server's own labelled "
+        f"images give alone. Deliver what these give, and ask nobody; or {advice}"
+    )
 
 
 def _distilled(summary: dict[str, Any]) -> str | None:

@@ -131,6 +131,10 @@ class Dictionary(FeatureMap):
         """Return filters and offsets."""
         return {"filters": self.filters, "offset": self.offset}
 
+    def remade(self, images: Tensor, *, seed: int) -> "Dictionary":
+        """Return a dictionary of other images with the same options."""
+        return learn_dictionary(images, self.settings, seed=seed)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return float32 [N, D]."""
         how = self.settings

@@ -39,6 +39,10 @@ class Mirrored(FeatureMap):
         """Return what the inner map sends."""
         return {f"inner.{name}": value for name, value in self.inner.sent().items()}
 
+    def remade(self, images: Tensor, *, seed: int) -> "Mirrored":
+        """Return the inner map remade, and mirrored."""
+        return Mirrored(self.inner.remade(images, seed=seed))
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the rows (m, d)."""
         return of_views(self.inner(pixels), self.inner(pixels.flip(3)))

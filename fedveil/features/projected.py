@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedveil.errors import FedveilError
-from fedveil.features.protocol import FeatureMap, Options
+from fedveil.features.protocol import FeatureMap, Options, features_of
 
 
 class Projected(FeatureMap):
@@ -51,6 +51,12 @@ class Projected(FeatureMap):
         """Return the projection, and what the inner map sends."""
         inner = {f"inner.{name}": value for name, value in self.inner.sent().items()}
         return {"mean": self.mean, "components": self.components, **inner}
+
+    def remade(self, images: Tensor, *, seed: int) -> "Projected":
+        """Return the inner map remade, and as many of its components as other images allow."""
+        inner = self.inner.remade(images, seed=seed)
+        count = min(self.dimension, inner.dimension, len(images) - 1)
+        return project(inner, features_of(inner, images), count)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return float32 [N, D']."""

@@ -57,6 +57,15 @@ class FeatureMap(nn.Module):
         """Return the tensors a client has to be sent; what it can load itself is not among them."""
         return {}
 
+    def remade(self, images: Tensor, *, seed: int) -> "FeatureMap":
+        """Return a map of this kind made of other images; itself where it is made of none.
+
+        Args:
+            images: uint8, or float in [0, 1], [N, C, H, W], at least two.
+            seed: Seeds what is drawn.
+        """
+        return self
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the features of images."""

@@ -10,7 +10,12 @@ _BATCH = 100
 
 
 def count_correct(model: nn.Module, pixels: Tensor, labels: Tensor, *, batch: int = _BATCH) -> int:
-    """Return how many images ``model`` classifies correctly, in evaluation mode.
+    """Return how many images ``model`` classifies correctly; arguments are those of ``correct``."""
+    return int(correct(model, pixels, labels, batch=batch).sum())
+
+
+def correct(model: nn.Module, pixels: Tensor, labels: Tensor, *, batch: int = _BATCH) -> Tensor:
+    """Return which images ``model`` classifies correctly in evaluation mode, bool [N].
 
     The model's convolutions are put into channels-last memory where it bears that, which halves the
     time on a CPU and changes no value; its mode is left as it was.
@@ -25,13 +30,13 @@ def count_correct(model: nn.Module, pixels: Tensor, labels: Tensor, *, batch: in
     model.to(memory_format=layout)  # type: ignore[call-overload]
     training = model.training
     model.eval()
-    correct = 0
+    found: list[Tensor] = []
     batches, truths = torch.split(pixels, batch), torch.split(labels, batch)
     try:
         with torch.inference_mode():
             for some, truth in zip(batches, truths, strict=True):
                 logits = model(some.contiguous(memory_format=layout))
-                correct += int((logits.argmax(1) == truth).sum())
+                found.append((logits.argmax(1) == truth).clone())
     finally:
         model.train(training)
-    return correct
+    return torch.cat(found)

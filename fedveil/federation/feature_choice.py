@@ -1,5 +1,6 @@
 """Which feature map an analytic run has, from its settings and the server's unlabelled images."""
 
+import math
 from dataclasses import asdict
 from hashlib import sha256
 
@@ -31,6 +32,9 @@ _MOST_COMPONENTS = 1_024  # whose sums are 4 MB
 
 WHITENING = 0.3
 """Share of whitening of the components under noise: benchmarks/analytic_prior.py."""
+
+MIRRORED_ERROR = 1.03
+"""How many times greater mirroring may make the error: benchmarks/mirroring.py."""
 # Part of the key of what is kept: raise it whenever the same settings make another dictionary.
 _FORMAT = 1
 
@@ -93,10 +97,21 @@ def _mirrors(config: TrainConfig, own: Images) -> bool:
 
 
 def suits_mirroring(images: Images, *, seed: int) -> bool:
-    """Return whether classes are told better where an image and its mirror image are alike.
+    """Return whether classes are told as well where an image and its mirror image are alike.
 
-    By the generalised cross-validation errors of the ridges on two small dictionaries: so it is
-    with photographs, and not with digits or classes that only a side tells apart.
+    So it is with photographs, and not with digits or classes that only a side tells apart.
+
+    Args:
+        images: The server's, at least 2, with their labels.
+        seed: Seeds the dictionaries.
+    """
+    return mirroring_error(images, seed=seed) < MIRRORED_ERROR
+
+
+def mirroring_error(images: Images, *, seed: int) -> float:
+    """Return how many times greater the error is where mirror images are alike.
+
+    By the generalised cross-validation errors of the ridges on two small dictionaries.
 
     Args:
         images: The server's, at least 2, with their labels.
@@ -111,11 +126,11 @@ def suits_mirroring(images: Images, *, seed: int) -> bool:
         rows = quantised(features_of(learn_dictionary(some.raw, options, seed=seed), some.raw))
         return ridge(Statistics.of(rows, some.labels, classes=classes)).error
 
-    return error(mirrored=True) < _MIRRORED_ERROR * error(mirrored=False)
+    plain = error(mirrored=False)
+    return error(mirrored=True) / plain if plain else math.inf
 
 
 _MIRRORED_IMAGES = 2_000
-_MIRRORED_ERROR = 1.1  # few images tell little, and with many the halved variety pays
 _MIRRORED_FILTERS = 8
 
 

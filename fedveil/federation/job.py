@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedveil.data import Dataset, Images, parse_partition
 from fedveil.data.partition import partition
-from fedveil.federation.evaluation import count_correct
+from fedveil.federation.evaluation import correct
 from fedveil.federation.roster import Sampling, round_size
 from fedveil.runs.config import TrainConfig
 from fedveil.types import Weights
@@ -47,29 +48,38 @@ class Job:
 
     def accuracy(self, weights: Weights, *, images: int | None = None) -> float:
         """Return the accuracy of a model on the first ``images`` report images (or on all)."""
-        return self._right(weights, self.evaluation.report[:images])
+        return _share(self._right(weights, self.evaluation.report[:images]))
+
+    def right(self, weights: Weights) -> Tensor:
+        """Return which report images a model is right on, bool [N]."""
+        return self._right(weights, self.evaluation.report)
 
     def calibration_accuracy(self, weights: Weights) -> float:
         """Return the accuracy of a model on the calibration images, on which nothing is reported.
 
         A round is chosen by it, and the report images stay what no choice has seen.
         """
-        return self._right(weights, self.evaluation.calibration)
+        return _share(self._right(weights, self.evaluation.calibration))
 
-    def _right(self, weights: Weights, images: Images) -> float:
+    def _right(self, weights: Weights, images: Images) -> Tensor:
         self.model.load_state_dict(dict(weights))
-        correct = sum(
-            count_correct(self.model, block.pixels, block.labels)
-            for start in range(0, len(images), _EVALUATION_BLOCK)
-            for block in [images[start : start + _EVALUATION_BLOCK]]
+        return torch.cat(
+            [
+                correct(self.model, block.pixels, block.labels)
+                for start in range(0, len(images), _EVALUATION_BLOCK)
+                for block in [images[start : start + _EVALUATION_BLOCK]]
+            ]
         )
-        return correct / len(images)
 
     @property
     def sampling(self) -> Sampling:
         """How each round chooses its clients."""
         config = self.config
         return Sampling(config.fraction, config.seed, config.clients, config.timeout)
+
+
+def _share(right: Tensor) -> float:
+    return int(right.sum()) / len(right)
 
 
 def shares_of(config: TrainConfig, dataset: Dataset) -> list[int]:

@@ -5,7 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +32,7 @@ from fedveil.federation.engines.eager_grid import EagerGrid
 from fedveil.federation.job import Evaluation, Job, shares_of
 from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
+from fedveil.federation.server_alone import beside
 from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.strategies.ensemble_distillation import EnsembleDistillation
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
@@ -373,6 +374,8 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     directory.write_model(last.delivered)
     summary = summarise(job, last, recorder.rounds, directory.releases())
     summary["sends"] = strategy.sends
+    if (alone := strategy.server_alone(last.delivered_round)) is not None:
+        summary["server_alone"] = asdict(beside(job, last.delivered, alone))
     if isinstance(strategy, Analytic):
         summary["analytic"] = sums_in_words(strategy, job.config)
         if found := distil_job(job, last.delivered):

@@ -70,6 +70,16 @@ class Returned(_Content):
     server_sees: Text = ""
 
 
+class ServerAlone(_Content):
+    """What the server's own labelled images alone give, and what clients add to it."""
+
+    images: Count
+    accuracy: Share
+    gain: Gain
+    gain_low: Gain
+    gain_high: Gain
+
+
 class RunSummary(_Content):
     """``summary.json`` of a training run."""
 
@@ -83,6 +93,7 @@ class RunSummary(_Content):
     sends: Literal["model", "capped", "untrained"] | None = None
     versions: dict[Text, Text] = Field(default_factory=dict)
     privacy: Privacy | None = None
+    server_alone: ServerAlone | None = None
     analytic: Returned | None = None
     answers: Returned | None = None
 

@@ -6,7 +6,7 @@ named is the strongest of those tried, not of those that exist.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -118,6 +118,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     """
     found: tuple[Finding, ...] = (
         *verdict(artifacts),
+        *_of_clients_part(artifacts.runs),
         *of_members(artifacts.leakages),
         *_of_sums(artifacts),
         *of_egress(artifacts.egresses),
@@ -137,6 +138,29 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
     if leading is not None:
         found = (leading, *found)
     return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.kind)))
+
+
+def _of_clients_part(runs: Sequence[Run]) -> Iterator[Finding]:
+    """Say of each run that counts the server's own labelled images what clients add to these."""
+    for run in runs:
+        alone = run.summary.server_alone
+        if alone is None:
+            continue
+        added = alone.gain_low > 0
+        told = (
+            f"of {run.name} clients add {points(alone.gain)} (95\N{NO-BREAK SPACE}% interval "
+            f"{100 * alone.gain_low:.1f} to {100 * alone.gain_high:.1f})"
+            if added
+            else f"what clients of {run.name} add cannot be told from chance"
+        )
+        yield Finding(
+            "What clients add",
+            f"Adds {points(alone.gain)}" if added else "Nothing that can be told",
+            "good" if added else "bad",
+            f"The server's own {quantity(alone.images, 'labelled image')} alone give a model right "
+            f"on {percent(alone.accuracy)} of images; with them the one that is delivered is right "
+            f"on {percent(run.summary.accuracy)}: {told}.",
+        )
 
 
 def _of_sums(artifacts: Artifacts) -> tuple[Finding, ...]:

@@ -99,6 +99,7 @@ class TheftOptions(CheckedSettings):
     rounds: int | None = option(None, "Rounds of each run, where not the study's.", ge=1)
     thieves: int = option(1, "Thieves of each run.", ge=1)
     colluders: tuple[int, ...] = option((1, 2, 5), "How many collude.", ge=1)
+    labels: tuple[int, ...] = option((10, 50, 100, 600), "Labelled images of a thief.", ge=0)
     workers: int | None = option(None, "Worker processes of the audits.")
 
 

@@ -53,6 +53,7 @@ class TheftStudy:
 
     def check(self) -> None:
         """Refuse settings of an arm that could not be trained; nothing has been written yet."""
+        self._audit(Path())
         for training in self.trainings:
             training.check()
 
@@ -68,14 +69,13 @@ class TheftStudy:
         run = training.run(arm, seed, out)
         if _unaudited(arm.settings):
             return run, None
-        settings = TheftSettings(
-            run=out / "runs" / run.name,
-            labels=self.labels,
-            colluders=self.colluders,
-            thieves=self.thieves,
-        )
+        settings = self._audit(out / "runs" / run.name)
         audits = out / "audits" / run.name
         return run, run_theft_audit(settings, out=audits, workers=self.workers)
+
+    def _audit(self, run: Path) -> TheftSettings:
+        labels, colluders = self.labels, self.colluders
+        return TheftSettings(run=run, labels=labels, colluders=colluders, thieves=self.thieves)
 
     def result(self, found: Mapping[str, _Found], out: Path) -> dict[str, Any]:
         """Return the settings, and a row for each arm with its seeds' audits pooled."""
@@ -106,8 +106,8 @@ class TheftStudy:
             _audit_cells(row, labels, colluders)
             for row in result["rows"]
             if row["theft"]
-            for colluders in self.colluders
-            for labels in self.labels
+            for colluders in result["settings"]["colluders"]
+            for labels in result["settings"]["labels"]
         )
         frontier = markdown((*head, *(case.title for case in _CASES)), map(_cells, result["rows"]))
         return (
@@ -136,6 +136,8 @@ _LONG = {
     "momentum": 0.9,
     "clip": 1.0,
 }
+# w is the same to the bit under secure aggregation, which hides sums from the server alone.
+_SUMS = {"strategy": "analytic", "rounds": 1, "fraction": 1.0, "secure_aggregation": False}
 _PROTECTED = {"strategy": "protected", "distillation_steps": 120}
 
 
@@ -158,6 +160,7 @@ def _arms(
         Arm("protected", "iid", {**long, **taught}),
         *([unlabelled] if label_share else []),
         Arm("protected, 3 shared rounds", "iid", {**long, **taught, "shared_rounds": 3}),
+        Arm("analytic", "iid", _SUMS),
         Arm("noise-delta", "iid", {**iid, "strategy": "noise-delta"}),
         Arm("fedavg", "shards:2", {**shards, "strategy": "fedavg"}),
         Arm("fedavg, trained alike", "shards:2", {**short, "strategy": "fedavg"}),
@@ -216,6 +219,7 @@ def select(study: TheftStudy, wanted: TheftOptions) -> TheftStudy:
         ),
         thieves=wanted.thieves,
         colluders=wanted.colluders,
+        labels=wanted.labels,
         workers=wanted.workers,
         command=_command(
             study.command,
@@ -226,6 +230,7 @@ def select(study: TheftStudy, wanted: TheftOptions) -> TheftStudy:
             ("seeds", (wanted.seeds,)),
             ("thieves", (wanted.thieves,)),
             ("colluders", () if wanted.colluders == study.colluders else wanted.colluders),
+            ("labels", () if wanted.labels == study.labels else wanted.labels),
         ),
     )
 

@@ -334,6 +334,15 @@ def test_a_part_of_the_study_says_by_which_command_it_is_made():
     )
 
 
+def test_a_study_has_the_labels_that_are_asked_for_and_refuses_wrong_ones_first(tmp_path):
+    study = part(labels=(0, 10))
+    assert study.labels == (0, 10)
+    assert study.command.endswith("--labels 0 --labels 10")
+    with pytest.raises(FedveilError, match="--labels 1 is out of range"):
+        measure(part(labels=(1,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "chosen", [{"datasets": ["imagenet"]}, {"partitions": ["shards:7"]}, {"arms": ["prayer"]}]
 )

@@ -299,3 +299,22 @@ def test_features_of_a_slow_map_are_kept_by_content_block_by_block(monkeypatch, 
     for entry in tmp_path.glob("*.safetensors"):
         entry.write_bytes(entry.read_bytes()[:-3] + b"xyz")
     assert torch.equal(torch.cat(list(blocks_of_features(features, images))), found)
+
+
+def test_a_map_is_made_anew_of_other_images_where_it_is_made_of_images():
+    first, others = photos(12), photos(30).flip(0)
+    inner = learn_dictionary(first, PLAIN, seed=0)
+    for made in (inner, Mirrored(inner), project(inner, features_of(inner, first), 5)):
+        again = made.remade(others, seed=1)
+        assert type(again) is type(made)
+        assert again.settings == PLAIN if made is inner else again.inner.settings == PLAIN
+        assert again.dimension == made.dimension
+        beneath = again if made is inner else again.inner
+        assert torch.equal(beneath.filters, learn_dictionary(others, PLAIN, seed=1).filters)
+    fewer = project(inner, features_of(inner, first), 11).remade(others[:4], seed=0)
+    assert fewer.dimension == 3
+
+
+def test_a_public_map_is_made_of_no_images():
+    public = OwnFeatures((3, 9, 9), f"{__name__}:tiny")
+    assert public.remade(photos(), seed=0) is public

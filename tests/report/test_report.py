@@ -592,6 +592,29 @@ def test_a_model_of_no_use_leads_the_page_and_nothing_beside_it_is_good(tmp_path
     assert page.index("of no use: it is right") < page.index("Table of controls")
 
 
+def beside(path, **alone):
+    content = json.loads((path / "summary.json").read_text())
+    told = {"images": 179, "accuracy": 0.7, "gain": 0.2, "gain_low": 0.15, "gain_high": 0.25}
+    (path / "summary.json").write_text(json.dumps(content | {"server_alone": told | alone}))
+    return path
+
+
+def test_what_clients_add_to_the_servers_own_images_is_said(tmp_path):
+    adds = beside(make_run(tmp_path / "adds", strategy="analytic"))
+    (found,) = (one for one in leads(adds) if one.topic == "What clients add")
+    assert (found.kind, found.mark) == ("good", "Adds 20.0 points")
+    assert plain(found.sentence) == (
+        "The server's own 179 labelled images alone give a model right on 70 % of images; with "
+        f"them the one that is delivered is right on 90.0 %: of {adds} clients add 20.0 points "
+        "(95 % interval 15.0 to 25.0)."
+    )
+    nothing = beside(make_run(tmp_path / "not", strategy="analytic"), gain=0.01, gain_low=-0.02)
+    (found,) = (one for one in leads(nothing) if one.topic == "What clients add")
+    assert (found.kind, found.mark) == ("bad", "Nothing that can be told")
+    assert f"what clients of {nothing} add cannot be told from chance" in found.sentence
+    assert "What clients add" not in {one.topic for one in leads(make_run(tmp_path / "without"))}
+
+
 def test_a_model_far_behind_the_same_training_unprotected_leads(tmp_path):
     own = make_run(tmp_path / "own", accuracy=0.7, copies=(0.5,), chance=0.1)
     plain_fedavg = {"strategy": "fedavg", "copies": (0.9,), "chance": 0.1}

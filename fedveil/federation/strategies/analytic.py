@@ -48,6 +48,7 @@ from fedveil.runs.config import TrainConfig
 from fedveil.types import Weights
 
 _HEARD, _IMAGES, _NOISE = "heard", "images", "noise"
+_FEWEST_ALONE = 2  # of which there is a ridge
 _WAVE_BYTES = 2**29  # of answers that are held at once
 
 
@@ -219,6 +220,16 @@ class Analytic(SeededFedAvg):
             resume=resume,
         )
 
+    def server_alone(self, rounds: int) -> Weights | None:
+        """Return the ridge of the server's images on the same map, where they count in w.
+
+        Without noise they do not: no more than the steepness of its scores hangs on them.
+        """
+        if self.release is None or self.labelled is None or len(self.labelled) < _FEWEST_ALONE:
+            return None
+        own = self._own_sums(slice(None))
+        return self.model.with_head(ridge(own, views=self.model.features.views))
+
     @property
     def sends(self) -> Sends:
         """What clients receive: a map, and nothing that was learnt of their labels."""
@@ -376,11 +387,13 @@ class Analytic(SeededFedAvg):
 
     def _noisy(self, past: "_Past", own: slice) -> Head:
         """Return the ridge of noisy sums, and of some of the server's own images."""
-        public = None
-        if self.labelled is not None:
-            some, layout = (self._own_rows[own], self.labelled.labels[own]), self.layout
-            public = Statistics.of(*some, classes=layout.classes, dimension=layout.dimension)
+        public = None if self.labelled is None else self._own_sums(own)
         return noisy_ridge(past.sums, noise=past.noise, images=past.images, public=public)
+
+    def _own_sums(self, own: slice) -> Statistics:
+        assert self.labelled is not None
+        some, layout = (self._own_rows[own], self.labelled.labels[own]), self.layout
+        return Statistics.of(*some, classes=layout.classes, dimension=layout.dimension)
 
     @cached_property
     def _own_rows(self) -> Tensor:

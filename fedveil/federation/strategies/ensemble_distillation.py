@@ -166,6 +166,7 @@ class EnsembleDistillation(SeededFedAvg):
             )
         # A copy, because it takes on many weights.
         self.model = deepcopy(model)
+        self._untrained: Weights = clone(model.state_dict())
         self.unlabelled = unlabelled
         self.share_unlabelled = share_unlabelled
         self.labels = labels
@@ -205,6 +206,16 @@ class EnsembleDistillation(SeededFedAvg):
             sampling=job.sampling,
             resume=resume,
         )
+
+    def server_alone(self, rounds: int) -> Weights | None:
+        """Return w taught by the labels alone: what a ``label_share`` of 1 would have given."""
+        if self.labels is None or not self.distillation.label_share:
+            return None
+        known = F.one_hot(self.labels, self.classes).float()
+        weights = self._untrained
+        for number in range(self.shared_rounds + 1, rounds + 1):
+            weights = self._taught(weights, known, number)
+        return weights
 
     @property
     def sends(self) -> Sends:
@@ -353,11 +364,7 @@ class EnsembleDistillation(SeededFedAvg):
         if now.examples > MOST_IMAGES:
             raise FedveilError(f"the answers are of {now.examples:g} images; {MOST_IMAGES} fit")
         self.state = replace(self.state, memory=now.memory())
-        generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
-        # Steps of a few images are faster on one thread, and w then depends on no number of them.
-        with torch_threads(1), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())  # dropout draws the same for the same seed
-            return self._teach(self._delivered, self._targets(now), generator)
+        return self._taught(self._delivered, self._targets(now), round_number)
 
     def _counted(self, update: Update) -> "_Summed":
         """Return a client's answers, of which no more count than the round allows."""
@@ -393,9 +400,13 @@ class EnsembleDistillation(SeededFedAvg):
         known = F.one_hot(self.labels, answers.shape[1]).to(answers)
         return torch.lerp(answers, known, self.distillation.label_share)
 
-    def _teach(self, start: Weights, targets: Tensor, generator: torch.Generator) -> Weights:
+    def _taught(self, start: Weights, targets: Tensor, round_number: int) -> Weights:
+        generator = torch.Generator().manual_seed(1_000_003 * self.sampling.seed + round_number)
         self.model.load_state_dict(dict(start))
-        teach(self.model, self._pixels, targets, self.distillation, generator)
+        # Steps of a few images are faster on one thread, and w then depends on no number of them.
+        with torch_threads(1), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())  # dropout draws the same for the same seed
+            teach(self.model, self._pixels, targets, self.distillation, generator)
         return clone({name: value.detach() for name, value in self.model.state_dict().items()})
 
 

@@ -186,6 +186,14 @@ class SeededFedAvg(FedAvg):
         """
         return None
 
+    def server_alone(self, rounds: int) -> Weights | None:
+        """Return what w would be of the server's own labelled images alone; None: none are in w.
+
+        Args:
+            rounds: After how many w is delivered.
+        """
+        return None
+
     @classmethod
     def of_run(cls, job: Job, resume: Resume, key: NoiseKey) -> "SeededFedAvg":
         """Return the strategy of a run.

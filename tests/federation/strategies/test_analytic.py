@@ -133,19 +133,16 @@ def test_nothing_that_was_learnt_is_sent(plain):
     assert torch.equal(record.to_torch_state_dict()["filters"], again.filters)
 
 
-def test_an_audit_of_theft_reads_the_archive_and_says_that_there_is_nothing(plain, tmp_path):
-    run = plain[0].path
-    settings = TheftSettings(run=run, labels=(0,), colluders=(1,))
-    with pytest.raises(FedveilError, match=r"sent the feature map \(filters, offset\) and nothing"):
-        run_theft_audit(settings, out=tmp_path / "audit")
+def test_an_audit_of_theft_refuses_an_archive_that_holds_more_than_the_map(plain, tmp_path):
     copied = tmp_path / "run"
-    shutil.copytree(run, copied)
+    shutil.copytree(plain[0].path, copied)
     archive = Archive.open(copied, RunDirectory.open(copied).noise_key())
     entry = archive.read(1)
     bent = {**entry.copies[0], "weight": torch.ones(2)}
     archive.write(replace(entry, copies=(bent,)))
+    settings = TheftSettings(run=copied, labels=(0,), colluders=(1,))
     with pytest.raises(FedveilError, match="something else"):
-        run_theft_audit(replace(settings, run=copied), out=tmp_path / "audit")
+        run_theft_audit(settings, out=tmp_path / "audit")
 
 
 def test_w_needs_nothing_but_its_file(plain):
