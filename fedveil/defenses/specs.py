@@ -1,6 +1,5 @@
 """Defences as they are written on the command line."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from fedveil.defenses.random_block_dct import RandomBlockDCT
 from fedveil.defenses.sanitizers import Clipping, GaussianNoise, Pruning
 from fedveil.defenses.soteria import Soteria
 from fedveil.errors import FedveilError
+from fedveil.specs import options_of, unknown
 
 # Not the plus of an exponent: a name begins with a letter.
 _PLUS = re.compile(r"\+(?=[a-z])")
@@ -63,29 +63,13 @@ class _Kind:
 
     def built(self, text: str) -> Any:
         """Return the defence with the options of a text."""
-        options = _options(text, self.options)
+        options = options_of(text, "defence", self.options)
         for option in self.required:
             if option not in options:
                 raise FedveilError(
                     f"defence {text!r} needs its option {option}; write {self.name}:{option}=…"
                 )
         return self.build(**options)
-
-
-def _options(text: str, allowed: Mapping[str, type[int] | type[float]]) -> dict[str, Any]:
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        if key not in allowed:
-            names = ", ".join(allowed) or "none"
-            raise FedveilError(f"defence {name!r} has no option {key!r}; its options: {names}")
-        try:
-            options[key] = allowed[key](value)
-        except ValueError as error:
-            wanted = "a whole number" if allowed[key] is int else "a number"
-            raise FedveilError(f"defence {text!r}: {key} needs {wanted}, not {value!r}") from error
-    return options
 
 
 def _numeric(hint: Any) -> type[int] | type[float] | None:
@@ -152,12 +136,10 @@ def _known(text: str) -> _Kind | None:
     name = text.partition(":")[0]
     known = (NONE.label, *DEFENSES)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise FedveilError(f"defence {name!r} is unknown{hint} Known: {', '.join(known)}")
+        raise unknown("defence", name, known)
     kind = _KINDS.get(name)
     if kind is None:
-        _options(text, {})
+        options_of(text, "defence", {})
     return kind
 
 

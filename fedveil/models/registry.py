@@ -1,6 +1,5 @@
 """Models by name, and the user's own by import path."""
 
-import difflib
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from fedveil.models.resnet import (
     wide_group_norm_resnet,
 )
 from fedveil.models.vit import ViT
+from fedveil.specs import unknown
 from fedveil.types import Shape
 
 Factory = Callable[[Shape, int], nn.Module]
@@ -65,12 +65,7 @@ def build_model(name: str, shape: Shape, classes: int, *, seed: int) -> nn.Modul
 def _known_factory(name: str) -> Factory:
     if name in MODELS:
         return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise FedveilError(
-        f"model {name!r} is unknown{hint} Known: {', '.join(MODELS)}; "
-        "or your own as package.module:factory"
-    )
+    raise unknown("model", name, MODELS, "; or your own as package.module:factory")
 
 
 def _own_factory(path: str) -> Factory:

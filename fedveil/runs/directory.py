@@ -15,14 +15,14 @@ With ``FEDVEIL_KEY_FILE`` those of mode 0600 are encrypted, and end in ``.enc``.
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
@@ -348,14 +348,7 @@ class RunDirectory:
         Raises:
             FedveilError: A line is no round.
         """
-        path = self.path / "rounds.jsonl"
-        if not path.exists():
-            return []
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [_round(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise FedveilError(f"{path} is damaged: {error}") from None
+        return _lines(self.path / "rounds.jsonl", _round)
 
     def note_release(self, images: Mapping[int, int | None]) -> None:
         """Note, before it leaves, who is asked for an update; a repeated round is noted again.
@@ -376,14 +369,7 @@ class RunDirectory:
         Raises:
             FedveilError: The file is damaged.
         """
-        path = self.path / _RELEASES
-        if not path.exists():
-            return []
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [_RELEASE.validate_python(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise FedveilError(f"{path} is damaged: {error}") from None
+        return _lines(self.path / _RELEASES, _RELEASE.validate_python)
 
     def write_rounds(self, rounds: list[RoundRecord]) -> None:
         """Write ``rounds.jsonl`` anew, so that no crash leaves half a line."""
@@ -530,6 +516,19 @@ def _best(chosen: Any, weights: Weights) -> BestRound | None:
     if chosen is None:
         return None
     return BestRound(int(chosen["round"]), float(chosen["calibration"]), weights)
+
+
+_Line = TypeVar("_Line")
+
+
+def _lines(path: Path, read: Callable[[Any], _Line]) -> list[_Line]:
+    """Return what is read off each line of JSON; nothing where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        return [read(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise FedveilError(f"{path} is damaged: {error}") from None
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

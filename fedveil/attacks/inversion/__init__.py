@@ -1,7 +1,6 @@
 """What a server can reconstruct of a client's images from the update it received."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,7 @@ from fedveil.attacks.inversion.observation import (
 from fedveil.attacks.inversion.peeling import Peeling
 from fedveil.attacks.inversion.rgap import RGAP
 from fedveil.attacks.inversion.subspace import Subspace, range_of
-from fedveil.errors import FedveilError
+from fedveil.specs import options_of, unknown
 
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "dlg": DLG,
@@ -67,25 +66,12 @@ def build_attack(text: str) -> Attack:
         >>> build_attack("ig:steps=600,restarts=2").steps
         600
     """
-    name, _, rest = text.partition(":")
+    name = text.partition(":")[0]
     if name not in ATTACKS:
-        near = difflib.get_close_matches(name, ATTACKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise FedveilError(f"attack {name!r} is unknown{hint} Known: {', '.join(ATTACKS)}")
+        raise unknown("attack", name, ATTACKS)
     attack: Any = ATTACKS[name]()
     kinds = {f.name: f.type for f in dataclasses.fields(attack) if f.type in (int, float)}
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        kind: Any = kinds.get(key)
-        if kind is None:
-            allowed = ", ".join(kinds) or "none"
-            raise FedveilError(f"attack {name!r} has no option {key!r}; its options: {allowed}")
-        try:
-            options[key] = kind(value)
-        except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise FedveilError(f"attack {text!r}: {key} needs {wanted}, not {value!r}") from error
+    options = options_of(text, "attack", kinds)
     return dataclasses.replace(attack, **options)  # type: ignore[no-any-return]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedveil.attacks.inversion.gradients import variation
 from fedveil.features import FeatureMap
 
 
@@ -52,7 +53,7 @@ class FeatureInversion:
         with torch.enable_grad():
             for _ in range(self.steps):
                 images = torch.sigmoid(logits)
-                loss = _angle(features, images, wanted) + self.variation * _variation(images)
+                loss = _angle(features, images, wanted) + self.variation * variation(images)
                 (logits.grad,) = torch.autograd.grad(loss.sum(), logits)
                 optimizer.step()
                 schedule.step()
@@ -67,12 +68,6 @@ class FeatureInversion:
 def _angle(features: FeatureMap, images: Tensor, wanted: Tensor) -> Tensor:
     found = features(images)[:, : features.dimension]
     return 1 - (F.normalize(found, dim=1) * wanted).sum(1)
-
-
-def _variation(images: Tensor) -> Tensor:
-    down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(1)
-    across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(1)
-    return down + across
 
 
 def _lit_alike(images: Tensor, public: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
+from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, variation
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.peeling import labels_of
 from fedveil.errors import FedveilError, InapplicableAttackError
@@ -152,7 +152,7 @@ class FeatureSpan:
         for _ in range(self.steps):
             with torch.enable_grad():
                 left = span.residual(images, explained)
-                loss = (left + self.variation * _variation(images)).sum()
+                loss = (left + self.variation * variation(images)).sum()
                 (images.grad,) = torch.autograd.grad(loss, images)
             optimizer.step()
             schedule.step()
@@ -294,8 +294,3 @@ def _distinct(images: Tensor, left: Tensor, most: int) -> Tensor:
         if len(kept) < most and not bool((apart[place, kept] < _SAME).any()):
             kept.append(place)
     return torch.tensor(kept)
-
-
-def _variation(images: Tensor) -> Tensor:
-    across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(dim=1)
-    return across + (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(dim=1)

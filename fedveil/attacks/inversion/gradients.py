@@ -599,3 +599,9 @@ def _follows(model: nn.Module, logits: Tensor, images: Tensor) -> bool:
         return False
     back = torch.autograd.grad(total, images, allow_unused=True)[0]
     return back is not None and bool(back.abs().sum() > 0)
+
+
+def variation(images: Tensor) -> Tensor:
+    """Return the mean absolute difference of neighbouring pixels, [P, ..., H, W] to [P]."""
+    across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).mean(dim=1)
+    return across + (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(dim=1)

@@ -17,6 +17,7 @@ from fedveil.attacks.inversion.gradients import (
     differentiable_attention,
     infer_labels,
     surviving,
+    variation,
 )
 from fedveil.attacks.inversion.observation import (
     Inversion,
@@ -239,7 +240,7 @@ class _Objective:
         dummy = self._updates(shown, target, orders)
         # The angle's derivative by the update is known, so autograd only carries it to the images.
         angle, slopes = angle_and_slopes(dummy, target.left, target.energy)
-        prior = self.tv * _variation(searched)
+        prior = self.tv * variation(searched)
         if self.batch_norm:
             prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
         pairs = [(value, slopes[name]) for name, value in dummy.items()]
@@ -556,10 +557,3 @@ def _slope(
 
 def _tensors(value: Tensor | Factors) -> tuple[Tensor, ...]:
     return tuple(value) if isinstance(value, Factors) else (value,)
-
-
-def _variation(images: Tensor) -> Tensor:
-    """Return the mean absolute difference of neighbours, [P, N, C, H, W] to [P]."""
-    across = (images[..., :, 1:] - images[..., :, :-1]).abs().flatten(1).mean(dim=1)
-    down = (images[..., 1:, :] - images[..., :-1, :]).abs().flatten(1).mean(dim=1)
-    return across + down
