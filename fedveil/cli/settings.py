@@ -135,7 +135,9 @@ def _settings(settings: type[Any]) -> Iterator[_Setting]:
             yield _Setting(name, field.annotation, field.default, option)
         return
     kinds, shown_of = get_type_hints(settings), options(settings)
-    for one in fields(settings):
+    own = inspect.get_annotations(settings)
+    # What is a command's own comes before what it shares with others.
+    for one in sorted(fields(settings), key=lambda one: one.name not in own):
         if one.name in shown_of:
             yield _Setting(one.name, kinds[one.name], one.default, shown_of[one.name])
 
