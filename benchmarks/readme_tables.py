@@ -320,6 +320,17 @@ def deploy(_words: Mapping[str, str]) -> list[str]:
         for row in _results("membership-span")["rows"]
         if (row["attack"], row["clients"]) == ("span", 10)
     }
+    noised, plain = (
+        {
+            row["images"]: _whole(row, PICKED_OUT.key)
+            for row in _results(name)["rows"]
+            if (row["clients"], row["defense"]) == (10, defense)
+        }
+        for name, defense in (
+            ("membership-sizes-noise", "noise:ratio=2"),
+            ("membership-sizes", "none"),
+        )
+    )
     shown = {one: _most_picked(one) for one in ("noise:ratio=2", "dp-sgd:noise=1")}
     accuracy = {row["defense"]: row for row in _results("frontier")["rows"]}
     rounds = {
@@ -337,9 +348,12 @@ def deploy(_words: Mapping[str, str]) -> list[str]:
         f"images or more each | {summed[1024]} of images picked out among 100 at 10 × 1,024 "
         "images, where chance is 1 %; no accuracy. Rounds of the same images add up: of a client "
         f"watched by itself the gradient told {rounds[10]:.0%} in ten and {rounds[1]:.0%} in one |",
-        "| the same, and clients have tens of images | more clients a round, until there are ten "
-        f"thousand images in it; else the guarantee below | of ten clients with 16 images each "
-        f"{summed[16]} are picked out |",
+        "| the same, and clients have hundreds of images | `--secure-aggregation` and `--defense "
+        f"noise:ratio=2` | {noised[256]} at 10 × 256 images, where it is {plain[256]} without "
+        f"noise; {lost:.1f} points of accuracy |",
+        "| the same, and clients have tens of images | more clients a round, until there are "
+        "thousands of images in it; else the guarantee below | of ten clients with 16 images each "
+        f"{summed[16]} are picked out, {noised[16]} under that noise |",
         "| the server sees every update (`--no-secure-aggregation`, `--average median`) | large "
         "rounds, and `--defense noise:ratio=2` against rebuilt pictures | of one image a round "
         f"nothing is rebuilt, for {lost:.1f} points of accuracy; *{shown['noise:ratio=2']} of a "
@@ -411,17 +425,20 @@ def sizes(_words: Mapping[str, str]) -> list[str]:
     """What the best membership attack picks out, by how many images are behind an update."""
     rows = [
         {"attack": "gradient", "after": found["training"]["rounds"], **row}
-        for found in map(_results, ("membership", "membership-span", "membership-sizes"))
+        for found in map(_results, _OF_SIZES)
         for row in found["rows"]
     ]
-    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    told: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["clients"], row["after"])):
-        cells = groups.setdefault((row["clients"], row["after"], row["defense"]), {})
+        cells = told.setdefault((row["clients"], row["after"], row["defense"]), {})
         before = cells.setdefault(row["images"], row)
         if row[PICKED_OUT.key] > before[PICKED_OUT.key]:
             cells[row["images"]] = row
     # Where the span test was not run, the gradient alone is no best of the suite.
-    told = {key: cells for key, cells in groups.items() if _any_span(cells)}
+    spanned = {
+        (row["clients"], row["after"], row["defense"]) for row in rows if row["attack"] == "span"
+    }
+    told = {key: cells for key, cells in told.items() if key in spanned}
     columns = sorted({n for cells in told.values() for n in cells if n <= _MOST_BY_SPAN})
     lines = [
         f"| observed | model after | defence | {' | '.join(f'{n:,} a client' for n in columns)} |",
@@ -437,11 +454,11 @@ def sizes(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+_OF_SIZES = (
+    *("membership", "membership-span"),
+    *("membership-sizes", "membership-sizes-noise", "membership-sizes-1024"),
+)
 _MOST_BY_SPAN = 1024
-
-
-def _any_span(cells: Mapping[int, Mapping[str, Any]]) -> bool:
-    return any(row["attack"] == "span" for row in cells.values())
 
 
 def transformed(_words: Mapping[str, str]) -> list[str]:
