@@ -231,7 +231,7 @@ class FrontierStudy(FrontierOptions):
             *(TO_ORIGINAL.heading, "best membership attack", PICKED_OUT.heading, FOUND.heading),
         )
         closest = {
-            (row["defense"], row["scenario"]): row for row in result["membership"] if row["best"]
+            (row["defense"], row["scenario"]): row for row in _membership(result) if row["best"]
         }
         best = (row for row in result["rows"] if row["best"])
         return markdown(
@@ -240,7 +240,13 @@ class FrontierStudy(FrontierOptions):
 
     def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
         """Draw accuracy against leakage, a column for each scenario."""
-        return {"frontier.png": _draw(result["rows"], result["membership"])}
+        return {"frontier.png": _draw(result["rows"], _membership(result))}
+
+
+def _membership(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return what membership attacks tell; earlier versions asked one alone, and it is left out."""
+    told: Sequence[Mapping[str, Any]] = result.get("membership", ())
+    return told
 
 
 def _training(defense: str, seed: int) -> str:
