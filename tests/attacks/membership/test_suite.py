@@ -57,7 +57,15 @@ def test_every_attack_runs_in_the_audit_and_the_best_is_named():
     watched = WatchedFederation(
         digits, model, Watching(clients=4, images=16, batch=8, update="step")
     )
-    found = picked_out(noise, watched.observe(noise), digits, watched.ground_truth(), seed=0)
+    seen, used = watched.observe(noise), watched.ground_truth()
+    found = picked_out(noise, seen, digits, used, seed=0)
+    aware = picked_out(noise, seen, digits, used, seed=0, attacks=("span",), naive=False)
+    assert [(one.attack, one.adaptive) for one in aware] == [("span", True)]
+    (same,) = (one for one in found if (one.attack, one.adaptive) == ("span", True))
+    assert torch.equal(aware[0].picked, same.picked)
+    none = parse_defense("none")  # nothing to know: who does not know it is who does
+    alone = picked_out(none, seen, digits, used, seed=0, attacks=("span",), naive=False)
+    assert {one.adaptive for one in alone} == {False, True}
     known = {one.attack: one for one in found if one.adaptive}
     assert set(known) == {"gradient", "span"}  # the others ask for local training
     for one in known.values():
