@@ -33,7 +33,6 @@ class GradientMembership:
         ridge: Weight of the squared coefficients of the regression, whose regressors have length 1.
         public: Most public images to regress on; fewer where their gradients would take more than
             2 GiB.
-        together: Gradients computed at once.
         device: Where to compute; None for a GPU when there is one.
 
     Shape: any batch and model; local training of several steps is taken for one step.
@@ -46,7 +45,6 @@ class GradientMembership:
 
     ridge: float = 0.01
     public: int = 256
-    together: int = 16
     device: torch.device | None = None
 
     def __call__(self, observation: Observation, candidates: Images, public: Images) -> Tensor:
@@ -61,7 +59,7 @@ class GradientMembership:
         device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         gradients = PerImageGradients.of(observation, public, device)
         count = min(self.public, max(1, MOST_NUMBERS // gradients.length))
-        regressors = torch.cat([*gradients.each(public[:count], self.together)])
+        regressors = torch.cat([*gradients.each(public[:count])])
         every = torch.arange(observation.victims)
         # What was sent differs from victim to victim; where all was sent, one regression serves.
         groups = every[:, None] if observation.sanitizer is not None else every[None]
@@ -72,7 +70,7 @@ class GradientMembership:
         return torch.cat(
             [
                 torch.cat([regression.scores(part) for regression in regressions])
-                for part in gradients.each(candidates, self.together)
+                for part in gradients.each(candidates)
             ],
             dim=1,
         ).cpu()

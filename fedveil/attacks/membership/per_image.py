@@ -18,6 +18,9 @@ MOST_NUMBERS = 2**29
 """Of gradients held at once: 2 GiB."""
 
 _COMPANIONS = 15
+# Gradients that no longer fit a core's cache take longer at once, small ones less.
+_NUMBERS_AT_ONCE = 2**21
+_FEWEST, _MOST = 16, 128  # images at once
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Layers that may take their statistics from the batch."""
@@ -75,8 +78,8 @@ class PerImageGradients:
         """Numbers in a row."""
         return sum(value.numel() for value in self.map.parameters.values())
 
-    def each(self, images: Images, together: int) -> Iterator[Tensor]:
-        """Yield the gradients of ``together`` images at a time, float32 [n, D]."""
+    def each(self, images: Images) -> Iterator[Tensor]:
+        """Yield the gradients of some images after another, float32 [n, D]."""
 
         def loss(parameters: dict[str, Tensor], pixels: Tensor, label: Tensor) -> Tensor:
             batch = torch.cat([pixels[None], self.companions])
@@ -88,8 +91,9 @@ class PerImageGradients:
                 found = grad(loss)(dict(self.map.parameters), pixels, label)
             return torch.cat([found[name].flatten() for name in self.names])
 
-        for start in range(0, len(images), together):
-            part = images[start : start + together]
+        step = max(_FEWEST, min(_NUMBERS_AT_ONCE // self.length, _MOST))
+        for start in range(0, len(images), step):
+            part = images[start : start + step]
             pixels, labels = part.pixels.to(self.device), part.labels.to(self.device)
             with torch.no_grad():
                 yield vmap(one)(pixels, labels)

@@ -34,7 +34,6 @@ class _Returned(ABC):
         public: Most public images.
         ridge: Weight of the squared coefficients of the regression.
         seed: Seeds the shadows.
-        together: Gradients computed at once.
         device: Where to compute; None for a GPU when there is one.
     """
 
@@ -44,7 +43,6 @@ class _Returned(ABC):
     public: int = 512
     ridge: float = 1.0
     seed: int = 0
-    together: int = 16
     device: torch.device | None = None
 
     def __call__(self, observation: Observation, candidates: Images, public: Images) -> Tensor:
@@ -152,7 +150,7 @@ class ReturnedGradientNorm(_Returned):
     def fits(self, returned: Observation, images: Images) -> Tensor:
         """Return minus the logarithm of the squared norm of each gradient, float64 [N]."""
         gradients = PerImageGradients.of(returned, images, self._device())
-        squares = [part.square().sum(1) for part in gradients.each(images, self.together)]
+        squares = [part.square().sum(1) for part in gradients.each(images)]
         return -torch.cat(squares).double().clamp_min(_TINY).log().cpu()
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion import Observation
+from fedveil.attacks.membership import per_image
 from fedveil.attacks.membership.gradients import GradientMembership
 from fedveil.audit.leakage import audit_leakage
 from fedveil.audit.membership import picked_out
@@ -71,9 +72,11 @@ def _by_hand(update, candidates, public, ridge):
     return np.array(scores)
 
 
-def test_scores_are_those_of_a_regression_by_hand(model):
+def test_scores_are_those_of_a_regression_by_hand(model, monkeypatch):
+    monkeypatch.setattr(per_image, "_FEWEST", 3)  # images at once: seven candidates are three parts
+    monkeypatch.setattr(per_image, "_MOST", 3)
     batches, candidates, public = [_images(3, 1), _images(3, 2)], _images(7, 3), _images(5, 4)
-    attack = GradientMembership(ridge=0.2, public=5, together=3)
+    attack = GradientMembership(ridge=0.2, public=5)
     found = attack(_observation(model, batches), candidates, public)
     rows = [_flat(_gradient(model, candidates[i : i + 1])) for i in range(7)]
     known = [_flat(_gradient(model, public[i : i + 1])) for i in range(5)]
