@@ -40,11 +40,12 @@ def theft(words: Mapping[str, str]) -> list[str]:
     """Accuracy of w, and the most that one thief with 10 labels gains on training alone."""
     rows = [
         row
-        for row in _results("theft-study")["rows"]
+        for name in ("theft-study", "theft-analytic")
+        for row in _results(name)["rows"]
         if (row["dataset"].partition("@")[0], row["partition"]) == ("mnist", "iid")
     ]
     lines = [f"| {words['strategy']} | {words['accuracy']} | {words['gain']} |", "|---|---|---|"]
-    for arm in ("fedavg", "noise-delta", "protected"):
+    for arm in ("fedavg", "noise-delta", "analytic"):
         row = next(row for row in rows if row["arm"] == arm)
         best = [
             one
@@ -271,8 +272,10 @@ def prices(_words: Mapping[str, str]) -> list[str]:
         f"| | `--strategy` | w | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(thieves)}",
     ]
-    for name in ("theft-study", "theft-cifar10"):
-        for row in sorted(_results(name)["rows"], key=lambda row: str(row["partition"])):
+    for name in ("theft-study", "theft-analytic", "theft-cifar10"):
+        again = name == "theft-analytic"  # its baseline is the study's
+        rows = [row for row in _results(name)["rows"] if row["arm"] == "analytic" or not again]
+        for row in sorted(rows, key=lambda row: str(row["partition"])):
             found = {
                 (one["colluders"], one["labels"]): _range(one)
                 for one in row["theft"]
@@ -286,6 +289,42 @@ def prices(_words: Mapping[str, str]) -> list[str]:
                 f"| {data}, {row['partition']} | {row['arm']} "
                 f"| {row['final_mean']:.1%} ± {100 * row['final_sd']:.1f} | {' | '.join(cells)} |"
             )
+    return lines
+
+
+def theft_of_sums(_words: Mapping[str, str]) -> list[str]:
+    """What thieves gain by the map that an analytic run sends, by the owner's view."""
+    (row,) = (row for row in _results("theft-analytic")["rows"] if row["arm"] == "analytic")
+    found = {
+        (one["labels"], one["colluders"]): one for one in row["theft"] if one["attack"] == _VIEW
+    }
+    labels, colluders = (sorted({key[place] for key in found}) for place in (0, 1))
+    heads = " | ".join(f"{_many(count)}: thief, alone | gains" for count in colluders)
+    lines = [f"| labels | {heads} |", f"|---|{'---|---|' * len(colluders)}"]
+    for count in labels:
+        cells = [
+            f"{found[count, many]['accuracy']:.0%}, {found[count, many]['alone']:.0%} "
+            f"| {_range(found[count, many])}"
+            for many in colluders
+        ]
+        lines.append(f"| {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def answer_shadows(_words: Mapping[str, str]) -> list[str]:
+    """What shadow clients teach a server that sees answers of who is in them."""
+    lines = [
+        "| asked about | answers | seen | AUC | found at FPR 1 % | at FPR 0.1 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    asked = {"asked": "the candidate itself", "others": "the server's images"}
+    for row in _results("answer-shadows")["rows"]:
+        shares = [_share(row, name) for name in ("tpr_at_1", "tpr_at_01")]
+        area = f"{row['auc']:.2f} [{row['auc_low']:.2f}, {row['auc_high']:.2f}]"
+        lines.append(
+            f"| {asked[row['question']]} | {row['answers']} | {row['seen']} "
+            f"| {area} | {' | '.join(shares)} |"
+        )
     return lines
 
 
@@ -867,6 +906,8 @@ def scores(_words: Mapping[str, str]) -> list[str]:
 
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
+    "theft-of-sums": theft_of_sums,
+    "answer-shadows": answer_shadows,
     "leakage": leakage,
     "noise": noise,
     "architectures": architectures,

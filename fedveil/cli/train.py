@@ -133,8 +133,8 @@ def _finish_training(directory: "RunDirectory") -> None:
     typer.echo(_received(summary, kept_cap(directory.config)))
     if seen := _seen_of_clients(summary):
         typer.echo(seen, err=True)
-    if traced := _traced(summary):
-        typer.echo(traced, err=True)
+    for told in filter(None, (_balance(summary), _traced(summary))):
+        typer.echo(told, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
 
 
@@ -156,6 +156,16 @@ def _adds_nothing(summary: dict[str, Any]) -> str | None:
     return (
         "Clients add nothing that can be told from chance: w is what the server's own labelled "
         f"images give alone. Deliver what these give, and ask nobody; or {advice}"
+    )
+
+
+def _balance(summary: dict[str, Any]) -> str | None:
+    found = (summary.get("analytic") or {}).get("balanced")
+    if found is None or found["gain_low"] <= 0:
+        return None
+    return (
+        f"with --balanced w would be right on {100 * found['gain']:.1f} points more of the "
+        "server's own labelled images: classes are many, or some have few images"
     )
 
 

@@ -29,10 +29,10 @@ from fedveil.features import MapDescription
 from fedveil.federation.acceptance import Acceptance
 from fedveil.federation.distillation import distil_job, student_of
 from fedveil.federation.engines.eager_grid import EagerGrid
+from fedveil.federation.gains import gain_of
 from fedveil.federation.job import Evaluation, Job, shares_of
 from fedveil.federation.roster import Client, round_size
 from fedveil.federation.secagg.server import SecureAggregation, check_round_size
-from fedveil.federation.server_alone import beside
 from fedveil.federation.strategies.analytic import Analytic
 from fedveil.federation.strategies.ensemble_distillation import EnsembleDistillation
 from fedveil.federation.strategies.fedavg import Distribution, Resume, SeededFedAvg
@@ -375,7 +375,7 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     summary = summarise(job, last, recorder.rounds, directory.releases())
     summary["sends"] = strategy.sends
     if (alone := strategy.server_alone(last.delivered_round)) is not None:
-        summary["server_alone"] = asdict(beside(job, last.delivered, alone))
+        summary["server_alone"] = _beside(job, last.delivered, alone)
     if isinstance(strategy, Analytic):
         summary["analytic"] = sums_in_words(strategy, job.config)
         if found := distil_job(job, last.delivered):
@@ -387,6 +387,16 @@ def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound
     if len(history := directory.version_history()) > 1:
         summary["version_history"] = history
     directory.write_summary(summary)
+
+
+def _beside(job: Job, delivered: Weights, alone: Weights) -> dict[str, Any]:
+    """Return what ``summary.json`` says of a model of the server's own labelled images alone."""
+    with_clients, without = job.right(delivered), job.right(alone)
+    return {
+        "images": len(job.evaluation.calibration),
+        "accuracy": int(without.sum()) / len(without),
+        **asdict(gain_of(with_clients, without)),
+    }
 
 
 def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
@@ -405,6 +415,7 @@ def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
         "answer_bytes": 8 * strategy.layout.length,
         "noise": solved.noise,
         "traceable": None if solved.noise else traced,
+        "balanced": None if (even := strategy.balanced_gain()) is None else asdict(even),
         "server_sees": "sums of a round's clients" if config.secure_aggregation else SEEN_ALONE,
     }
 

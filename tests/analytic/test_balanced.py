@@ -11,12 +11,16 @@ from fedveil.analytic import (
     balanced,
     quantised,
     ridge,
+    sums_of,
 )
 from fedveil.analytic.privacy import GaussianRelease
+from fedveil.data import load_dataset
 from fedveil.errors import FedveilError
 from fedveil.features import default_options, learn_dictionary
-from fedveil.federation import Analytic
+from fedveil.federation import Analytic, Resume
+from fedveil.federation.secagg.client import WORDS
 from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import StrategyState
 
 COUNTS = (1500, 300, 60, 20)
 
@@ -72,6 +76,32 @@ def test_a_class_that_nobody_has_is_never_said():
 def test_noisy_sums_tell_no_classes_sizes(other):
     with pytest.raises(FedveilError, match="balanced is of strategy analytic without epsilon"):
         TrainConfig.check({"balanced": True, **other})
+
+
+def advised(of_the_rarer, **settings):
+    """What a strategy says of sums in which half of the classes have so many images each."""
+    data = load_dataset("digits", seed=0)
+    labels = data.train.labels
+    few = torch.cat([(labels == one).nonzero()[:of_the_rarer, 0] for one in range(5, 10)])
+    some = data.train[torch.cat([(labels < 5).nonzero()[:, 0], few])]
+    options = default_options(data.shape, 12, mirrored=False)
+    model = AnalyticClassifier(learn_dictionary(data.test.raw[:100], options, seed=0), 10)
+    memory = {
+        WORDS: sums_of(model, some).words,
+        "heard": torch.arange(3),
+        "images": torch.tensor(len(some)),
+        "noise": torch.tensor(0.0, dtype=torch.float64),
+    }
+    resume = Resume(1, StrategyState(memory=memory))
+    return Analytic(model=model, labelled=data.test, resume=resume, **settings).balanced_gain()
+
+
+def test_the_servers_images_say_whether_equally_likely_classes_are_better():
+    found = advised(4)
+    assert found.gain_low > 0.05
+    assert found.gain > found.gain_low
+    assert advised(140).gain_low <= 0
+    assert advised(4, balanced=True) is None
 
 
 def test_a_strategy_has_w_balanced_or_refuses():

@@ -93,7 +93,7 @@ def test_what_cannot_be_leaves_nothing_behind(tmp_path, study, workers, message)
     ("study", "name"),
     [
         *((NOISE, name) for name in ("noise", "noise-blind")),
-        *((THEFT, name) for name in ("theft-study", "theft-cifar10")),
+        *((THEFT, name) for name in ("theft-study", "theft-cifar10", "theft-analytic")),
         (DctStudy(), "dct"),
         (TraceStudy(), "trace"),
     ],

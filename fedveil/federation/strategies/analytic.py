@@ -31,6 +31,7 @@ from fedveil.defenses import parse_defense
 from fedveil.errors import FedveilError
 from fedveil.features import MapDescription
 from fedveil.federation.feature_choice import choose_features
+from fedveil.federation.gains import Gain, gain_of
 from fedveil.federation.job import Evaluation, Job, smallest_sum
 from fedveil.federation.replies import Update, read_replies
 from fedveil.federation.roster import Client, Refusal, Sampling, choose_unheard
@@ -419,6 +420,20 @@ class Analytic(SeededFedAvg):
             past = self._past
             self.solved = Solved(past.images, len(past.heard), self._solve(past), past.noise)
         return self.solved
+
+    def balanced_gain(self) -> Gain | None:
+        """Return what equally likely classes would gain on the server's images, as told by them.
+
+        None where that was asked for, or cannot be told.
+        """
+        if self.balanced or self.release is not None or not self.labelled:
+            return None
+        plain = self.outcome.head
+        right = (
+            self._scores(head, slice(None)).argmax(1) == self.labelled.labels
+            for head in (balanced(plain, self._past.sums), plain)
+        )
+        return gain_of(*right)
 
     def _steepness(self, head: Head) -> float:
         if self.labelled is None or not len(self.labelled):
