@@ -304,6 +304,5 @@ def _scored(name: str, adaptive: bool, scores: Tensor, lineup: _Lineup) -> Recog
     """Return how scores [V, M + S + U] of the lineup part those that were used from others."""
     count = len(lineup.suspects)
     own, others = lineup.members(scores), scores[:, lineup.scored : count]
-    picked = [recognised(a, b) for a, b in zip(own, others, strict=True)]
     unseen = Ranks.of(own, scores[:, count:]) if len(lineup.unseen) else None
-    return Recognition(name, adaptive, torch.stack(picked), Ranks.of(own, others), unseen)
+    return Recognition(name, adaptive, recognised(own, others), Ranks.of(own, others), unseen)

@@ -111,10 +111,7 @@ def identified(
     ):
         far = _distances(others, images.flatten(0, 1)).reshape(-1, *images.shape[:2])
         near = _distances(own, images).amin(dim=2)
-        parts += [
-            recognised(-members, -strange, among=among)
-            for members, strange in zip(near, far.amin(dim=2).T, strict=True)
-        ]
+        parts.append(recognised(-near, -far.amin(dim=2).T, among=among).flatten())
     return torch.cat(parts)
 
 
@@ -129,17 +126,17 @@ def recognised(members: Tensor, strangers: Tensor, *, among: int = CANDIDATES) -
     replacement; the mean over draws is taken in closed form, so that no single stranger decides.
 
     Args:
-        members: [N], scores of images that were used.
-        strangers: [S], scores of images that were not; at least one.
+        members: [..., N], scores of images that were used.
+        strangers: [..., S], scores of images that were not, of as many groups; at least one each.
         among: Candidates, the image itself included; all strangers where there are fewer.
 
     Returns:
-        Float64 [N], in [0, 1].
+        Float64 [..., N], in [0, 1].
     """
-    count, drawn = len(strangers), min(among - 1, len(strangers))
-    below = (strangers[None] < members[:, None]).sum(dim=1)
-    steps = torch.arange(drawn, device=below.device)
-    return ((below[:, None] - steps).clamp_min(0).double() / (count - steps)).prod(dim=1)
+    count = strangers.shape[-1]
+    below = (strangers[..., None, :] < members[..., None]).sum(dim=-1)
+    steps = torch.arange(min(among - 1, count), device=below.device)
+    return ((below[..., None] - steps).clamp_min(0).double() / (count - steps)).prod(dim=-1)
 
 
 def label_accuracy(labels: Tensor, truth: Tensor) -> Tensor:
