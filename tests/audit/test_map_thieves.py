@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fedveil.audit.map_thieves import ATTACKS_ON_MAPS, MapThieves
-from fedveil.audit.theft import OWNER, TheftSettings, run_theft_audit, steal_by_map
+from fedveil.audit.settings import TheftSettings
+from fedveil.audit.theft import OWNER, run_theft_audit, steal_by_map
 from fedveil.audit.thieves import AuditedRun, Thief
 from fedveil.features import FeatureMap
 from fedveil.federation.training_run import run_to_completion
