@@ -14,6 +14,7 @@ from PIL import Image
 from fedveil.audit.settings import TheftSettings
 from fedveil.audit.theft import OWNER, THIEF, Attempt, Theft, TheftReport, run_theft_audit
 from fedveil.audit.thieves import AuditedRun, Thief
+from fedveil.copies.noise import NoiseKey
 from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.runs.config import TrainConfig
@@ -37,9 +38,13 @@ SMALL = {
 }
 
 
+KEY = NoiseKey(b"the same noise in every test run")
+
+
 def train(path, **changes):
     torch.set_num_threads(1)
-    directory = RunDirectory.create(path, TrainConfig.check({**SMALL, **changes}))
+    config = TrainConfig.check({**SMALL, **changes})
+    directory = RunDirectory.create(path, config, noise_key=KEY)
     run_to_completion(directory)
     return path
 
