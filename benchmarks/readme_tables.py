@@ -328,6 +328,23 @@ def answer_shadows(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def paired_logits(_words: Mapping[str, str]) -> list[str]:
+    """What pictures a server makes of what clients answer, beside pictures of strangers."""
+    lines = [
+        "| the server's images | surer by | picture | floor | over it | mean of the class |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in _results("paired-logits")["rows"]:
+        lack, mean = row["server_lacks_the_class"], row["mean_of_the_class"]
+        middle, low, high = row["over"]
+        lines.append(
+            f"| {'none of the class' if lack else 'of all classes'} | {row['gap']:g} "
+            f"| {row['correlation']:.2f} | {row['floor']:.2f} "
+            f"| {middle:+.2f} [{low:+.2f}, {high:+.2f}] | {'' if mean is None else f'{mean:.2f}'} |"
+        )
+    return lines
+
+
 def _many(count: int) -> str:
     return {1: "one thief", 2: "two", 5: "five"}[count]
 
@@ -908,6 +925,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
     "theft-of-sums": theft_of_sums,
     "answer-shadows": answer_shadows,
+    "paired-logits": paired_logits,
     "leakage": leakage,
     "noise": noise,
     "architectures": architectures,

@@ -1,0 +1,158 @@
+"""What a server makes of clients' images from what these answer about its own: paired logits.
+
+    python benchmarks/paired_logits.py --out docs/results
+
+Takahashi, Liu and Liu, "Breaching FedMD: Image Recovery via Paired-Logits Inversion Attack", CVPR
+2023: the server learns to turn what a client and what the server's own model say of an image into
+the image, on its own images, and asks for the image of which the client is sure and the server is
+less so. The server has labels, and sees each client alone.
+
+Digits, ten clients of 14 images that train as strategy ``protected`` has them train. Twice: the
+server's images are of all classes; or they lack the class that is asked for. A picture is scored by
+its correlation with the nearest of the client's images of the class; the floor is the same picture
+with the nearest of as many images of the class that no client has, and the mean of the server's
+images of the class is scored beside it.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from answer_membership import ALONE, untrained
+from torch import Tensor, nn
+from torch.nn import functional as F
+from written import write_result
+
+from fedveil.data import Dataset, Images, load_dataset, parse_partition
+from fedveil.data.partition import partition
+from fedveil.federation.answers import logits_of
+from fedveil.federation.training import train_locally
+
+CLIENTS, SHARES, STEPS, SURE = 10, 100, 800, 3
+GAPS = (0.0, 1.0, 2.0)
+
+
+def trained(data: Dataset, own: Images, seed: int) -> dict[str, Tensor]:
+    """Return the state of a model that somebody trained alone."""
+    model = untrained(data)
+    train_locally(model, own, ALONE, generator=torch.Generator().manual_seed(seed))
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def said(data: Dataset, state: dict[str, Tensor], asked: Tensor) -> Tensor:
+    """Return what a model says of images, log-probabilities [Q, K], no lower than -12."""
+    return logits_of(untrained(data), state, asked).log_softmax(1).clamp(min=-12.0)
+
+
+def inverted(client: Tensor, server: Tensor, images: Tensor, seed: int) -> nn.Module:
+    """Return a network from pairs of log-probabilities [Q, 2K] to images [Q, P]."""
+    torch.manual_seed(seed)
+    pairs = torch.cat([client, server], 1)
+    network = nn.Sequential(nn.Linear(pairs.shape[1], 128), nn.ReLU(), nn.Linear(128, 128))
+    network.extend([nn.ReLU(), nn.Linear(128, images.shape[1]), nn.Sigmoid()])
+    optimiser = torch.optim.Adam(network.parameters(), 2e-3, weight_decay=1e-4)
+    for _ in range(STEPS):
+        index = torch.randint(len(images), (64,))
+        noisy = pairs[index] + 0.1 * torch.randn(64, pairs.shape[1])
+        optimiser.zero_grad()
+        F.mse_loss(network(noisy), images[index]).backward()
+        optimiser.step()
+    return network.eval()
+
+
+def nearest(picture: Tensor, images: Tensor) -> float:
+    """Return the correlation of a picture [P] with the nearest of some images [N, P]."""
+    rows = torch.cat([picture[None], images]).double()
+    return float(torch.corrcoef(rows)[0, 1:].max())
+
+
+def attacked(data: Dataset, seed: int, *, lacking: bool) -> Iterator[dict[str, Any]]:
+    """Yield how near pictures come to each client's images, class by class."""
+    scheme = parse_partition("iid")
+    shares = partition(data.train.labels, clients=SHARES, scheme=scheme, seed=seed)
+    strangers = data.train[torch.cat(list(shares[CLIENTS:]))]
+    everything = data.test[: len(data.test) // 2]
+    clients = [
+        trained(data, data.train[share], seed * CLIENTS + number)
+        for number, share in enumerate(shares[:CLIENTS])
+    ]
+
+    @cache
+    def of_server(without: int | None) -> tuple[Images, Tensor]:
+        public = everything if without is None else everything[everything.labels != without]
+        return public, said(data, trained(data, public, seed), public.pixels)
+
+    @cache
+    def learnt(number: int, without: int | None) -> tuple[Tensor, nn.Module]:
+        public, server = of_server(without)
+        client = said(data, clients[number], public.pixels)
+        return client, inverted(client, server, public.pixels.flatten(1), seed)
+
+    for name in range(10):
+        without = name if lacking else None
+        public, server = of_server(without)
+        for number, share in enumerate(shares[:CLIENTS]):
+            own = data.train[share]
+            private = own[own.labels == name].pixels.flatten(1)
+            if not len(private):
+                continue
+            client, network = learnt(number, without)
+            sure = client[:, name].topk(SURE).indices
+            told, known = client[sure].mean(0), server[sure].mean(0)
+            target = F.one_hot(torch.tensor(name), 10).float()
+            others = strangers[strangers.labels == name].pixels.flatten(1)
+            generator = torch.Generator().manual_seed(seed * 1_000 + number)
+            drawn = torch.randperm(len(others), generator=generator)[: len(private)]
+            mean = public.pixels[public.labels == name].flatten(1).mean(0)
+            for gap in GAPS:
+                # The client surer and the server less sure than of any image that was asked about.
+                pair = [told + gap * target, known - gap * target]
+                with torch.inference_mode():
+                    picture = network(torch.cat([x.log_softmax(0) for x in pair])[None])[0]
+                yield {
+                    "gap": gap,
+                    "correlation": nearest(picture, private),
+                    "floor": nearest(picture, others[drawn]),
+                    "mean_of_the_class": None if lacking else nearest(mean, private),
+                }
+
+
+def summary(rows: list[dict[str, Any]], gap: float) -> dict[str, Any]:
+    """Return the means over pictures, and what they have over the floor with its interval."""
+    some = [row for row in rows if row["gap"] == gap]
+    over = torch.tensor([row["correlation"] - row["floor"] for row in some])
+    wide = 1.96 * float(over.std()) / len(over) ** 0.5
+    means = {
+        name: None if some[0][name] is None else sum(row[name] for row in some) / len(some)
+        for name in ("correlation", "floor", "mean_of_the_class")
+    }
+    gain = float(over.mean())
+    return {"pictures": len(some), "gap": gap, **means, "over": [gain, gain - wide, gain + wide]}
+
+
+def main() -> None:
+    """Measure and print, and with --out keep, the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for lacking in (False, True):
+        rows = [
+            row
+            for seed in range(arguments.seeds)
+            for row in attacked(load_dataset("digits", seed=seed), seed, lacking=lacking)
+        ]
+        for gap in GAPS:
+            found.append({"server_lacks_the_class": lacking, **summary(rows, gap)})
+            print(found[-1], flush=True)
+    if arguments.out:
+        write_result(arguments.out / "paired-logits.json", arguments, rows=found)
+
+
+if __name__ == "__main__":
+    main()
