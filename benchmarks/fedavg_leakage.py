@@ -10,7 +10,7 @@ published; the others are it with one thing changed: longer steps, momentum, wei
 trained on other images first, photographs.
 
     python benchmarks/fedavg_leakage.py --setting published:3 --setting longer:2 \
-        --setting momentum:3 --setting trained:3 --setting photographs:3 --work DIR \
+        --setting momentum:1 --setting trained:2 --setting photographs:2 --work DIR \
         --out docs/results
 
 What is in DIR already is not done again.
