@@ -76,7 +76,12 @@ class Sent:
         return cls(config, data, model, arguments.epochs)
 
     def watched(self, images: int, clients: int, updates: int, seed: int) -> WatchedFederation:
-        """Return rounds to watch, of clients with so many images each, summed."""
+        """Return rounds to watch, of clients with so many images each, summed.
+
+        They are fewer where a client has not images for so many.
+        """
+        own = len(self.data.train) // self.config.clients
+        updates = max(1, min(updates, own // images))
         watching = Watching(
             clients=self.config.clients,
             victim=min(3, self.config.clients - 1),
@@ -169,7 +174,10 @@ def main() -> None:
     parser.add_argument("--attack", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
     parser.add_argument("--draws", type=int, default=5, help="of images and strangers, for a row")
     parser.add_argument(
-        "--together", type=int, default=1, help="updates against the same strangers"
+        "--together",
+        type=int,
+        default=1,
+        help="updates against the same strangers, fewer where a client has not images for so many",
     )
     parser.add_argument("--name", default="membership", help="of the JSON file")
     parser.add_argument("--out", type=Path, required=True)
