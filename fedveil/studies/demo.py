@@ -89,7 +89,7 @@ def run_demo(out: Path) -> str:
     summary = {
         "training": {"sums": of_sums, "copies": of_copies},
         "kept": {name: vars(one) for name, one in kept.items()},
-        "found": {name.replace("\n", " "): share for name, share in found.items()},
+        "tpr_at_1": {name.replace("\n", " "): share for name, share in found.items()},
         "leakage": report.as_json(),
     }
     write_atomically(out / "summary.json", json_bytes(summary))
