@@ -9,7 +9,7 @@ of other images. The attack's settings were chosen on a client of seed 100, in t
 published; the others are it with one thing changed: longer steps, momentum, weights that were
 trained on other images first, photographs.
 
-    python benchmarks/fedavg_leakage.py --setting published:3 --setting longer:2 \
+    python benchmarks/fedavg_leakage.py --setting published:10 --setting longer:2 \
         --setting momentum:1 --setting trained:2 --setting photographs:2 --work DIR \
         --out docs/results
 
