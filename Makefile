@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests of deployments mostly wait: one more worker than two cores has the others at work meanwhile.
-WORKERS ?= 3
+# One a core of two: what tests start runs beside them, and each worker more reads all tests anew.
+WORKERS ?= 2
 
 # What is compiled is kept: each worker would compile every test, each process of a deployment fedveil.
 unexport PYTHONDONTWRITEBYTECODE
