@@ -129,6 +129,15 @@ def test_standing_out_is_the_mean_over_all_draws_of_strangers():
     assert recognised(members, strangers).tolist() == [0, 0, 0, 1]
 
 
+def test_groups_are_told_by_their_own_strangers():
+    torch.manual_seed(0)
+    members, strangers = torch.rand(3, 5), torch.rand(3, 40) ** torch.tensor([[1.0], [4.0], [9.0]])
+    found = recognised(members, strangers, among=7)
+    for group in range(3):
+        assert torch.equal(found[group], recognised(members[group], strangers[group], among=7))
+    assert not torch.equal(found[0], recognised(members[0], strangers[1], among=7))
+
+
 def test_chance_is_one_in_a_hundred():
     torch.manual_seed(0)
     assert recognised(torch.rand(4000), torch.rand(2000)).mean() == pytest.approx(0.01, abs=0.004)

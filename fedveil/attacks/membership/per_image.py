@@ -18,8 +18,10 @@ MOST_NUMBERS = 2**29
 """Of gradients held at once: 2 GiB."""
 
 _COMPANIONS = 15
-# Gradients that no longer fit a core's cache take longer at once, small ones less.
+# What no longer fits a core's cache takes longer at once, what is small takes less: an image's
+# gradient, or what a first layer of sixteen channels makes of it and of those beside it.
 _NUMBERS_AT_ONCE = 2**21
+_CHANNELS = 16
 _FEWEST, _MOST = 16, 128  # images at once
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -91,7 +93,9 @@ class PerImageGradients:
                 found = grad(loss)(dict(self.map.parameters), pixels, label)
             return torch.cat([found[name].flatten() for name in self.names])
 
-        step = max(_FEWEST, min(_NUMBERS_AT_ONCE // self.length, _MOST))
+        _, _, height, width = images.raw.shape
+        shown = _CHANNELS * height * width * (1 + len(self.companions))
+        step = max(_FEWEST, min(_NUMBERS_AT_ONCE // max(self.length, shown), _MOST))
         for start in range(0, len(images), step):
             part = images[start : start + step]
             pixels, labels = part.pixels.to(self.device), part.labels.to(self.device)

@@ -85,6 +85,15 @@ def test_scores_are_those_of_a_regression_by_hand(model, monkeypatch):
         np.testing.assert_allclose(found[victim].numpy(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_large_images_are_few_at_once_whatever_the_networks_size():
+    pooled = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for size, parts in ((160, [16, 16, 8]), (16, [40])):
+        images = Images(torch.rand(40, 1, size, size), torch.zeros(40, dtype=torch.int64))
+        seen = _observation(pooled, [images[:2]])
+        gradients = per_image.PerImageGradients.of(seen, images, torch.device("cpu"))
+        assert [len(part) for part in gradients.each(images)] == parts
+
+
 def test_only_what_was_sent_is_compared(model):
     """Scores are those of the masked gradients; what a sanitiser destroyed tells nothing."""
     batch, candidates, public = _images(3, 1), _images(4, 3), _images(5, 4)
