@@ -394,6 +394,14 @@ def deploy(_words: Mapping[str, str]) -> list[str]:
         for row in _results("membership-many-rounds")["rows"]
         if (row["attack"], row["scores"]) == ("gradient", "against others")
     }
+    alone, several = (
+        next(
+            row
+            for row in _results(name)["rows"]
+            if (row["defense"], row["scenario"], row["best"]) == ("noise:ratio=2", scenario, True)
+        )
+        for name, scenario in (("frontier", "worst"), ("frontier-suite", "round"))
+    )
     lost = 100 * (accuracy["none"]["accuracy"] - accuracy["noise:ratio=2"]["accuracy"])
     private = accuracy["dp-sgd:noise=1"]
     return [
@@ -411,9 +419,11 @@ def deploy(_words: Mapping[str, str]) -> list[str]:
         "thousands of images in it; else the guarantee below | of ten clients with 16 images each "
         f"{summed[16]} are picked out, {noised[16]} under that noise |",
         "| the server sees every update (`--no-secure-aggregation`, `--average median`) | large "
-        "rounds, and `--defense noise:ratio=2` against rebuilt pictures | of one image a round "
-        f"nothing is rebuilt, for {lost:.1f} points of accuracy; *{shown['noise:ratio=2']} of a "
-        "batch of 16 are still picked out by who has candidates* |",
+        "rounds, and `--defense noise:ratio=2` against rebuilt pictures | by what `ig` rebuilds "
+        f"{_whole(alone, IDENTIFIED.key)} are identified of one image a round, and of 16 "
+        f"{_whole(several, IDENTIFIED.key)}, where images without content reach "
+        f"{several['identified_floor']:.0%}; {lost:.1f} points of accuracy; "
+        f"*{shown['noise:ratio=2']} of a batch of 16 are still picked out by who has candidates* |",
         "| a guarantee in writing, whatever the attack | `--defense dp-sgd:noise=1 --batch-size "
         f"250 --learning-rate 2`, ε in `summary.json` | ε = {private['privacy']['epsilon']:.1f} "
         f"for 20 rounds of training; of a batch of 16 under the same noise "
