@@ -384,7 +384,9 @@ def _interval(column: str, interval: Interval) -> dict[str, float]:
 
 
 def points(row: Mapping[str, Any]) -> str:
-    """Return a row's advantage with its interval, as text."""
+    """Return a row's advantage with its interval, as text; of a single thief there is none."""
+    if len(row["chosen"]) == 1:
+        return f"{row['advantage']:+.1%} (one thief)"
     low, high = row["advantage_low"], row["advantage_high"]
     return f"{row['advantage']:+.1%} [{low:+.1%}, {high:+.1%}]"
 

@@ -73,6 +73,9 @@ def test_the_rows_are_what_the_issue_asks_for(audited):
         assert row["advantage"] == pytest.approx(row["accuracy"] - row["alone"])
     assert Image.open(out / "theft.png").width > 500
     assert "owner fears" in report.table()
+    # The interval is over thieves, and of one there is none to be told.
+    assert "(one thief)" in report.table()
+    assert "[" not in report.table()
 
 
 def test_a_thief_without_labels_passes_a_cap_that_held(audited):
