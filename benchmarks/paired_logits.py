@@ -11,17 +11,21 @@ Digits, ten clients of 14 images that train as strategy ``protected`` has them t
 server's images are of all classes; or they lack the class that is asked for. A picture is scored by
 its correlation with the nearest of the client's images of the class; the floor is the same picture
 with the nearest of as many images of the class that no client has, and the mean of the server's
-images of the class is scored beside it.
+images of the class is scored beside it. Pictures of one client come of one network, so the interval
+is Student's over clients; those of a seed share the server's images and its model.
 """
 
 import argparse
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from answer_membership import ALONE, untrained
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from written import write_result
@@ -113,6 +117,7 @@ def attacked(data: Dataset, seed: int, *, lacking: bool) -> Iterator[dict[str, A
                 with torch.inference_mode():
                     picture = network(torch.cat([x.log_softmax(0) for x in pair])[None])[0]
                 yield {
+                    "client": (seed, number),
                     "gap": gap,
                     "correlation": nearest(picture, private),
                     "floor": nearest(picture, others[drawn]),
@@ -121,16 +126,27 @@ def attacked(data: Dataset, seed: int, *, lacking: bool) -> Iterator[dict[str, A
 
 
 def summary(rows: list[dict[str, Any]], gap: float) -> dict[str, Any]:
-    """Return the means over pictures, and what they have over the floor with its interval."""
-    some = [row for row in rows if row["gap"] == gap]
-    over = torch.tensor([row["correlation"] - row["floor"] for row in some])
-    wide = 1.96 * float(over.std()) / len(over) ** 0.5
+    """Return means over clients, and what pictures have over the floor with its interval."""
+    clients: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["gap"] == gap:
+            clients.setdefault(row["client"], []).append(row)
+    names = ("correlation", "floor", "mean_of_the_class")
     means = {
-        name: None if some[0][name] is None else sum(row[name] for row in some) / len(some)
-        for name in ("correlation", "floor", "mean_of_the_class")
+        name: [
+            fmean(row[name] for row in own) for own in clients.values() if own[0][name] is not None
+        ]
+        for name in names
     }
-    gain = float(over.mean())
-    return {"pictures": len(some), "gap": gap, **means, "over": [gain, gain - wide, gain + wide]}
+    over = np.subtract(means["correlation"], means["floor"])
+    low, high = stats.t.interval(0.95, len(over) - 1, over.mean(), stats.sem(over))
+    return {
+        "clients": len(clients),
+        "pictures": sum(map(len, clients.values())),
+        "gap": gap,
+        **{name: fmean(values) if values else None for name, values in means.items()},
+        "over": [float(over.mean()), float(low), float(high)],
+    }
 
 
 def main() -> None:
