@@ -1,11 +1,14 @@
 """What a figure about attacked images is called: in JSON, on the console, in report and docs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 EXACTLY = 40.0
 """PSNR in dB beyond which an image is rebuilt exactly: what is left is rounding."""
+
+_NO_BETTER = 0.02
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,15 @@ def exact_of(row: Mapping[str, Any]) -> str:
     """
     ceiling = row.get("psnr_ceiling")
     return " of T(x)" if ceiling is not None and ceiling < EXACTLY else ""
+
+
+def learnt_nothing(accuracy: float, chance: float, images: int) -> bool:
+    """Say whether a model is no better than naming the commonest class.
+
+    Args:
+        accuracy: Of the model, on ``images`` images.
+        chance: Of naming the commonest class, on the same.
+        images: How many they are.
+    """
+    slack = 3 * math.sqrt(chance * (1 - chance) / max(images, 1))
+    return accuracy <= chance + max(slack, _NO_BETTER)

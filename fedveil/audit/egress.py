@@ -1,6 +1,7 @@
 """``fedveil audit egress``: what a model that leaves tells of who was in its training."""
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,12 +35,14 @@ from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.files import json_bytes, write_results
 from fedveil.models import build_model
 from fedveil.progress import PlainLines
+from fedveil.results import learnt_nothing
 from fedveil.runs.directory import RunDirectory, origin
 from fedveil.runs.state_files import load_checkpoint
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
 
 _EXPOSED = 10
+_AS_MUCH = 0.8  # of what the audited model learnt, that shadows must
 _DRAWS = 1_000
 
 
@@ -75,6 +78,9 @@ class EgressReport:
         others: How many images that nobody trained on they were told from.
         rows: One an attack.
         untold: Why something could not be told, sentence by sentence.
+        told: Whether it could be told at all that members are not found: the model learnt
+            something, and the shadows as much.
+        doubles: Images said to be in no training that are doubles of some that are, left out.
     """
 
     subject: str
@@ -85,6 +91,8 @@ class EgressReport:
     others: int
     rows: tuple[Exposure, ...]
     untold: tuple[str, ...]
+    told: bool = True
+    doubles: int = 0
 
     @property
     def best(self) -> Exposure:
@@ -125,6 +133,8 @@ class EgressReport:
             "best": self.best.attack,
             "exposed": self.exposed(),
             "untold": list(self.untold),
+            "told": self.told,
+            "doubles": self.doubles,
         }
 
     def table(self) -> str:
@@ -254,16 +264,21 @@ def audit_egress(
         progress: Called as ``progress(shadows done, shadows in all)``.
 
     Raises:
-        FedveilError: Fewer than 20 images of either kind.
+        FedveilError: Fewer than 20 images of either kind, doubles left out; or answers of the
+            model, or of a shadow, that are no numbers.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    members, pool, beside = _drawn(used, unused, settings, generator)
+    apart = unused[~unused.doubles_of(used)]
+    members, pool, beside = _drawn(used, apart, settings, generator)
     count, strangers = len(members), len(pool) - len(members)
     target = confidence(model, pool)
-    scores = {"loss": loss(target)}
+    _check_finite(target, "the model")
+    level = _mean_loss(target[:count])
+    scores, fits = {"loss": loss(target)}, []
     if settings.shadows:
-        level = float(torch.nn.functional.softplus(-target[:count]).mean())
         shadows, held = _shadows(learning, pool, beside, settings, level, generator, progress)
+        _check_finite(shadows, "a model trained to compare it with (--shadows 0 trains none)")
+        fits = [_mean_loss(known[own]) for known, own in zip(shadows, held, strict=True)]
         population = torch.arange(len(pool)) >= count
         scores["calibrated"] = calibrated(target, shadows)
         scores["lira"] = likelihood_ratio(target, shadows, held)
@@ -272,15 +287,20 @@ def audit_egress(
         Exposure(name, roc_of_one(values[:count], values[count:]), values)
         for name, values in scores.items()
     )
+    accuracy = (_right(model, pool[:count]), _right(model, pool[count:]))
+    weak = tuple(_weaknesses(accuracy[0], pool[:count].labels, level, fits))
+    doubles = len(unused) - len(apart)
     return EgressReport(
         subject,
         settings,
-        (_right(model, pool[:count]), _right(model, pool[count:])),
+        accuracy,
         members,
         pool.labels[:count],
         strangers,
         rows,
-        tuple(_untold(strangers, settings)),
+        (*weak, *_untold(strangers, doubles, settings)),
+        told=not weak,
+        doubles=doubles,
     )
 
 
@@ -288,10 +308,13 @@ def _drawn(
     used: Images, unused: Images, settings: EgressSettings, generator: torch.Generator
 ) -> tuple[Tensor, Images, Images]:
     """Return which of the used are told from others, both together, and the shadows' companions."""
+    # An image that a shadow holds twice, or that its twin tells it, it would always hold.
+    firsts = used.firsts
+    used = used[firsts]
     if min(len(used), len(unused)) < FEWEST:
         raise FedveilError(
-            f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}; an egress audit "
-            f"needs at least {FEWEST} of each"
+            f"trained on: {quantity(len(used), 'image')}, others: {len(unused)}, doubles left out; "
+            f"an egress audit needs at least {FEWEST} of each"
         )
     drawn = torch.randperm(len(used), generator=generator)
     count = min(settings.images, len(used), len(unused))
@@ -301,7 +324,7 @@ def _drawn(
     strangers = strangers[: max(count, min(_DRAWS, 2 * len(used) - count))]
     pool = Images.joined([used[drawn[:count]], strangers])
     room = min(settings.companions, len(used) - len(pool) // 2)
-    return drawn[:count], pool, used[drawn[count : count + max(0, room)]]
+    return firsts[drawn[:count]], pool, used[drawn[count : count + max(0, room)]]
 
 
 def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> EgressReport:
@@ -326,6 +349,7 @@ def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> Egre
             "let each site run fedveil audit egress MODEL --dataset ITS-FOLDER --model NAME"
         )
     job = load_job(config)
+    directory.check_images(job.dataset.digest)
     job.model.load_state_dict(directory.model())
     transform = parse_defense(config.defense).transform
     with _shown() as progress:
@@ -437,7 +461,53 @@ def _shadows(
     return torch.stack(known), held
 
 
-def _untold(strangers: int, settings: EgressSettings) -> Iterator[str]:
+def _check_finite(answers: Tensor, whose: str) -> None:
+    if bool(answers.isfinite().all()):
+        return
+    raise FedveilError(
+        f"{whose} answers images with numbers that are not finite: of such answers nobody can tell "
+        "who was in the training"
+    )
+
+
+def _mean_loss(confidences: Tensor) -> float:
+    return float(torch.nn.functional.softplus(-confidences).mean())
+
+
+def _weaknesses(
+    accuracy: float, labels: Tensor, level: float, fits: Sequence[float]
+) -> Iterator[str]:
+    """Say why it would show nothing if no member was found."""
+    commonest = float(labels.bincount().max()) / len(labels)
+    if learnt_nothing(accuracy, commonest, len(labels)):
+        yield (
+            f"The model is right on {accuracy:.1%} of its training images, and naming the "
+            f"commonest class on {commonest:.1%}: it learnt nothing, or it is not asked as it was "
+            "trained (other images, labels in another order, another normalisation)."
+        )
+    shares = labels.bincount().double() / len(labels)
+    unlearnt = float(-torch.xlogy(shares, shares).sum())
+    if fits and unlearnt - statistics.fmean(fits) < _AS_MUCH * (unlearnt - level):
+        yield (
+            f"The models trained to compare with fit their images at a loss of "
+            f"{statistics.fmean(fits):.3f}, and the model its own at {level:.3f}, where one that "
+            f"knows no more than how common classes are has {unlearnt:.3f}: they learnt too little "
+            "to be compared with; give more --epochs, or more --companions."
+        )
+    elif fits and level >= unlearnt:
+        yield (
+            f"The model fits its own images at a loss of {level:.3f}, which is no less than the "
+            f"{unlearnt:.3f} of knowing how common classes are: at its scale of answers no model "
+            "can be trained to compare with."
+        )
+
+
+def _untold(strangers: int, doubles: int, settings: EgressSettings) -> Iterator[str]:
+    if doubles:
+        yield (
+            f"Of the images said to be in no training {doubles:,} are doubles of images that are, "
+            "and were left out."
+        )
     for rate in RATES:
         if strangers * rate < 1:
             yield (

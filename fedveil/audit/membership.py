@@ -16,7 +16,7 @@ from fedveil.audit.metrics import CANDIDATES, ROC_HEAD, Ranks, over_updates, rec
 from fedveil.audit.scoring import strangers_to
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
-from fedveil.errors import InapplicableAttackError
+from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.results import CERTAIN, PICKED_OUT
 
 _STRANGERS = 1_000  # a rate of one in a thousand needs as many
@@ -254,12 +254,19 @@ class _Lineup:
         others = strangers_to(data.train, used.flatten(), generator, most=_STRANGERS)
         if not len(others):
             return None
+        # A double of an image that was used is no image that nobody trained on.
+        test = data.test[~data.test.doubles_of(data.train[used.flatten()])]
+        if not len(test):
+            raise FedveilError(
+                f"every test image of {data.name} is a double of one that was used, so an attacker "
+                "has none to learn from, and nobody is told apart: give a test split of its own"
+            )
         if scored is not None:
             used = used[:, torch.randperm(used.shape[1], generator=generator)[:scored]]
         return cls(
             data.train[torch.cat([used.flatten(), others])],
-            data.test[_PUBLIC : _PUBLIC + _UNSEEN],
-            data.test[:_PUBLIC],
+            test[_PUBLIC : _PUBLIC + _UNSEEN],
+            test[:_PUBLIC],
             victims=len(used),
             scored=used.numel(),
         )

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from fedveil.attacks.inversion import Inversion
 from fedveil.audit.metrics import exact, identified, label_accuracy, match, psnr, ssim
 from fedveil.data import Dataset, Images
+from fedveil.errors import FedveilError
 
 _STRANGERS = 495
+_FEWEST = 2  # strangers
 _CONTENT_FREE = 400  # images, in whole batches, that measure one floor
 _TOGETHER = 64  # images that are scored at once
 _BLUR = 2.0  # pixels
@@ -48,12 +50,18 @@ class Scorer:
         """
         generator = torch.Generator().manual_seed(seed)
         others = strangers_to(dataset.train, used, generator)
-        public = dataset.test[torch.randperm(len(dataset.test), generator=generator)]
+        victims = dataset.train[used]
+        public = dataset.test[~dataset.test.doubles_of(victims)]
+        public = public[torch.randperm(len(public), generator=generator)]
         public = public[: 2 * _STRANGERS]
+        if not len(others) and len(public) < _FEWEST:
+            raise FedveilError(
+                f"every training image of {dataset.name} was used, and of its test images "
+                f"{len(public)} are no doubles of those: give at least {_FEWEST}, or fewer --images"
+            )
         half = len(public) // 2
         strangers = dataset.train[others] if len(others) else public[half:]
         public = public[:half] if half else strangers
-        victims = dataset.train[used]
         made = [images.transformed(transform).pixels for images in (victims, strangers, public)]
         return cls(victims, made[0], strangers.pixels, made[1], public, made[2], seed)
 

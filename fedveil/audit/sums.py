@@ -231,8 +231,13 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
     generator = torch.Generator().manual_seed(settings.seed)
     if len(case.strangers) < FEWEST:
         raise FedveilError(
-            f"{path} has {quantity(len(case.report), 'report image')}; an audit of sums needs at "
-            f"least {FEWEST} that are in none: give the run more --report-images"
+            f"{path} has {quantity(len(case.report), 'report image')}, doubles left out; an audit "
+            f"of sums needs at least {FEWEST} that are in none: give the run more --report-images"
+        )
+    if not len(case.public):
+        raise FedveilError(
+            f"every calibration image of {path} is a double of one in its sums, so an attacker has "
+            "no public one: give the run calibration images of its own"
         )
     rows = tuple(_told(case, settings, generator))
     rebuilt = _rebuilt(case, settings, generator, plain) if settings.rebuilt else None
@@ -264,8 +269,9 @@ class _Case:
         noise: Standard deviation of the noise on their diagonal; 0 without.
         images: What each client summed, by partition.
         bound: How many of its images a client summed at most; None for all.
-        own: The server's images.
+        own: The server's images that are in no sum.
         report: Images nobody learnt of.
+        doubles: How many more of both are doubles of images in the sums.
     """
 
     path: Path
@@ -277,6 +283,7 @@ class _Case:
     bound: int | None
     own: Images
     report: Images
+    doubles: int
 
     @classmethod
     def of(cls, path: Path) -> "_Case":
@@ -294,6 +301,7 @@ class _Case:
                 "client and features, on engine local"
             )
         job = load_job(config)
+        directory.check_images(job.dataset.digest)
         classifier = load_classifier(directory.model())
         layout = Layout(classifier.features.dimension, classifier.classes)
         checkpoint = directory.checkpoint()
@@ -301,17 +309,13 @@ class _Case:
             raise FedveilError(f"{path} has no sums yet: end it with fedveil train --resume {path}")
         sums, heard, noise = summed_so_far(layout, checkpoint.state.memory)
         members = Members.of(config, job.dataset.train)
-        return cls(
-            path,
-            config,
-            classifier,
-            sums,
-            noise,
-            {client: members.images(client) for client in heard},
-            members.bound,
-            job.evaluation.calibration,
-            job.evaluation.report,
-        )
+        images = {client: members.images(client) for client in heard}
+        inside, split = Images.joined([*images.values()]), job.evaluation
+        # Of an image in the sums no double is public, and none is a stranger.
+        own, report = (some[~some.doubles_of(inside)] for some in (split.calibration, split.report))
+        doubles = len(split.calibration) + len(split.report) - len(own) - len(report)
+        bound = members.bound
+        return cls(path, config, classifier, sums, noise, images, bound, own, report, doubles)
 
     @property
     def features(self) -> FeatureMap:
@@ -486,6 +490,11 @@ def _lone(case: _Case) -> Iterator[tuple[int, Images]]:
 def _untold(
     case: _Case, strangers: int, settings: SumsSettings, rebuilt: Rebuilt | None
 ) -> Iterator[str]:
+    if case.doubles:
+        yield (
+            f"Of the images said to be in no sum {case.doubles:,} are doubles of images that are, "
+            "and were left out."
+        )
     for rate in RATES:
         if strangers * rate < 1:
             yield (

@@ -91,8 +91,14 @@ class AuditedRun:
 
     @cached_property
     def job(self) -> Job:
-        """Data and model of the run."""
-        return load_job(self.config)
+        """Data and model of the run.
+
+        Raises:
+            FedveilError: The images here are not those that it was trained on.
+        """
+        job = load_job(self.config)
+        self.directory.check_images(job.dataset.digest)
+        return job
 
     @cached_property
     def rounds(self) -> tuple["SentRound", ...]:

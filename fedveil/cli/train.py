@@ -218,7 +218,7 @@ _TRACED = 0.02  # twice what guessing finds
 
 
 def _of_no_use(summary: dict[str, Any]) -> str | None:
-    from fedveil.report.verdict import learnt_nothing
+    from fedveil.results import learnt_nothing
 
     chance, settings = summary.get("chance"), summary["configuration"]
     if chance is None or not learnt_nothing(summary["accuracy"], chance, summary["report_images"]):

@@ -1,5 +1,7 @@
 """Images and their labels, as the rest of the package passes them around."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,24 @@ class Images:
         if len({some.dtype for some in raw}) > 1:
             raw = [part.pixels for part in parts]
         return cls(torch.cat(raw), torch.cat([part.labels for part in parts]))
+
+    def doubles_of(self, others: "Images") -> Tensor:
+        """Return which of them are, number by number, among other images, bool [N].
+
+        Labels are not compared: who was trained on under one label is known under any.
+        """
+        same = self.raw.dtype == others.raw.dtype
+        own, known = (one.raw if same else one.pixels for one in (self, others))
+        seen = {image.numpy().tobytes() for image in known}
+        return torch.tensor([image.numpy().tobytes() in seen for image in own], dtype=torch.bool)
+
+    @property
+    def firsts(self) -> Tensor:
+        """Where each different image stands first, int64, in order."""
+        places: dict[bytes, int] = {}
+        for place, image in enumerate(self.raw):
+            places.setdefault(image.numpy().tobytes(), place)
+        return torch.tensor([*places.values()], dtype=torch.int64)
 
     def transformed(self, transform: nn.Module | None) -> "Images":
         """Return them as a transformation of pixels leaves them; None leaves them alone."""
@@ -75,3 +95,13 @@ class Dataset:
         """(C, H, W) of one image."""
         channels, height, width = self.train.raw.shape[1:]
         return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all images and labels in their order, and of the names of the classes."""
+        told = hashlib.sha256(json.dumps(self.classes).encode())
+        for images in (self.train, self.test):
+            for part in (images.raw, images.labels):
+                told.update(f"{part.dtype} {tuple(part.shape)}".encode())
+                told.update(part.contiguous().numpy().data)
+        return told.hexdigest()

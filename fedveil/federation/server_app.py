@@ -349,6 +349,7 @@ def run_rounds(grid: Grid, job: Job, directory: RunDirectory, *, on_round: OnRou
 
 def _run_rounds(grid: Grid, job: Job, directory: RunDirectory, on_round: OnRound) -> None:
     directory.secrets.check_writable()
+    directory.note_images(job.dataset.digest)
     directory.sweep()
     last = directory.checkpoint() or Checkpoint(0, job.model.state_dict(), StrategyState())
     key = directory.noise_key()

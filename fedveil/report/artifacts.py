@@ -248,6 +248,7 @@ class EgressAudit(Audit):
     accuracy_others: Share
     rows: tuple[EgressRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
     exposed: tuple[Exposed, ...] = Field(default=(), max_length=1_000)
+    told: bool = True
 
 
 class SumsRow(_Found):

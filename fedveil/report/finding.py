@@ -1,6 +1,10 @@
 """A sentence of the verdict, and how its numbers are written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+WORST_FIRST = ("bad", "unknown", "good")
+"""Kinds of findings, in the order in which a page shows them."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,20 @@ class Finding:
     mark: str
     kind: str
     sentence: str
+
+
+def worst_of(findings: Sequence[tuple[Finding, tuple[float, ...]]]) -> Finding:
+    """Return the worst of several findings, of one kind the one with the greatest numbers.
+
+    Args:
+        findings: At least one, each with numbers that are the greater the worse.
+    """
+
+    def badness(one: tuple[Finding, tuple[float, ...]]) -> tuple[float, ...]:
+        finding, numbers = one
+        return (-WORST_FIRST.index(finding.kind), *numbers)
+
+    return max(findings, key=badness)[0]
 
 
 def percent(share: float) -> str:

@@ -1,9 +1,10 @@
 """Sentences on what sums over clients' images tell of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from fedveil.report.artifacts import SumsAudit, SumsRow
-from fedveil.report.finding import Finding, interval, percent
+from fedveil.report.artifacts import RebuiltFromSums, SumsAudit, SumsRow
+from fedveil.report.finding import Finding, interval, percent, worst_of
 from fedveil.wording import quantity
 
 IMAGES = "Clients' images"
@@ -19,10 +20,19 @@ def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
     """Return who is told from sums that servers held; of several audits the worst, if any."""
     if not audits:
         return ()
-    audit, row = max(
-        ((audit, row) for audit in audits for row in _held(audit)),
-        key=lambda pair: (pair[1].tpr_at_1_low or 0.0, pair[1].auc_low or 0.0),
-    )
+    return (worst_of([(_of_one(audit), _finds(_strongest(audit))) for audit in audits]),)
+
+
+def _strongest(audit: SumsAudit) -> SumsRow:
+    return max(_held(audit), key=_finds)
+
+
+def _finds(row: SumsRow) -> tuple[float, float]:
+    return row.tpr_at_1_low or 0.0, row.auc_low
+
+
+def _of_one(audit: SumsAudit) -> Finding:
+    row = _strongest(audit)
     topic = "Who is in the sums"
     area = f"an area under the curve of {row.auc:.2f} ({row.auc_low:.2f} to {row.auc_high:.2f})"
     told = (
@@ -38,7 +48,7 @@ def of_sums(audits: Sequence[SumsAudit]) -> tuple[Finding, ...]:
         found = f"{percent(row.tpr_at_1)} are found where 1 % of others are"
         told += f": {found}{interval(row.tpr_at_1_low, row.tpr_at_1_high)}"
     mark, kind = _judged(audit, row)
-    return (Finding(topic, mark, kind, f"{told}{_foretold(audit)}{_if_alone(audit)}."),)
+    return Finding(topic, mark, kind, f"{told}{_foretold(audit)}{_if_alone(audit)}.")
 
 
 def _judged(audit: SumsAudit, row: SumsRow) -> tuple[str, str]:
@@ -52,6 +62,8 @@ def _judged(audit: SumsAudit, row: SumsRow) -> tuple[str, str]:
         return "Cannot tell", "unknown"
     if audit.allowed is not None and audit.allowed.tpr_at_1 > _LOOSE:
         return "Nobody found, much allowed", "unknown"
+    if audit.allowed is None and audit.forecast is None:
+        return "Nobody found, more not foretold", "unknown"
     return "No better than chance", "good"
 
 
@@ -97,7 +109,11 @@ def rebuilt_from_sums(audits: Sequence[SumsAudit]) -> Finding:
     Of an image that was not rebuilt nothing is said unless the same search rebuilds images from
     one client's sums.
     """
-    tried = [audit for audit in audits if audit.rebuilt is not None]
+    tried = [
+        (_rebuilt(audit, audit.rebuilt), (_seen_over_floor(audit, audit.rebuilt),))
+        for audit in audits
+        if audit.rebuilt is not None
+    ]
     if not tried:
         return Finding(
             IMAGES,
@@ -106,9 +122,15 @@ def rebuilt_from_sums(audits: Sequence[SumsAudit]) -> Finding:
             "What a server can read of clients' images from what they return was not measured "
             "here.",
         )
-    audit = max(tried, key=_seen_over_floor)
-    own = audit.rebuilt
-    assert own is not None
+    found, left = worst_of(tried), [audit for audit in audits if audit.rebuilt is None]
+    if not left:
+        return found
+    kind = "unknown" if found.kind == "good" else found.kind
+    missing = f"of {left[0].subject} no image was searched for"
+    return replace(found, kind=kind, sentence=f"{found.sentence.removesuffix('.')}; {missing}.")
+
+
+def _rebuilt(audit: SumsAudit, own: RebuiltFromSums) -> Finding:
     alone = not any(not row.seen for row in audit.rows)
     seen = own.from_one_client if alone else own.from_the_round
     source = "one client's sums" if alone else "the sums of the round"
@@ -132,8 +154,6 @@ def rebuilt_from_sums(audits: Sequence[SumsAudit]) -> Finding:
     return Finding(IMAGES, mark, kind, f"{told}.")
 
 
-def _seen_over_floor(audit: SumsAudit) -> float:
-    own = audit.rebuilt
-    assert own is not None
+def _seen_over_floor(audit: SumsAudit, own: RebuiltFromSums) -> float:
     alone = all(row.seen for row in audit.rows)
     return (own.from_one_client if alone else own.from_the_round) - own.floor

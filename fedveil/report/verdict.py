@@ -25,17 +25,15 @@ from fedveil.report.artifacts import (
     TheftAudit,
     TheftRow,
 )
-from fedveil.report.finding import Finding, interval, percent, points
+from fedveil.report.finding import WORST_FIRST, Finding, interval, percent, points, worst_of
 from fedveil.report.sums import IMAGES, of_sums, rebuilt_from_sums
-from fedveil.results import IDENTIFIED, PICKED_OUT
+from fedveil.results import IDENTIFIED, PICKED_OUT, learnt_nothing
 from fedveil.wording import quantity
 
 _Leaked = LeakageRow | FrontierRow
 
 _FEW = 0.05
 _SURELY = 0.5
-_ORDER = ("bad", "unknown", "good")
-_NO_BETTER = 0.02
 _FAR = 0.1
 # None of n found still allows a rate of 3/n at 95 %.
 _ENOUGH = 60
@@ -45,6 +43,7 @@ _CHANCE = 0.01
 _GUESSING = 0.5
 _NAMED = 3
 _LONGEST = 300
+_WEIGHTS = "/model.safetensors"
 
 
 def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
@@ -121,7 +120,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
         *_of_clients_part(artifacts.runs),
         *of_members(artifacts.leakages),
         *_of_sums(artifacts),
-        *of_egress(artifacts.egresses),
+        *of_egress(artifacts.egresses, artifacts.runs),
     )
     leading = _of_models(artifacts.runs)
     if any(map(_useless, artifacts.runs)):
@@ -137,7 +136,7 @@ def ranked(artifacts: Artifacts) -> tuple[Finding, ...]:
         )
     if leading is not None:
         found = (leading, *found)
-    return tuple(sorted(found, key=lambda finding: _ORDER.index(finding.kind)))
+    return tuple(sorted(found, key=lambda finding: WORST_FIRST.index(finding.kind)))
 
 
 def _of_clients_part(runs: Sequence[Run]) -> Iterator[Finding]:
@@ -192,18 +191,6 @@ def _of_models(runs: Sequence[Run]) -> Finding | None:
 def _useless(run: Run) -> bool:
     own = run.summary
     return own.chance is not None and learnt_nothing(own.accuracy, own.chance, own.report_images)
-
-
-def learnt_nothing(accuracy: float, chance: float, images: int) -> bool:
-    """Say whether a model is no better than naming the commonest class.
-
-    Args:
-        accuracy: Of the model, on ``images`` images.
-        chance: Of naming the commonest class, on the same.
-        images: How many they are.
-    """
-    slack = 3 * math.sqrt(chance * (1 - chance) / max(images, 1))
-    return accuracy <= chance + max(slack, _NO_BETTER)
 
 
 def _over_chance(run: Run) -> float:
@@ -490,46 +477,72 @@ def _labels(count: int) -> str:
     return "no label" if count == 0 else quantity(count, "labelled image")
 
 
-def of_egress(audits: Sequence[EgressAudit]) -> tuple[Finding, ...]:
-    """Return what the delivered models tell of who was in their training; the worst, if any."""
+def of_egress(audits: Sequence[EgressAudit], runs: Sequence[Run] = ()) -> tuple[Finding, ...]:
+    """Return what the delivered models tell of who was in their training; the worst, if any.
+
+    What is not found in one model clears no other: neither one of which an audit cannot tell, nor a
+    run that was not audited.
+    """
     if not audits:
         return ()
-    audit, row = max(
-        ((audit, row) for audit in audits for row in audit.rows),
-        key=lambda pair: (pair[1].tpr_at_1_low or 0.0, pair[1].auc_low),
-    )
-    topic = "Who was in the training"
+    told = worst_of([(_of_one_egress(audit), _finds(_strongest(audit))) for audit in audits])
+    left = [
+        run
+        for run in runs
+        if not any(_is_of(audit.subject.removesuffix(_WEIGHTS), run) for audit in audits)
+    ]
+    if not left:
+        return (told,)
+    kind = "unknown" if told.kind == "good" else told.kind
+    missing = f"what the model of {_names(left)} tells was not audited"
+    sentence = f"{told.sentence.removesuffix('.')}; {missing}."
+    return (replace(told, kind=kind, sentence=sentence),)
+
+
+def _strongest(audit: EgressAudit) -> EgressRow:
+    return max(audit.rows, key=_finds)
+
+
+def _finds(row: EgressRow) -> tuple[float, float]:
+    return row.tpr_at_1_low or 0.0, row.auc_low
+
+
+def _of_one_egress(audit: EgressAudit) -> Finding:
+    row, topic = _strongest(audit), "Who was in the training"
     how = f"the strongest attack tried ({row.attack}) tells members of {audit.subject} from others"
     spread = f"({row.auc_low:.2f} to {row.auc_high:.2f})"
-    area = f"with an area under the curve of {row.auc:.2f} {spread}"
+    told = f"From the delivered model {how} with an area under the curve of {row.auc:.2f} {spread}"
+    few = row.tpr_at_1 is None or row.tpr_at_1_low is None
     if row.tpr_at_1 is None or row.tpr_at_1_low is None:
-        kind = "bad" if row.auc_low > _GUESSING else "unknown"
-        return (
-            Finding(
-                topic,
-                f"AUC {row.auc:.2f}" if kind == "bad" else "Cannot tell",
-                kind,
-                f"From the delivered model {how} {area}; {audit.others:,} other images are too few "
-                "to tell how many members are found at a low rate of error.",
-            ),
+        told += (
+            f"; {audit.others:,} other images are too few to tell how many members are found at a "
+            "low rate of error"
         )
-    found = f"{percent(row.tpr_at_1)} of members are found where 1 % of others are called members"
-    found += interval(row.tpr_at_1_low, row.tpr_at_1_high) + _at_a_thousandth(row)
-    if row.tpr_at_1_low > _CHANCE or row.auc_low > _GUESSING:
-        kind, mark = "bad", f"{percent(row.tpr_at_1)} found"
-    elif any(one.attack != "loss" for one in audit.rows):
-        kind, mark = "good", "No better than chance"
+        found = f"AUC {row.auc:.2f}"
     else:
-        kind, mark = "unknown", "Only the loss was tried"
-    return (
-        Finding(
+        told += f": {percent(row.tpr_at_1)} of members are found where 1 % of others are called "
+        told += f"members{interval(row.tpr_at_1_low, row.tpr_at_1_high)}{_at_a_thousandth(row)}"
+        found = f"{percent(row.tpr_at_1)} found"
+    more = "an attacker with more shadow models may find more"
+    if (row.tpr_at_1_low or 0.0) > _CHANCE or row.auc_low > _GUESSING:
+        return Finding(topic, found, "bad", f"{told}; {more}.")
+    if not audit.told:
+        return Finding(topic, "Cannot tell", "unknown", f"{told}. {' '.join(audit.untold[:1])}")
+    below = min(audit.rows, key=lambda one: one.auc_high)
+    if below.auc_high < _GUESSING:
+        return Finding(
             topic,
-            mark,
-            kind,
-            f"From the delivered model {how} {area}: {found}; an attacker with more shadow models "
-            "may find more.",
-        ),
-    )
+            "Cannot tell",
+            "unknown",
+            f"{told}; by {below.attack} members score below others, with an area of "
+            f"{below.auc:.2f} ({below.auc_low:.2f} to {below.auc_high:.2f}), so that the two kinds "
+            "of images differ in more than training.",
+        )
+    if few:
+        return Finding(topic, "Cannot tell", "unknown", f"{told}.")
+    if all(one.attack == "loss" for one in audit.rows):
+        return Finding(topic, "Only the loss was tried", "unknown", f"{told}; {more}.")
+    return Finding(topic, "No better than chance", "good", f"{told}; {more}.")
 
 
 def of_members(audits: Sequence[LeakageAudit]) -> tuple[Finding, ...]:

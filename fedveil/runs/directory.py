@@ -41,6 +41,7 @@ from fedveil.types import Weights
 
 _SECRET = 0o600
 _RELEASES = "releases.jsonl"
+_IMAGES = "images"
 _COLLAPSE = 0.1  # of accuracy, as in the report
 _VERSIONED = ("torch", "flwr", "flwr-datasets", "numpy", "safetensors")
 
@@ -310,6 +311,36 @@ class RunDirectory:
             later = [*described.get("later", []), {"from_round": self._next, "versions": now}]
             self._write("config.json", _json(described | {"later": later}))
         return changed
+
+    def note_images(self, digest: str) -> None:
+        """Note which images the run is trained on; a run that has begun keeps what was noted.
+
+        Args:
+            digest: ``Dataset.digest``.
+
+        Raises:
+            FedveilError: They are others than those noted, or ``config.json`` is damaged or cannot
+                be written.
+        """
+        self.check_images(digest)
+        described = self._described()
+        if _IMAGES not in described and not self.rounds():
+            self._write("config.json", _json(described | {_IMAGES: digest}))
+
+    def check_images(self, digest: str) -> None:
+        """Refuse images that are not those the run is trained on; of an earlier version's, none.
+
+        Raises:
+            FedveilError: They are others, or ``config.json`` is damaged.
+        """
+        noted = self._described().get(_IMAGES)
+        if noted is not None and noted != digest:
+            raise FedveilError(
+                f"the images of {self.config.dataset} here are not those that {self.path} was "
+                "trained on: some were added, removed or changed since, or are read otherwise, so "
+                "that whoever trained on which is not known here; restore them, or work where the "
+                "run was made"
+            )
 
     def version_history(self) -> list[dict[str, Any]]:
         """Return the versions the run was under, each with the round from which it was.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fedveil.audit.egress import LearningByDescent, audit_egress
 from fedveil.audit.settings import EgressSettings
 from fedveil.cli.main import app as command
-from fedveil.data import load_dataset
+from fedveil.data import Images, load_dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.federation.training_run import run_to_completion
@@ -71,6 +71,54 @@ def test_a_model_that_never_saw_the_images_tells_nothing(digits):
         assert row.roc.found[0].value < 0.08
 
 
+def by_heart(digits, count=600):
+    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(3))[:count]
+    labels = torch.randint(10, (count,), generator=torch.Generator().manual_seed(4))
+    return Images(digits.train.raw[order], labels)
+
+
+def test_doubles_of_training_images_are_no_strangers(digits):
+    everything = by_heart(digits)
+    used, unused = everything[:300], everything[300:]
+    model = learnt(used, 60)
+    clean = audited(model, used, unused, shadows=0, images=300)
+    mixed = audited(
+        model, Images.joined([used, used[:40]]), Images.joined([unused, used[:60]]),
+        shadows=0, images=300,
+    )  # fmt: skip
+    assert (clean.doubles, mixed.doubles) == (0, 60)
+    assert clean.told
+    assert mixed.others == 300
+    assert mixed.rows[0].roc.found[0].value > 0.9 * clean.rows[0].roc.found[0].value > 0.02
+    assert mixed.members.unique().numel() == 300
+    assert int(mixed.members.max()) < 300
+    assert "60 are doubles of images that are, and were left out" in mixed.untold[0]
+    with pytest.raises(FedveilError, match="others: 19, doubles left out"):
+        audited(model, used, Images.joined([unused[:19], used]))
+
+
+def test_answers_that_are_no_numbers_are_refused(digits):
+    model = fresh(0)
+    torch.nn.init.constant_(model[1].weight, torch.nan)
+    with pytest.raises(FedveilError, match="the model answers images with numbers that are not"):
+        audited(model, digits.train[:300], digits.test)
+    diverging = LearningByDescent(fresh, LocalTraining(epochs=1, learning_rate=1e30), 1)
+    settings = EgressSettings(images=100, shadows=2)
+    with pytest.raises(FedveilError, match="--shadows 0 trains none"):
+        audit_egress(fresh(0), diverging, digits.train[:99], digits.test, settings, subject="m")
+
+
+def test_nothing_is_cleared_by_a_model_or_by_shadows_that_learnt_nothing(digits):
+    useless = audited(fresh(1), digits.train[:300], digits.test, shadows=0)
+    assert not useless.told
+    assert not useless.as_json()["told"]
+    assert "it learnt nothing, or it is not asked as it was trained" in useless.table()
+    everything = by_heart(digits)
+    weak = audited(learnt(everything[:300], 120), everything[:300], everything[300:], epochs=1)
+    assert not weak.told
+    assert "they learnt too little to be compared with" in weak.untold[0]
+
+
 def test_a_rate_that_too_few_images_can_tell_is_not_told(digits):
     report = audited(learnt(digits.train[:60], 3), digits.train[:60], digits.test[:99])
     assert all(row.roc.found == (None, None) for row in report.rows)
@@ -114,6 +162,17 @@ def test_a_run_and_a_file_of_weights(digits, tmp_path):
     assert done.exit_code == 0, done.output
     told = json.loads((out / "egress.json").read_text())
     assert told["members"] == 60
+    described = run.path / "config.json"
+    content = json.loads(described.read_text())
+    described.write_text(json.dumps(content | {"images": "0" * 64}))
+    for again in (
+        ["audit", "egress", str(run.path), "--out", str(out)],
+        ["audit", "theft", "--run", str(run.path), "--out", str(out)],
+        ["train", "--resume", str(run.path), "--rounds", "3"],
+    ):
+        refused = CliRunner().invoke(command, again)
+        assert "the images of digits here are not those that" in str(refused.exception), again
+    described.write_text(json.dumps(content))
     assert [row["attack"] for row in told["rows"]] == ["loss", "calibrated", "lira", "rmia"]
     assert "cannot tell" in done.output
     weights = tmp_path / "model.safetensors"

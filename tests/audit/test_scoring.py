@@ -5,9 +5,11 @@ import torch
 
 from fedveil.attacks.inversion import Inversion
 from fedveil.audit.leakage import Row
+from fedveil.audit.membership import _Lineup
 from fedveil.audit.scoring import Scorer, strangers_to
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import BlockDCT
+from fedveil.errors import FedveilError
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,27 @@ def test_strangers_and_photographs_of_a_floor_are_apart(digits):
     strangers = {bytes(image.numpy().tobytes()) for image in scorer.strangers}
     assert len(strangers) > 50
     assert not strangers & {bytes(image.numpy().tobytes()) for image in scorer.public.pixels}
+
+
+def test_doubles_of_used_images_are_neither_strangers_nor_the_attackers_own(digits):
+    used = torch.arange(8)
+    mixed = dataclasses.replace(digits, test=Images.joined([digits.train[:30], digits.test]))
+    own = {image.numpy().tobytes() for image in digits.train[used].pixels}
+    scorer = Scorer.of(mixed, torch.arange(len(digits.train)), None, 0)
+    everything = {image.numpy().tobytes() for image in digits.train.pixels}
+    lineup = _Lineup.of(mixed, used[None], 0, None)
+    for images, theirs in (
+        (scorer.public.pixels, everything),
+        (scorer.strangers, everything),
+        (lineup.public.pixels, own),
+        (lineup.unseen.pixels, own),
+    ):
+        assert not theirs & {image.numpy().tobytes() for image in images}
+    copied = dataclasses.replace(digits, test=digits.train[used])
+    with pytest.raises(FedveilError, match="every test image of digits is a double"):
+        _Lineup.of(copied, used[None], 0, None)
+    with pytest.raises(FedveilError, match="of its test images 0 are no doubles"):
+        Scorer.of(copied, torch.arange(len(digits.train)), None, 0)
 
 
 def test_of_one_update_no_interval_is_told(digits):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fedveil.audit.members import Members
 from fedveil.audit.settings import SumsSettings
 from fedveil.audit.sums import _mean_correlation, audit_sums
 from fedveil.cli.main import app as command
@@ -64,8 +65,34 @@ def test_images_that_are_not_those_in_the_sums_are_refused(run, monkeypatch):
         return replace(job, dataset=replace(job.dataset, train=Images(changed, train.labels)))
 
     monkeypatch.setattr("fedveil.audit.sums.load_job", others)
+    with pytest.raises(FedveilError, match="images of digits here are not those that"):
+        audit_sums(run, SumsSettings(rebuilt=0), out=None)
+    # An earlier version noted no images, and the sums themselves tell.
+    monkeypatch.setattr(RunDirectory, "check_images", lambda self, digest: None)
     with pytest.raises(FedveilError, match="images of digits here are not those in the sums"):
         audit_sums(run, SumsSettings(rebuilt=0), out=None)
+
+
+def test_doubles_of_images_in_the_sums_are_neither_strangers_nor_public(run, monkeypatch):
+    def doubled(config):
+        job = load_job(config)
+        split, inside = job.evaluation, Members.of(config, job.dataset.train).images(2)
+        return replace(
+            job,
+            evaluation=replace(
+                split,
+                report=Images.joined([split.report, inside]),
+                calibration=Images.joined([split.calibration, inside[:3]]),
+            ),
+        )
+
+    settings = SumsSettings(rebuilt=0, images=300)
+    clean = audit_sums(run, settings, out=None)
+    monkeypatch.setattr("fedveil.audit.sums.load_job", doubled)
+    mixed = audit_sums(run, settings, out=None)
+    assert (mixed.strangers, mixed.public) == (clean.strangers, clean.public)
+    assert [row.as_json() for row in mixed.rows] == [row.as_json() for row in clean.rows]
+    assert "doubles of images that are, and were left out" in mixed.untold[0]
 
 
 def test_under_noise_nobody_is_told_from_one_clients_sums(tmp_path):

@@ -380,6 +380,56 @@ def test_too_few_images_or_attacks_clear_no_model(tmp_path, rows, kind, mark):
     assert told_of_egress(make_egress(tmp_path / "egress", rows))[:2] == (kind, mark)
 
 
+def test_what_could_not_be_told_of_a_model_clears_it_not(tmp_path):
+    quiet = egress_row("lira", auc=0.51, found=0.01)
+    weak = make_egress(tmp_path / "weak", [quiet], told=False, untold=["It learnt nothing."])
+    assert told_of_egress(weak)[:2] == ("unknown", "Cannot tell")
+    assert told_of_egress(weak)[2].endswith("It learnt nothing.")
+    below = make_egress(tmp_path / "below", [quiet, egress_row("loss", auc=0.2, found=0.0)])
+    assert told_of_egress(below)[:2] == ("unknown", "Cannot tell")
+    assert "by loss members score below others" in told_of_egress(below)[2]
+
+
+def test_one_model_clears_no_other(tmp_path):
+    clear = make_egress(tmp_path / "clear", [egress_row("lira", auc=0.51, found=0.012)])
+    few = make_egress(tmp_path / "few", [egress_row("lira", auc=0.4, found=None)], subject="b")
+    (found,) = of_egress(read_artifacts([clear, few]).egresses)
+    assert (found.kind, found.mark) == ("unknown", "Cannot tell")
+    run, other = make_run(tmp_path / "runs" / "a"), make_run(tmp_path / "other")
+    own = read_artifacts([run, clear])
+    (found,) = of_egress(own.egresses, own.runs)
+    assert found.kind == "good"
+    both = read_artifacts([run, other, clear])
+    (found,) = of_egress(both.egresses, both.runs)
+    assert found.kind == "unknown"
+    assert f"what the model of {other} tells was not audited" in found.sentence
+    weights = make_egress(
+        tmp_path / "file",
+        [egress_row("lira", auc=0.51, found=0.012)],
+        subject=f"{other}/model.safetensors",
+    )
+    named = read_artifacts([other, weights])
+    assert of_egress(named.egresses, named.runs)[0].kind == "good"
+
+
+def test_sums_of_one_audit_clear_those_of_no_other(tmp_path):
+    alone = sums_row(seen=False, holder="one client")
+    clear = make_sums(tmp_path / "clear", [sums_row(auc=0.51, found=0.012), alone])
+    few = make_sums(
+        tmp_path / "few",
+        [sums_row(auc=0.4, found=None), alone],
+        subject="b",
+        rebuilt=(2, 1.0, 0.1, 0.9),
+    )
+    both = read_artifacts([clear, few])
+    (found,) = of_sums(both.sums)
+    assert (found.kind, found.mark) == ("unknown", "Cannot tell")
+    assert verdict(both)[2].mark == "Too few to tell"
+    none = read_artifacts([clear, make_sums(tmp_path / "none", rebuilt=None, subject="c")])
+    assert verdict(none)[2].kind == "unknown"
+    assert "of c no image was searched for" in verdict(none)[2].sentence
+
+
 def test_the_page_says_what_egress_could_not_tell(tmp_path):
     run, nothing = make_run(tmp_path / "run"), ("0.1 % cannot be told <b>",)
     page = build_page(read_artifacts([run]), title="a", now=NOW)
@@ -411,7 +461,7 @@ def test_what_sums_tell_is_judged_by_those_the_server_held(tmp_path, row, kind, 
 
 def test_few_public_images_clear_no_sum_that_more_would_trace(tmp_path):
     row = sums_row(auc=0.51, found=0.01)
-    for forecast, kind in ((0.5, "bad"), (0.012, "good"), (None, "good")):
+    for forecast, kind in ((0.5, "bad"), (0.012, "good"), (None, "unknown")):
         place = make_sums(tmp_path / f"{forecast}", [row], forecast=forecast)
         (found,) = of_sums(read_artifacts([place]).sums)
         assert found.kind == kind
