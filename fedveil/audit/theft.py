@@ -1,7 +1,7 @@
 """``fedveil audit theft``: what clients can make of the copies they were sent."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -211,6 +211,7 @@ class TheftReport:
             "sent": self.sent,
             **origin(),
             "rows": self.rows(),
+            "untold": list(self.untold()),
             "thefts": [asdict(theft) for theft in self.thefts],
         }
 
@@ -226,7 +227,18 @@ class TheftReport:
             for colluders in self.settings.colluders
             for labels in self.settings.labels
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.untold()])
+
+    def untold(self) -> Iterator[str]:
+        """Yield what the rows cannot tell, as thieves' shares had not the labels they ask for."""
+        for labels in self.settings.labels:
+            held = [theft.labels_held for theft in self.thefts if theft.thief.labels == labels]
+            if held and min(held) < labels:
+                told = f"{min(held)}" if min(held) == max(held) else f"{min(held)} to {max(held)}"
+                yield (
+                    f"Thieves who were to hold {labels:,} labelled images held {told}: their "
+                    f"clients have no more, and nothing is told of {labels:,}."
+                )
 
     def _line(self, labels: int, colluders: int) -> str:
         direct, thief, owner = (

@@ -124,7 +124,7 @@ def _finish_training(directory: "RunDirectory") -> None:
         typer.echo(warning, err=True)
     typer.echo(
         f"w{_of_round(summary)}: {summary['accuracy']:.2%} on "
-        f"{quantity(summary['report_images'], 'image')} it never met"
+        f"{quantity(summary['report_images'], 'image')} {_met(summary)}"
     )
     if alone := summary.get("server_alone"):
         typer.echo(_beside(alone))
@@ -136,6 +136,16 @@ def _finish_training(directory: "RunDirectory") -> None:
     for told in filter(None, (_balance(summary), _traced(summary))):
         typer.echo(told, err=True)
     typer.echo(f"{directory.path / 'summary.json'}  {directory.path / 'curves.png'}")
+
+
+def _met(summary: dict[str, Any]) -> str:
+    doubles = summary.get("report_doubles", 0)
+    if not doubles:
+        return "it never met"
+    return (
+        f"of which {doubles:,} {'is a double' if doubles == 1 else 'are doubles'} of training "
+        "images: what it is right on elsewhere may be less"
+    )
 
 
 def _beside(alone: dict[str, Any]) -> str:

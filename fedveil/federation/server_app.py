@@ -469,6 +469,7 @@ def summarise(
         },
         "remarks": list(job.dataset.remarks),
         "report_images": len(job.evaluation.report),
+        "report_doubles": int(job.evaluation.report.doubles_of(job.dataset.train).sum()),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,
         "configuration": job.config.model_dump(),

@@ -85,6 +85,7 @@ class RunSummary(_Content):
 
     accuracy: Share
     report_images: Count
+    report_doubles: Count = 0
     calibration_images: Count = 0
     chance: Share | None = None
     round: int | None = Field(default=None, ge=1, le=10**9)
@@ -186,6 +187,7 @@ class TheftRow(_Content):
 
     attack: Text
     labels: Count
+    labels_held: tuple[Count, ...] = Field(default=(), max_length=100_000)
     colluders: Count
     accuracy: Share
     accuracy_low: Share | None = None
@@ -315,6 +317,7 @@ class TheftAudit(Audit):
     """``theft.json``."""
 
     kind: ClassVar = "theft audit"
+    reference: Share | None = None
     rows: tuple[TheftRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 

@@ -185,7 +185,27 @@ def _of_models(runs: Sequence[Run]) -> Finding | None:
             f"images, where always naming the commonest class is right on {percent(own.chance)}"
             f"{fall}, so whatever else was measured of {worst.name} protects nothing of value.",
         )
-    return _far_behind(topic, runs) or _collapsed(topic, runs)
+    return _far_behind(topic, runs) or _collapsed(topic, runs) or _met_before(topic, runs)
+
+
+def _met_before(topic: str, runs: Sequence[Run]) -> Finding | None:
+    """Return the run whose accuracy is measured most on doubles of its training images."""
+    run = max(runs, key=_doubles)
+    if _doubles(run) <= _FEW:
+        return None
+    own = run.summary
+    return Finding(
+        topic,
+        "Measured on training images",
+        "unknown",
+        f"Of the {quantity(own.report_images, 'image')} that the model of {run.name} is right on "
+        f"{percent(own.accuracy)} of, {own.report_doubles:,} are doubles of images it was trained "
+        "on: what it is right on elsewhere is not known, and neither is what a copy is.",
+    )
+
+
+def _doubles(run: Run) -> float:
+    return run.summary.report_doubles / max(1, run.summary.report_images)
 
 
 def _useless(run: Run) -> bool:
@@ -380,10 +400,19 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
         )
     bare = [audit for audit in audits if _of_nothing_learnt(audit, runs)]
     audit, worst = worst_theft(audits, runs)
-    how = f"“{worst.attack}” with {_labels(worst.labels)} and {_thieves(worst.colluders)}"
+    how = f"“{worst.attack}” with {_labels(worst)} and {_thieves(worst.colluders)}"
     outcome = f"{percent(worst.accuracy)} where training alone gives {percent(worst.alone)}"
     left = _unattacked(audits, runs)
     if worst.advantage <= 0:
+        if nothing := [audit for audit in audits if _nothing_to_gain(audit)]:
+            return Finding(
+                topic,
+                "Nothing to gain",
+                "unknown",
+                f"No theft gained on training alone, and none could: the model that "
+                f"{attacked_run(nothing[0])} keeps is right on {percent(nothing[0].reference or 0)}"
+                f", no more than what thieves come to alone{left}.",
+            )
         tried = quantity(sum(len(one.rows) for one in audits), "theft")
         return Finding(
             topic,
@@ -431,6 +460,11 @@ def _copies_are_bare(run: Run) -> bool:
     )
 
 
+def _nothing_to_gain(audit: TheftAudit) -> bool:
+    """Say whether the owner's model itself is no better than all that thieves have alone."""
+    return audit.reference is not None and audit.reference <= min(row.alone for row in audit.rows)
+
+
 def worst_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> tuple[TheftAudit, TheftRow]:
     """Return the theft that gains most on training alone, and the audit that found it.
 
@@ -473,8 +507,13 @@ def _is_of(attacked: str, run: Run) -> bool:
     return shared > 0 and one[-shared:] == other[-shared:]
 
 
-def _labels(count: int) -> str:
-    return "no label" if count == 0 else quantity(count, "labelled image")
+def _labels(row: TheftRow) -> str:
+    held = [min(row.labels, count) for count in row.labels_held] or [row.labels]
+    if max(held) == 0:
+        return "no label"
+    if min(held) == max(held):
+        return quantity(held[0], "labelled image")
+    return f"{min(held):,} to {max(held):,} labelled images"
 
 
 def of_egress(audits: Sequence[EgressAudit], runs: Sequence[Run] = ()) -> tuple[Finding, ...]:

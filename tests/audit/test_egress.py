@@ -1,5 +1,6 @@
 """What a delivered model tells of who was in its training."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from fedveil.audit.egress import LearningByDescent, audit_egress
 from fedveil.audit.settings import EgressSettings
 from fedveil.cli.main import app as command
+from fedveil.cli.train import _met
 from fedveil.data import Images, load_dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.training import LocalTraining, train_locally
@@ -95,6 +97,19 @@ def test_doubles_of_training_images_are_no_strangers(digits):
     assert "60 are doubles of images that are, and were left out" in mixed.untold[0]
     with pytest.raises(FedveilError, match="others: 19, doubles left out"):
         audited(model, used, Images.joined([unused[:19], used]))
+
+
+def test_a_run_says_that_its_report_images_are_training_images(digits, tmp_path, monkeypatch):
+    doubled = dataclasses.replace(
+        digits, test=Images.joined([digits.test[:100], digits.train[:100]])
+    )
+    monkeypatch.setattr("fedveil.federation.server_app.load_dataset", lambda *_, **__: doubled)
+    given = {"dataset": "digits", "clients": 5, "filters": 8, "workers": 1}
+    summary = run_to_completion(RunDirectory.create(tmp_path / "run", TrainConfig.check(given)))
+    assert 30 <= summary["report_doubles"] <= 70
+    told = f"of which {summary['report_doubles']} are doubles of training images"
+    assert told in _met(summary)
+    assert _met(summary | {"report_doubles": 0}) == _met({}) == "it never met"
 
 
 def test_answers_that_are_no_numbers_are_refused(digits):

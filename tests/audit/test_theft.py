@@ -245,6 +245,20 @@ def test_the_two_bests_choose_by_what_they_may_see():
     assert owner["advantage"] == pytest.approx(0.8 - 0.45)
 
 
+def test_labels_that_thieves_had_not_are_not_told_of():
+    def theft(number, held):
+        tried = (Attempt("direct", 0.5, (0.5, 0.0)),)
+        return Theft(Thief(600, 1, number), (number,), held, tried, tried)
+
+    settings = TheftSettings(run=Path("run"), labels=(600,), colluders=(1,), thieves=2)
+    report = TheftReport(settings, 0.9, (theft(0, 12), theft(1, 9)))
+    told = "Thieves who were to hold 600 labelled images held 9 to 12"
+    assert told in report.table()
+    assert told in report.as_json()["untold"][0]
+    whole = TheftReport(settings, 0.9, (theft(0, 600), theft(1, 600)))
+    assert not list(whole.untold())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -136,6 +136,35 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     assert "may do better" in sentences(directory)[1]
 
 
+def test_a_theft_is_of_the_labels_that_were_held(tmp_path):
+    row = theft_row(accuracy=0.6, alone=0.6, labels=600, labels_held=[9, 12, 700])
+    assert "with 9 to 600 labelled images" in sentences(make_theft(tmp_path / "few", [row]))[1]
+    none = theft_row(accuracy=0.6, alone=0.6, labels=0, labels_held=[0])
+    assert "with no label" in sentences(make_theft(tmp_path / "none", [none]))[1]
+
+
+def test_where_nothing_could_be_gained_nothing_is_cleared(tmp_path):
+    rows = [theft_row(accuracy=0.6, alone=0.6), theft_row(accuracy=0.7, alone=0.9, labels=600)]
+    path = make_theft(tmp_path / "theft", rows)
+    content = json.loads((path / "theft.json").read_text())
+    for reference, kind in ((0.6, "unknown"), (0.61, "good")):
+        (path / "theft.json").write_text(json.dumps(content | {"reference": reference}))
+        found = verdict(read_artifacts([path]))[1]
+        assert found.kind == kind
+    (path / "theft.json").write_text(json.dumps(content | {"reference": 0.5}))
+    assert "keeps is right on 50 %, no more than" in sentences(path)[1]
+
+
+def test_an_accuracy_on_training_images_is_told_to_be_one(tmp_path):
+    run = make_run(tmp_path / "run", copies=(0.5, 0.6), accuracy=0.95)
+    summary = json.loads((run / "summary.json").read_text())
+    for doubles, told in ((25, False), (26, True)):
+        (run / "summary.json").write_text(json.dumps(summary | {"report_doubles": doubles}))
+        marks = [found.mark for found in leads(run)]
+        assert ("Measured on training images" in marks) == told
+    assert "26 are doubles of images it was trained on" in str(leads(run))
+
+
 def test_a_theft_names_its_run_and_clears_no_other(tmp_path):
     none = [theft_row(accuracy=0.5, labels=0)]
     one, other = (make_run(tmp_path / name) for name in ("one", "other"))
