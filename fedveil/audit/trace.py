@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedveil.audit.align import aligned, mean_state
+from fedveil.audit.leaked_names import as_in_the_run, shared_values
 from fedveil.audit.settings import TraceSettings
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
@@ -49,6 +50,11 @@ _UNNAMED_SHOWN = 3
 _LEAST = -99  # a smaller power of ten is printed as this
 # Training, pruning or quantising w moves it by more than this part of a layer's root mean square.
 _SAME = 1e-3
+_MOST = 0.9  # of a model's values
+_PART = (
+    "Only {:.0%} of the values of the run's model have a counterpart of the same name and shape in "
+    "this file: of the others nothing is told, and who is not named is not cleared by them."
+)
 _IS_W = (
     "The file is w itself, which no client was ever sent: look for the leak at the server, or at "
     "the party w was delivered to."
@@ -355,15 +361,20 @@ def run_trace(leaked: Path, run: Path, settings: TraceSettings, *, out: Path | N
     state = read_state(leaked, option="LEAKED")
     directory = RunDirectory.open(run)
     archive = Archive.open(directory.path, directory.noise_key())
+    sent = archive.read(archive.rounds[0]).copies[0]
+    state = as_in_the_run(state, sent)
     found = trace(state, _watched(archive), alpha=settings.alpha)
+    compared = shared_values(state, sent)
     is_w = _is_delivered(state, directory)
     if out:
         described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}
+        described["compared"] = compared
         try:
             write_atomically(out, json_bytes(described), mode=0o600)
         except OSError as error:
             raise FedveilError(f"--out {out}: {error.strerror}") from None
-    return found.table(is_w=is_w)
+    told = found.table(is_w=is_w)
+    return told if compared > _MOST else f"{told}\n{_PART.format(compared)}"
 
 
 def _line(suspect: Suspect, verdict: str) -> str:
@@ -413,7 +424,8 @@ def _is_delivered(state: Weights, run: RunDirectory) -> bool:
         for name, value in delivered.items()
         if name in state and state[name].shape == value.shape and value.is_floating_point()
     ]
-    return len(common) > 0 and all(_close(a, b) for a, b in common)
+    # What a part of w is, a part of a copy may be, too.
+    return shared_values(state, delivered) > _MOST and all(_close(a, b) for a, b in common)
 
 
 def _close(value: Tensor, wanted: Tensor) -> bool:

@@ -1,0 +1,86 @@
+"""A leaked model is looked at under whatever names and in whatever order its tensors come."""
+
+import pytest
+import torch
+
+from fedveil.audit.leaked_names import as_in_the_run, shared_values
+from fedveil.audit.settings import TraceSettings
+from fedveil.audit.thieves import AuditedRun
+from fedveil.audit.trace import run_trace
+from fedveil.federation.training_run import run_to_completion
+from fedveil.runs.config import TrainConfig
+from fedveil.runs.directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 3, 3), torch.nn.Flatten(), torch.nn.Linear(27, 8), torch.nn.Linear(8, 8)
+    ).state_dict()
+
+
+def wrapped(prefix):
+    return lambda state: {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def turned(*orders):
+    by = {len(order): order for order in orders}
+    return lambda state: {
+        name: value.permute(by.get(value.ndim, tuple(range(value.ndim)))).contiguous()
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrapped("module."),
+        wrapped("_orig_mod."),
+        wrapped("module.model._orig_mod."),
+        lambda state: {name.replace(".", "._orig_mod."): v for name, v in state.items()},
+        lambda state: {name.replace(".w", ".base_layer.w"): v for name, v in state.items()},
+        lambda state: {
+            name.replace("weight", "parametrizations.weight.original"): v
+            for name, v in state.items()
+        },
+        turned((1, 0)),  # the last layer is square, the convolution has as many channels in as out
+        turned((1, 0), (2, 3, 1, 0)),
+        lambda state: wrapped("module.")(turned((1, 0), (2, 3, 1, 0))(state)),
+        lambda state: {**state, "lora_A.weight": torch.ones(8, 8)},
+    ],
+)
+def test_wrappers_and_other_orders_hide_no_tensor(model, change):
+    marked = {name: value + 0.01 * torch.randn_like(value) for name, value in model.items()}
+    found = as_in_the_run(change(marked), model)
+    assert shared_values(found, model) == 1
+    for name, value in marked.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_what_may_be_one_or_another_is_taken_for_neither(model):
+    both = {f"{side}.{name}": value for side in ("a", "b") for name, value in model.items()}
+    assert shared_values(as_in_the_run(both, model), model) == 0
+    other = {"0.weight": torch.zeros(5, 5), "2.weight": torch.zeros(2, 3, 4)}
+    assert shared_values(as_in_the_run(other, model), model) == 0
+
+
+def test_a_part_of_a_model_clears_nobody_and_is_not_w(tmp_path):
+    given = {
+        "dataset": "digits", "model": "tests.audit.small_models:two_layers", "clients": 4,
+        "rounds": 1, "strategy": "fedavg", "fingerprint": 0.05, "workers": 1,
+    }  # fmt: skip
+    run = RunDirectory.create(tmp_path / "run", TrainConfig.check(given))
+    run_to_completion(run)
+    w = AuditedRun(run.path, 0).delivered()
+    first = next(iter(w))
+    for name, state, part in (("part", {first: w[first]}, True), ("w", dict(w), False)):
+        torch.save(state, tmp_path / f"{name}.pt")
+        told = run_trace(tmp_path / f"{name}.pt", run.path, TraceSettings(), out=None)
+        assert ("who is not named is not cleared" in told) == part
+        assert ("The file is w itself" in told) != part
+    copy = AuditedRun(run.path, 0).archive.read(1)
+    client = min(copy.assignment)
+    torch.save(wrapped("module.")(copy.received(client).weights), tmp_path / "ddp.pt")
+    told = run_trace(tmp_path / "ddp.pt", run.path, TraceSettings(), out=None)
+    assert "1 of 4 clients named" in told
