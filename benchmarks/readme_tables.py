@@ -10,6 +10,7 @@ from fedveil.results import (
     AUC,
     EXACT,
     FOUND,
+    FOUND_SURELY,
     IDENTIFIED,
     PICKED_OUT,
     SCORES,
@@ -295,9 +296,16 @@ def prices(_words: Mapping[str, str]) -> list[str]:
 def theft_of_sums(_words: Mapping[str, str]) -> list[str]:
     """What thieves gain by the map that an analytic run sends, by the owner's view."""
     (row,) = (row for row in _results("theft-analytic")["rows"] if row["arm"] == "analytic")
-    found = {
-        (one["labels"], one["colluders"]): one for one in row["theft"] if one["attack"] == _VIEW
-    }
+    return _by_labels(row["theft"])
+
+
+def theft_of_sums_of_photographs(_words: Mapping[str, str]) -> list[str]:
+    """The same on CIFAR-10."""
+    return _by_labels(_results("theft-analytic-cifar10")["rows"])
+
+
+def _by_labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {(one["labels"], one["colluders"]): one for one in rows if one["attack"] == _VIEW}
     labels, colluders = (sorted({key[place] for key in found}) for place in (0, 1))
     heads = " | ".join(f"{_many(count)}: thief, alone | gains" for count in colluders)
     lines = [f"| labels | {heads} |", f"|---|{'---|---|' * len(colluders)}"]
@@ -331,18 +339,23 @@ def answer_shadows(_words: Mapping[str, str]) -> list[str]:
 def paired_logits(_words: Mapping[str, str]) -> list[str]:
     """What pictures a server makes of what clients answer, beside pictures of strangers."""
     lines = [
-        "| the server's images | surer by | picture | floor | over it | mean of the class |",
-        "|---|---|---|---|---|---|",
+        "| seen | the server's images | surer by | picture | floor | over it | mean of the class |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in _results("paired-logits")["rows"]:
-        lack, mean = row["server_lacks_the_class"], row["mean_of_the_class"]
-        middle, low, high = row["over"]
-        lines.append(
-            f"| {'none of the class' if lack else 'of all classes'} | {row['gap']:g} "
-            f"| {row['correlation']:.2f} | {row['floor']:.2f} "
-            f"| {middle:+.2f} [{low:+.2f}, {high:+.2f}] | {'' if mean is None else f'{mean:.2f}'} |"
-        )
+    for seen, name in _SEEN_ANSWERS.items():
+        for row in _results(name)["rows"]:
+            lack, mean = row["server_lacks_the_class"], row["mean_of_the_class"]
+            middle, low, high = row["over"]
+            lines.append(
+                f"| {seen} | {'none of the class' if lack else 'of all classes'} | {row['gap']:g} "
+                f"| {row['correlation']:.2f} | {row['floor']:.2f} "
+                f"| {middle:+.2f} [{low:+.2f}, {high:+.2f}] "
+                f"| {'' if mean is None else f'{mean:.2f}'} |"
+            )
     return lines
+
+
+_SEEN_ANSWERS = {"one client": "paired-logits", "sum of ten": "paired-logits-sums-of-10"}
 
 
 def _many(count: int) -> str:
@@ -755,6 +768,140 @@ def _by_partition(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{scheme} | {cells} |"
 
 
+_SCHEMES = ("iid", "shards:2", "dirichlet:0.1")
+_Measured = dict[tuple[str, str], list[float]]
+
+
+def beside(_words: Mapping[str, str]) -> list[str]:
+    """Sums beside what else a federation can do, by data set and partition."""
+    rows: dict[str, tuple[_Measured, tuple[str, ...]]] = {
+        "FedAvg of a small network from scratch": _studied("fedavg"),
+        "FedAvg of the head on the map": _on_maps("fedavg_of_the_head"),
+        **_fine_tuned(),
+        "`noise-delta`, a small network": _studied("noise-delta"),
+        "`protected`, a small network": _studied("protected"),
+        "server alone, a small network": _studied("server alone"),
+        "server alone, on the map": _on_maps("server_alone"),
+        "one client alone, on the map": _on_maps("one_client_alone"),
+        "**sums**, dictionary": _by_dictionary(),
+        "**sums**, backbone": _of_cifar10(_on_maps("analytic")),
+    }
+    columns = [(data, scheme) for data in ("cifar10", "mnist") for scheme in _SCHEMES]
+    heads = " | ".join(f"{data}, {scheme}" for data, scheme in columns)
+    lines = [f"| | {heads} | measured |", f"|---|{'---|' * len(columns)}---|"]
+    for name, (found, files) in rows.items():
+        cells = (f"{sum(found[c]) / len(found[c]):.1%}" if c in found else "" for c in columns)
+        dates = sorted({_results(file)["date"] for file in files})
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(dates)} |")
+    return lines
+
+
+def _studied(arm: str) -> tuple[_Measured, tuple[str, ...]]:
+    """Return what a small network comes to by an arm of the study of theft."""
+    found: _Measured = {}
+    files = []
+    for file in ("theft-cifar10", "theft-study", "analytic-beside"):
+        for row in _results(file)["rows"]:
+            if row["arm"] == arm:
+                found[row["dataset"].partition("@")[0], row["partition"]] = row["final"]
+                files.append(file)
+    if arm == "server alone":  # whatever clients have
+        for data in ("cifar10", "mnist"):
+            found |= {(data, scheme): found[data, "iid"] for scheme in _SCHEMES}
+    return found, tuple(files)
+
+
+def _on_maps(arm: str) -> tuple[_Measured, tuple[str, ...]]:
+    """Return what an arm comes to on the backbone of CIFAR-10, or the dictionary of MNIST."""
+    found: _Measured = {}
+    files = {"cifar10": "analytic-partitions", "mnist": "analytic-partitions-mnist"}
+    for data, file in files.items():
+        for row in _results(file)["partitions"]:
+            found.setdefault((data, row["partition"]), []).append(row[arm])
+    return found, tuple(files.values())
+
+
+def _of_cifar10(of_both: tuple[_Measured, tuple[str, ...]]) -> tuple[_Measured, tuple[str, ...]]:
+    found, files = of_both
+    return {key: values for key, values in found.items() if key[0] == "cifar10"}, files[:1]
+
+
+def _by_dictionary() -> tuple[_Measured, tuple[str, ...]]:
+    """Return what sums of a dictionary's features come to: the same, however images are shared."""
+    found, files = _on_maps("analytic")
+    runs = [row for row in _results("analytic-runs")["rows"] if row["dataset"] == "cifar10"]
+    of_runs = {key: [row["accuracy"] for row in runs] for key in _SCHEMES}
+    found |= {("cifar10", scheme): values for scheme, values in of_runs.items()}
+    return found, ("analytic-runs", *files[1:])
+
+
+def _fine_tuned() -> dict[str, tuple[_Measured, tuple[str, ...]]]:
+    """Return what the whole backbone comes to after the rounds that were run."""
+    file = "analytic-finetuning"
+    last = {row["partition"]: row for row in _results(file)["rows"]}
+    rounds = max(row["round"] for row in last.values())
+    side = _results(file)["options"]["resolution"]
+    found = {("cifar10", scheme): [row["accuracy"]] for scheme, row in last.items()}
+    return {f"FedAvg of the whole backbone, {rounds} rounds at {side} px": (found, (file,))}
+
+
+def fine_tuning(_words: Mapping[str, str]) -> list[str]:
+    """What FedAvg of the whole backbone comes to, round by round."""
+    rows = _results("analytic-finetuning")["rows"]
+    lines = [
+        "| partition | round | accuracy | of | processor seconds of clients so far |",
+        "|---|---|---|---|---|",
+    ]
+    spent: dict[str, float] = {}
+    for row in rows:
+        scheme = row["partition"]
+        spent[scheme] = spent.get(scheme, 0.0) + row["client_seconds"]
+        lines.append(
+            f"| {scheme} | {row['round']} | {row['accuracy']:.1%} | {row['of']:,} "
+            f"| {spent[scheme]:,.0f} |"
+        )
+    return lines
+
+
+def released(_words: Mapping[str, str]) -> list[str]:
+    """Who is told in sums and in w at low false-positive rates, by noise."""
+    lines = [
+        f"| ε | seen | attack | {AUC.heading} | {FOUND.heading} | {FOUND_SURELY.heading} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in _results("analytic-released")["rows"]:
+        area = "{:.3f} [{:.3f}, {:.3f}]".format(*row["auc"])
+        rates = (
+            f"{value:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
+            for value, low, high in (row["tpr_at_1"], row["tpr_at_01"])
+        )
+        name = f"{row['epsilon']:g}" if row["epsilon"] else "none"
+        lines.append(f"| {name} | {row['seen']} | {row['attack']} | {area} | {' | '.join(rates)} |")
+    return lines
+
+
+def rebuilt(_words: Mapping[str, str]) -> list[str]:
+    """What is rebuilt of a sum by how many images it is of, beside pictures of strangers."""
+    rows = _results("analytic-rebuilt")["rows"]
+    names = list(dict.fromkeys(row["dataset"] for row in rows))
+    heads = " | ".join(f"{n}, D = {_of(rows, n)[0]['dimension']}: column | span" for n in names)
+    lines = [f"| images in the sum | {heads} |", f"|---|{'---|---|' * len(names)}"]
+    for count in sorted({row["images"] for row in rows}):
+        cells = []
+        for name, attack in ((name, attack) for name in names for attack in ("column", "span")):
+            some = [
+                row for row in _of(rows, name) if (row["images"], row["attack"]) == (count, attack)
+            ]
+            cells += [_over(row) for row in some] or [""]
+        lines.append(f"| {count:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _over(row: Mapping[str, Any]) -> str:
+    middle, low, high = row["over"]
+    return f"{row['correlation']:.2f}, {middle:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def analytic_epsilon(_words: Mapping[str, str]) -> list[str]:
     """What w is worth under noise, and who is traced in it."""
     found = _results("analytic-epsilon")["rows"]
@@ -934,6 +1081,7 @@ def scores(_words: Mapping[str, str]) -> list[str]:
 TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "theft": theft,
     "theft-of-sums": theft_of_sums,
+    "theft-of-sums-of-photographs": theft_of_sums_of_photographs,
     "answer-shadows": answer_shadows,
     "paired-logits": paired_logits,
     "leakage": leakage,
@@ -958,6 +1106,10 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "examples": examples,
     "analytic-partitions": analytic_partitions,
     "analytic-other-partitions": analytic_other_partitions,
+    "beside": beside,
+    "fine-tuning": fine_tuning,
+    "released": released,
+    "rebuilt": rebuilt,
     "analytic-epsilon": analytic_epsilon,
     "analytic-prior": analytic_prior,
     "analytic-imbalance": analytic_imbalance,

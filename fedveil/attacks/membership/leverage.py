@@ -38,9 +38,9 @@ class Leverage:
             rows: int16 [M, D], as ``fedveil.analytic.quantised`` makes them of the features.
             labels: int64 [M].
         """
-        joint = _joint(sums, sums.counts.double())
-        values, vectors = torch.linalg.eigh(joint)
-        floor = self.ridge * joint.diagonal().abs().mean()
+        both = joint(sums, sums.counts.double())
+        values, vectors = torch.linalg.eigh(both)
+        floor = self.ridge * both.diagonal().abs().mean()
         given = _vectors(rows, labels, len(sums.counts)) @ vectors
         # Noise makes some values negative: no image is explained by what is not there.
         explained: Tensor = given.square() / (values.clamp(min=0) + floor)
@@ -88,7 +88,7 @@ class Tracing:
             public: Sums of images that are in no client's, without noise.
         """
         known = public.counts.double() / public.images
-        usual = _joint(public, public.counts.double()) / public.images
+        usual = joint(public, public.counts.double()) / public.images
         given = _vectors(rows, labels, len(known))
         values, vectors = torch.linalg.eigh(usual)
         values = values.clamp(min=0)
@@ -97,15 +97,20 @@ class Tracing:
             explained = -Leverage(ridge=self.ridge)(sums, rows, labels)
             surplus: Tensor = expected.sum(1).log() - explained.log()
             return surplus
-        more = _joint(sums, known * images) - images * usual
+        more = joint(sums, known * images) - images * usual
         left = values + self.noise / math.sqrt(2 * images)
         weighed = (given @ vectors / left) @ vectors.T
         score: Tensor = ((weighed @ more) * weighed).sum(1) / (weighed * given).sum(1)
         return score
 
 
-def _joint(sums: Statistics, counts: Tensor) -> Tensor:
-    """Return M = Σ zzᵀ with z = (φ, y), float64 [D + K, D + K]."""
+def joint(sums: Statistics, counts: Tensor) -> Tensor:
+    """Return M = Σ zzᵀ with z = (φ, y), float64 [D + K, D + K].
+
+    Args:
+        sums: Whose G and H are its blocks.
+        counts: Images of each class, float64 [K]; with noise those of the sums are none.
+    """
     moments = sums.moments
     return torch.cat([torch.cat([sums.gram, moments], 1), torch.cat([moments.T, counts.diag()], 1)])
 
