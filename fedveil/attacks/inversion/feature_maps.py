@@ -121,7 +121,9 @@ class SpanInversion:
             found = features(images.flatten(0, 1))[:, : features.dimension]
             units = F.normalize(found, dim=1).view(*images.shape[:2], -1)
             given = torch.cat([units, wanted.expand(len(images), -1, -1)], 2)
-            return torch.einsum("nij,snj->sni", outside, given).square().sum(2) / 2
+            missed = torch.einsum("nij,snj->sni", outside, given)
+            shares: Tensor = missed.square().sum(2) / 2
+            return shares
 
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -144,7 +146,8 @@ def outside_of(sums: Statistics) -> Tensor:
     both = joint(sums, sums.counts.double())
     rest = max(0, len(both) - int(sums.counts.sum()))
     empty = torch.linalg.eigh(both).eigenvectors[:, :rest]
-    return (empty @ empty.T).float()
+    projection: Tensor = empty @ empty.T
+    return projection.float()
 
 
 def _angle(features: FeatureMap, images: Tensor, wanted: Tensor) -> Tensor:
