@@ -2,9 +2,9 @@
 
     python benchmarks/analytic.py --runs RUNS --out docs/results
 
-Runs are kept under RUNS, and one that is there already is read instead of trained again. w is the
-same to the bit with and without secure aggregation, which costs the larger ones minutes, so they
-leave it out here.
+Runs are kept under RUNS, and one that is there already is read instead of trained again, as is a
+row of the result that is to be written. w is the same to the bit with and without secure
+aggregation, which costs the larger ones minutes, so they leave it out here.
 """
 
 import argparse
@@ -33,12 +33,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    result = arguments.out / "analytic-runs.json"
+    kept = json.loads(result.read_text())["rows"] if result.exists() else []
+    there = {(row["dataset"], row["seed"]): row for row in kept}
     rows = []
     for name, settings in SETTINGS.items():
         for seed in range(arguments.seeds):
-            rows.append(row(arguments.runs / f"{name}-{seed}", {**settings, "seed": seed}))
+            run = arguments.runs / f"{name}-{seed}"
+            rows.append(there.get((name, seed)) or row(run, {**settings, "seed": seed}))
             print(rows[-1], flush=True)
-    write_result(arguments.out / "analytic-runs.json", arguments, rows=rows)
+    write_result(result, arguments, rows=rows)
 
 
 def row(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

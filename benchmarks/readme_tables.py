@@ -37,24 +37,42 @@ def _results(name: str) -> Any:
     return json.loads(text, object_hook=renamed)
 
 
+_ALIKE = ("theft-trained-alike", "theft-trained-alike-shards")
+_STRATEGIES = (
+    ("`fedavg`", ("theft-study",), "fedavg"),
+    ("`fedavg`, {longer}", ("theft-fedavg-50",), "fedavg"),
+    ("`fedavg`, {alike}", _ALIKE, "fedavg, trained alike"),
+    ("`noise-delta`", ("theft-study",), "noise-delta"),
+    ("`protected`", ("theft-study",), "protected"),
+    ("`analytic`", ("theft-analytic",), "analytic"),
+    ("{alone}", ("theft-study",), "server alone"),
+)
+_ANY_PARTITION = ("analytic", "server alone")  # w is the same to the bit
+
+
 def theft(words: Mapping[str, str]) -> list[str]:
     """Accuracy of w, and the most that one thief with 10 labels gains on training alone."""
-    rows = [
-        row
-        for name in ("theft-study", "theft-analytic")
-        for row in _results(name)["rows"]
-        if (row["dataset"].partition("@")[0], row["partition"]) == ("mnist", "iid")
-    ]
-    lines = [f"| {words['strategy']} | {words['accuracy']} | {words['gain']} |", "|---|---|---|"]
-    for arm in ("fedavg", "noise-delta", "analytic"):
-        row = next(row for row in rows if row["arm"] == arm)
+    heads = ("strategy", "owner", "shards", "gain")
+    lines = [f"| {' | '.join(words[head] for head in heads)} |", "|---|---|---|---|"]
+    for label, names, arm in _STRATEGIES:
+        rows = {
+            row["partition"]: row
+            for name in names
+            for row in _results(name)["rows"]
+            if row["arm"] == arm and row["dataset"].startswith("mnist")
+        }
+        if arm in _ANY_PARTITION:
+            rows["shards:2"] = rows["iid"]
         best = [
             one
-            for one in row["theft"]
+            for one in rows["iid"]["theft"]
             if (one["attack"], one["labels"], one["colluders"]) == (_VIEW, 10, 1)
         ]
-        gain = _range(best[0]) if best else words["itself"]
-        lines.append(f"| `{arm}` | {row['final_mean']:.1%} | {gain} |")
+        gain = _range(best[0]) if best else words["nobody" if arm == "server alone" else "itself"]
+        lines.append(
+            f"| {label.format_map(words)} | {rows['iid']['final_mean']:.1%} "
+            f"| {rows['shards:2']['final_mean']:.1%} | {gain} |"
+        )
     return lines
 
 
@@ -273,9 +291,12 @@ def prices(_words: Mapping[str, str]) -> list[str]:
         f"| | `--strategy` | w | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(thieves)}",
     ]
-    for name in ("theft-study", "theft-analytic", "theft-cifar10"):
-        again = name == "theft-analytic"  # its baseline is the study's
-        rows = [row for row in _results(name)["rows"] if row["arm"] == "analytic" or not again]
+    added = ("theft-analytic", *_ALIKE)  # their baseline is the study's
+    for name in ("theft-study", "theft-fedavg-50", *added, "theft-cifar10"):
+        rows = [
+            row for row in _results(name)["rows"] if row["arm"] != "fedavg" or name not in added
+        ]
+        longer = f", {WORDS['README.md']['longer']}" if name == "theft-fedavg-50" else ""
         for row in sorted(rows, key=lambda row: str(row["partition"])):
             found = {
                 (one["colluders"], one["labels"]): _range(one)
@@ -284,11 +305,12 @@ def prices(_words: Mapping[str, str]) -> list[str]:
             }
             cells = [found.get(who, "") for who in thieves]
             if not found:
-                cells[0] = _NO_THEFT[row["arm"]]
+                cells[0] = _NO_THEFT[row["arm"].partition(",")[0]]
             data = row["dataset"].partition("@")[0]
+            spread = f" ± {100 * row['final_sd']:.1f}" if len(row["final"]) > 1 else ", one run"
             lines.append(
-                f"| {data}, {row['partition']} | {row['arm']} "
-                f"| {row['final_mean']:.1%} ± {100 * row['final_sd']:.1f} | {' | '.join(cells)} |"
+                f"| {data}, {row['partition']} | {row['arm']}{longer} "
+                f"| {row['final_mean']:.1%}{spread} | {' | '.join(cells)} |"
             )
     return lines
 
@@ -1124,8 +1146,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "README.md": {
         "strategy": "strategy",
         "accuracy": "accuracy of the owner's model",
+        "owner": "owner's model",
+        "shards": "two classes a client",
+        "longer": "50 rounds",
+        "alike": "trained alike",
+        "alone": "server alone",
+        "nobody": "no client",
         "gain": "a thief with 10 labels gains, points",
-        "itself": "is sent the model itself",
+        "itself": "the model itself",
         "transformation": "transformation",
         "exact": f"{EXACT.heading}, of what was trained on",
         "decibels": "and so the original to",
@@ -1138,6 +1166,12 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "README.ko.md": {
         "strategy": "전략",
         "accuracy": "소유자 모델의 정확도",
+        "owner": "소유자 모델",
+        "shards": "클라이언트마다 두 클래스",
+        "longer": "50라운드",
+        "alike": "같은 방식의 학습",
+        "alone": "서버 혼자",
+        "nobody": "클라이언트 없음",
         "gain": "레이블 10개를 가진 도용자의 이득(퍼센트 포인트)",
         "itself": "모델 자체를 받음",
         "transformation": "변환",
