@@ -2,14 +2,21 @@
 
 Real federations whose clients return the gradient of one batch; the network is wide, fresh and
 fully connected, on CIFAR-100's lossless images. Each row is of several updates, of other images
-each, and its interval is over these.
+each, and its interval is over these. Some rows are of the mean over ten clients, as a server
+has it under secure aggregation, and of what clients return after an epoch of several steps. What
+parts images in ``ica`` was chosen on a batch of 128 and one of 256 of these training images, drawn
+otherwise.
 
     python benchmarks/batches.py --out docs/results
+
+``--images`` and ``--attack`` make some rows only; what else is in the file stays.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +39,53 @@ from fedveil.data import Dataset, load_dataset
 from fedveil.defenses import Defense
 from fedveil.models.normalise import Normalise
 
-ROWS = (
-    # centred inputs, hidden units, hidden layers, images, updates
-    (False, 512, 1, 16, 10),
-    (False, 512, 3, 16, 7),
-    (True, 512, 1, 16, 5),
-    (False, 1024, 1, 64, 4),
-    (True, 1024, 1, 64, 4),
-    (False, 1024, 1, 128, 2),
+
+@dataclass(frozen=True)
+class Setting:
+    """What clients train, and what a server sees of it.
+
+    Attributes:
+        images: Of an update, all clients together.
+        hidden: Units of each hidden layer.
+        updates: Of other images each.
+        layers: Hidden ones.
+        centred: Whether the network centres its inputs.
+        summed: Clients whose mean update the server sees.
+        clients: In all, the training images divided among them.
+        local_batch: Images of a local step of one epoch; None for the gradient of all.
+    """
+
+    images: int
+    hidden: int
+    updates: int
+    layers: int = 1
+    centred: bool = False
+    summed: int = 1
+    clients: int = 2
+    local_batch: int | None = None
+
+
+SETTINGS = (
+    Setting(16, 512, 10),
+    Setting(16, 512, 7, layers=3),
+    Setting(16, 512, 5, centred=True),
+    Setting(64, 1024, 4),
+    Setting(64, 1024, 4, centred=True),
+    Setting(128, 1024, 2),
+    Setting(192, 1024, 2, clients=1),
+    Setting(256, 1024, 2, clients=1),
+    Setting(256, 2048, 2, clients=1),
+    Setting(256, 2048, 2, clients=1, centred=True),
+    Setting(384, 2048, 1, clients=1),
+    Setting(160, 1024, 3, summed=10, clients=10),
+    Setting(160, 1024, 3, summed=10, clients=10, local_batch=8),
 )
+ATTACKS: Mapping[str, Attack] = {
+    "fc": FullyConnected(),
+    "peel": Peeling(seconds=20.0),
+    "ica:rounds=0": IndependentComponents(rounds=0),
+    "ica": IndependentComponents(),
+}
 _MOST_PEELED = 64  # images; peeling stops at its limit beyond
 
 
@@ -56,35 +101,32 @@ def network(data: Dataset, hidden: int, layers: int, *, centred: bool) -> nn.Mod
     return nn.Sequential(*parts, nn.Linear(wide, len(data.classes)))
 
 
-def rows(data: Dataset, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of both attacks."""
-    for centred, hidden, layers, images, updates in ROWS:
-        watching = Watching(clients=2, images=images * updates, batch=images, seed=seed, workers=1)
-        federation = WatchedFederation(
-            data, network(data, hidden, layers, centred=centred), watching
+def rows(
+    data: Dataset, seed: int, settings: Sequence[Setting], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the named attacks."""
+    for setting in settings:
+        watching = Watching(
+            clients=setting.clients,
+            images=setting.images * setting.updates,
+            batch=setting.images // setting.summed,
+            aggregate=setting.summed,
+            update="gradient" if setting.local_batch is None else "fedavg",
+            batch_size=setting.local_batch or 10,
+            seed=seed,
+            workers=1,
         )
+        model = network(data, setting.hidden, setting.layers, centred=setting.centred)
+        federation = WatchedFederation(data, model, watching)
         seen = federation.observe(Defense("none"))
-        originals = data.train[federation.ground_truth()].pixels
-        attacks: dict[str, Attack] = {"fc": FullyConnected()}
-        if images <= _MOST_PEELED:
-            attacks["peel"] = Peeling(seconds=20.0)
-        attacks |= {
-            "ica:rounds=0": IndependentComponents(rounds=0),
-            "ica": IndependentComponents(),
-        }
         used = federation.ground_truth()
+        originals = data.train[used].pixels
         generator = torch.Generator().manual_seed(seed)
         strangers = data.train[strangers_to(data.train, used, generator)].pixels
-        for name, attack in attacks.items():
-            yield {
-                "centred": centred,
-                "hidden": hidden,
-                "layers": layers,
-                "images": images,
-                "updates": updates,
-                "attack": name,
-                **told(attack, seen, originals, strangers),
-            }
+        for name in names:
+            if name != "peel" or setting.images <= _MOST_PEELED:
+                scores = told(ATTACKS[name], seen, originals, strangers)
+                yield {**asdict(setting), "attack": name, **scores}
 
 
 def told(attack: Attack, seen: Observation, originals: Tensor, strangers: Tensor) -> dict[str, Any]:
@@ -121,25 +163,32 @@ def told(attack: Attack, seen: Observation, originals: Tensor, strangers: Tensor
     }
 
 
+def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a row from others."""
+    return row["attack"], *(row[field.name] for field in fields(Setting))
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="cifar100")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, nargs="+", help="settings of so many images only")
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
-    for row in rows(load_dataset(arguments.dataset, seed=arguments.seed), arguments.seed):
-        found.append(row)
-        print(
-            f"{'centred' if row['centred'] else 'in [0, 1]'}, {row['layers']} × "
-            f"{row['hidden']:4} units, {row['images']:3} images, "
-            f"{row['attack']:13}{row['exact']:7.1%} exact, {row['cpu_seconds_an_update']:.2f} s",
-            flush=True,
-        )
+    place = arguments.out / "batches.json"
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if (arguments.images or len(arguments.attack) < len(ATTACKS)) and place.exists():
+        found = {setting_of(row): row for row in json.loads(place.read_text())["rows"]}
+    settings = [one for one in SETTINGS if one.images in (arguments.images or [one.images])]
+    data = load_dataset(arguments.dataset, seed=arguments.seed)
+    for row in rows(data, arguments.seed, settings, arguments.attack):
+        found[setting_of(row)] = row
+        print(json.dumps(row), flush=True)
         # Kept row by row: the last ones take minutes.
-        write_result(arguments.out / "batches.json", arguments, rows=found)
+        write_result(place, arguments, rows=list(found.values()))
 
 
 if __name__ == "__main__":

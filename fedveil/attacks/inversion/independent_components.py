@@ -1,7 +1,6 @@
 """Large batches parted by their images' independence, from a first linear layer's gradient."""
 
 import time
-import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from fedveil.attacks.inversion.fully_connected import first_linear, preparation
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.peeling import labels_of
+from fedveil.attacks.inversion.separation import separated
 from fedveil.attacks.inversion.subspace import range_of
 from fedveil.types import Shape
 
@@ -22,6 +22,7 @@ _CAUCHY = 2.0  # medians at which a neuron that is not silent after all has lost
 _PASSES = 6
 _STAYS = 0.7  # cosine below which a column without its zeros has moved to where it has no business
 _SOLVED = 1e-3  # of its root mean square at all neurons: what is left at silent ones
+_SETTLED = 1e-5  # of the same: nothing is left, and another fit would find the column again
 _GAIN = 0.5  # of what was left before; another round that leaves more brings nothing
 _TWICE = 0.99  # cosine of two columns that are one
 _RIDGE = 1e-13  # beside normal equations of rows of length 1
@@ -33,9 +34,9 @@ class IndependentComponents:
     """Part a batch by independent component analysis, then sharpen it by what a ReLU silences.
 
     The gradient of a first linear layer's weights is ``D·X``: each row is a mixture of the batch's
-    images, which are the sources. Differences of neighbouring pixels are mixed alike, and are
-    sparse and nearly independent from image to image where the pixels themselves are neither, so
-    FastICA parts these. The gradient of the biases gives lengths and signs.
+    images, which are the sources. What filters answer is mixed alike, and where one image has an
+    edge, all filters and colours answer at once, which parts images (``separated``). The gradient
+    of the biases gives lengths and signs.
 
     An image that is known roughly tells at which neurons it is silent, if a ReLU follows. Its
     column of D is zero there, and is what spans the gradient's columns with those zeros, by least
@@ -46,14 +47,13 @@ class IndependentComponents:
     Source: Kariyappa et al., "Cocktail Party Attack: Breaking Aggregation-Based Privacy in
     Federated Learning Using Independent Component Analysis", ICML 2023, section 4 (images as
     sources of the mixtures; they descend on kurtosis, total variation and a penalty of likeness).
-    Hyvärinen & Oja, "Independent Component Analysis: Algorithms and Applications", Neural Networks
-    2000 (FastICA). Differences and sharpening are ours, the zeros those of Dimitrov et al.,
-    "SPEAR", NeurIPS 2024, section 3.
+    What parts images and the sharpening are ours, the zeros those of Dimitrov et al., "SPEAR",
+    NeurIPS 2024, section 3.
 
     Args:
-        steps: Most steps of FastICA.
+        steps: Most fixed-point steps of the separation.
         rounds: Most rounds of sharpening; 0 for none.
-        seed: Seeds the start of FastICA.
+        seed: Seeds its start.
 
     Shape: any batch of at most as many images as the layer has neurons; any number of local steps,
     though the loss takes their sum for one step's gradient. Iterations are rounds of sharpening.
@@ -96,7 +96,7 @@ class IndependentComponents:
             )
             part = observation.select(torch.tensor([victim]))
             best: tuple[Tensor, Tensor, float] | None = None
-            parted = self._parted(mixture, observation.shape)
+            parted = self._parted(mixture.rows, observation.shape)
             sharp, taken = self._sharpened(mixture, parted, observation.shape)
             for columns in (parted, sharp)[: 1 + bool(taken)]:
                 slopes, inputs = mixture.solved(columns)
@@ -123,44 +123,25 @@ class IndependentComponents:
             iterations=torch.tensor(rounds),
         )
 
-    def _parted(self, mixture: "_Mixture", shape: Shape) -> Tensor:
-        """Return columns [r, r] in the mixture's basis, one an image, up to length and sign."""
-        return F.normalize(self._components(mixture.rows, shape), dim=0)
-
-    def _components(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Return how rows [r, C·H·W] are mixed of their independent components, [r, r]."""
-        from sklearn.decomposition import FastICA
-        from sklearn.exceptions import ConvergenceWarning
-
-        if len(rows) == 1:
-            return torch.ones(1, 1, dtype=rows.dtype)
-        analysis = FastICA(
-            n_components=len(rows),
-            whiten="unit-variance",
-            max_iter=self.steps,
-            tol=1e-4,
-            random_state=self.seed,
-        )
-        with warnings.catch_warnings():
-            # Where it stops is as good a start as any; what it is worth the loss tells.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            analysis.fit(_differences(rows, shape).T.numpy())
-        return torch.from_numpy(analysis.mixing_)
+    def _parted(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Return columns [r, r], one an image, that mix rows [r, C·H·W], up to length and sign."""
+        return F.normalize(separated(rows, shape, steps=self.steps, seed=self.seed), dim=0)
 
     def _sharpened(self, mixture: "_Mixture", columns: Tensor, shape: Shape) -> tuple[Tensor, int]:
         """Return columns as their zeros determine them, and in how many rounds."""
         least, most = float("inf"), 0
+        told, left = columns.clone(), torch.full_like(columns[0], float("inf"))
+        settled = torch.zeros_like(left, dtype=torch.bool)
         for taken in range(self.rounds):
             silent = mixture.silent(columns)
-            found = [
-                _fitted(mixture.heard, rows, column)
-                for rows, column in zip(silent, columns.T, strict=True)
-            ]
-            told = torch.stack([column for column, _ in found], dim=1)
-            left = torch.tensor([left for _, left in found])
+            for place in settled.logical_not().nonzero()[:, 0].tolist():
+                fitted = _fitted(mixture.heard, silent[place], columns[:, place])
+                told[:, place], left[place] = fitted
             stays = (told * columns).sum(dim=0).abs()
             own = _distinct(told, stays)
-            solved = own & (left < _SOLVED)
+            solved, settled = own & (left < _SOLVED), own & (left < _SETTLED)
+            if bool(settled.all()):
+                return told, taken + 1
             if bool(solved.all()) and float(left.max()) >= _GAIN * least:
                 return told, taken + 1
             least = float(left.max()) if bool(solved.all()) else float("inf")
@@ -178,7 +159,7 @@ class IndependentComponents:
         known, columns = columns[:, solved], columns.clone()
         # What is orthogonal to known columns sees none of their images.
         beyond = torch.linalg.svd(known, full_matrices=True)[0][:, known.shape[1] :]
-        mixed = self._components(beyond.T @ mixture.rows, shape)
+        mixed = self._parted(beyond.T @ mixture.rows, shape)
         for place, start in zip(solved.logical_not().nonzero()[:, 0], mixed.T, strict=True):
             columns[:, place] = F.normalize(beyond @ start, dim=0)
         silent = mixture.silent(columns)
@@ -253,12 +234,6 @@ class _Mixture:
             one.argsort()[: max(fewest, int(_SILENT_SHARE * float((one < 0).sum())))]
             for one in received / self.weights.norm(dim=1)
         ]
-
-
-def _differences(rows: Tensor, shape: Shape) -> Tensor:
-    """Return the differences of neighbouring pixels of images [r, C·H·W], [r, D]."""
-    images = rows.reshape(-1, *shape)
-    return torch.cat([images.diff(dim=2).flatten(1), images.diff(dim=3).flatten(1)], dim=1)
 
 
 def _fitted(heard: Tensor, silent: Tensor, start: Tensor) -> tuple[Tensor, float]:

@@ -13,7 +13,8 @@ from fedveil.attacks.inversion import (
     Observation,
     build_attack,
 )
-from fedveil.attacks.inversion.independent_components import _completed, _differences, _fitted
+from fedveil.attacks.inversion.independent_components import _completed, _fitted
+from fedveil.attacks.inversion.separation import separated
 from fedveil.data import Images
 from fedveil.defenses import BlockDCT
 from fedveil.errors import FedveilError
@@ -81,14 +82,39 @@ def test_noise_blurs_and_does_not_end_it(leaves):
     assert float(quality(result, images).median()) > 15
 
 
-def test_differences_are_mixed_as_images_are():
+def apart(mixing, found):
+    """Return of each true column the cosine to the nearest that was found."""
+    return (F.normalize(found, dim=0).T @ F.normalize(mixing, dim=0)).abs().amax(dim=0)
+
+
+def test_images_that_samples_one_by_one_do_not_tell_apart_are_parted(leaves):
+    from sklearn.decomposition import FastICA
+
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(5, 3, 6, 7, generator=generator, dtype=torch.float64)
-    mixing = torch.randn(9, 5, generator=generator, dtype=torch.float64)
-    mixed = _differences(mixing @ images.flatten(1), (3, 6, 7))
-    own = images.numpy()
-    both = [np.diff(own, axis=2).reshape(5, -1), np.diff(own, axis=3).reshape(5, -1)]
-    assert np.allclose(mixed.numpy(), mixing.numpy() @ np.concatenate(both, axis=1))
+    images = leaves.pixels.double()
+    mixing = torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    rows = mixing @ images.flatten(1)
+    grouped = apart(mixing, separated(rows, SHAPE, steps=100, seed=0))
+    mixed = rows.reshape(40, *SHAPE).numpy()
+    singly = FastICA(whiten="unit-variance", random_state=0, max_iter=100, tol=1e-3)
+    singly.fit(np.concatenate([np.diff(mixed, axis=axis).reshape(40, -1) for axis in (2, 3)], 1).T)
+    assert float(grouped.min()) > 0.97
+    assert float(grouped.median()) > float(apart(mixing, torch.from_numpy(singly.mixing_)).median())
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9), (3, 90, 70), (2, 1, 40), (1, 3, 3)])
+def test_images_of_any_size_are_looked_at(shape):
+    generator = torch.Generator().manual_seed(0)
+    size = torch.Size(shape).numel()
+    images = torch.randn(2, size, generator=generator, dtype=torch.float64).exp()
+    images[0, : size // 2] *= 0.01
+    images[1, size // 2 :] *= 0.01
+    mixing = torch.tensor([[1.0, 2.0], [-1.0, 1.0]], dtype=torch.float64)
+    found = separated(mixing @ images, shape, steps=100, seed=0)
+    assert found.dtype == torch.float64
+    assert bool(found.isfinite().all())
+    if size > 9:
+        assert float(apart(mixing, found).min()) > 0.9
 
 
 def test_a_column_is_found_by_its_zeros_though_some_are_none():
