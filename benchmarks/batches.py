@@ -9,7 +9,7 @@ otherwise.
 
     python benchmarks/batches.py --out docs/results
 
-``--images`` and ``--attack`` make some rows only; what else is in the file stays.
+``--images``, ``--defense`` and ``--attack`` make some rows only; what else is in the file stays.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from fedveil.audit.scoring import strangers_to
 from fedveil.audit.settings import Watching
 from fedveil.audit.watch import WatchedFederation
 from fedveil.data import Dataset, load_dataset
-from fedveil.defenses import Defense
+from fedveil.defenses import parse_defense
 from fedveil.models.normalise import Normalise
 
 
@@ -53,6 +53,7 @@ class Setting:
         summed: Clients whose mean update the server sees.
         clients: In all, the training images divided among them.
         local_batch: Images of a local step of one epoch; None for the gradient of all.
+        defense: Of every client's update.
     """
 
     images: int
@@ -63,6 +64,7 @@ class Setting:
     summed: int = 1
     clients: int = 2
     local_batch: int | None = None
+    defense: str = "none"
 
 
 SETTINGS = (
@@ -72,13 +74,13 @@ SETTINGS = (
     Setting(64, 1024, 4),
     Setting(64, 1024, 4, centred=True),
     Setting(128, 1024, 2),
-    Setting(192, 1024, 2, clients=1),
-    Setting(256, 1024, 2, clients=1),
     Setting(256, 2048, 2, clients=1),
-    Setting(256, 2048, 2, clients=1, centred=True),
+    Setting(256, 2048, 1, clients=1, centred=True),
+    Setting(256, 1024, 1, clients=1),
     Setting(384, 2048, 1, clients=1),
     Setting(160, 1024, 3, summed=10, clients=10),
     Setting(160, 1024, 3, summed=10, clients=10, local_batch=8),
+    Setting(160, 1024, 3, summed=10, clients=10, defense="noise:ratio=2"),
 )
 ATTACKS: Mapping[str, Attack] = {
     "fc": FullyConnected(),
@@ -118,7 +120,7 @@ def rows(
         )
         model = network(data, setting.hidden, setting.layers, centred=setting.centred)
         federation = WatchedFederation(data, model, watching)
-        seen = federation.observe(Defense("none"))
+        seen = federation.observe(parse_defense(setting.defense))
         used = federation.ground_truth()
         originals = data.train[used].pixels
         generator = torch.Generator().manual_seed(seed)
@@ -165,7 +167,7 @@ def told(attack: Attack, seen: Observation, originals: Tensor, strangers: Tensor
 
 def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells a row from others."""
-    return row["attack"], *(row[field.name] for field in fields(Setting))
+    return row["attack"], *(row.get(field.name, field.default) for field in fields(Setting))
 
 
 def main() -> None:
@@ -174,15 +176,22 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, nargs="+", help="settings of so many images only")
+    parser.add_argument("--defense", help="settings with it only")
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     place = arguments.out / "batches.json"
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if (arguments.images or len(arguments.attack) < len(ATTACKS)) and place.exists():
+    some = arguments.images or arguments.defense or len(arguments.attack) < len(ATTACKS)
+    if some and place.exists():
         found = {setting_of(row): row for row in json.loads(place.read_text())["rows"]}
-    settings = [one for one in SETTINGS if one.images in (arguments.images or [one.images])]
+    settings = [
+        one
+        for one in SETTINGS
+        if one.images in (arguments.images or [one.images])
+        and one.defense == (arguments.defense or one.defense)
+    ]
     data = load_dataset(arguments.dataset, seed=arguments.seed)
     for row in rows(data, arguments.seed, settings, arguments.attack):
         found[setting_of(row)] = row
