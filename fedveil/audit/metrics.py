@@ -272,7 +272,17 @@ class Ranks:
 
     @classmethod
     def of(cls, members: Tensor, strangers: Tensor) -> "Ranks":
-        """Return where scores [V, N] stand among scores [V, S], each update's among its own."""
+        """Return where scores [V, N] stand among scores [V, S], each update's among its own.
+
+        Raises:
+            FedveilError: A score that is not a number, which stands nowhere.
+        """
+        if odd := int(members.isnan().sum()) + int(strangers.isnan().sum()):
+            raise FedveilError(
+                f"{odd} of {members.numel() + strangers.numel()} scores of a membership attack are "
+                "not numbers, so that nobody can tell who was used: the model, or one trained to "
+                "compare with it, diverges; lower the learning rate"
+            )
         found: list[Tensor | None] = []
         for rate in RATES:
             if strangers.shape[1] * rate < 1:
@@ -317,6 +327,9 @@ def roc_of_one(members: Tensor, strangers: Tensor) -> Roc:
 
     Returns:
         Intervals over the images: of the area DeLong's, of shares Wilson's.
+
+    Raises:
+        FedveilError: As of ``Ranks.of``.
     """
     ranks = Ranks.of(members[None], strangers[None])
     found = (None if values is None else wilson(values[0]) for values in ranks.found)

@@ -119,7 +119,12 @@ def _finish_training(directory: "RunDirectory") -> None:
             f"  fedveil train --resume {directory.path}"
         )
         raise typer.Exit(130) from None
-    warnings = (_of_no_use(summary), _collapsed(directory, summary), _adds_nothing(summary))
+    warnings = (
+        _of_no_use(summary),
+        _untested(summary),
+        _collapsed(directory, summary),
+        _adds_nothing(summary),
+    )
     for warning in filter(None, warnings):
         typer.echo(warning, err=True)
     typer.echo(
@@ -224,7 +229,19 @@ def _traced(summary: dict[str, Any]) -> str | None:
     )
 
 
+_NAMED = 5  # classes that are untested
 _TRACED = 0.02  # twice what guessing finds
+
+
+def _untested(summary: dict[str, Any]) -> str | None:
+    names = summary.get("untested")
+    if not names:
+        return None
+    others = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+    return (
+        f"No report image is of {', '.join(names[:_NAMED])}{others}: no accuracy here tells how w "
+        "does on what is trained on there; add test images of it, or set fewer aside to calibrate"
+    )
 
 
 def _of_no_use(summary: dict[str, Any]) -> str | None:

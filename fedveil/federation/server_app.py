@@ -469,12 +469,23 @@ def summarise(
         },
         "remarks": list(job.dataset.remarks),
         "report_images": len(job.evaluation.report),
+        "untested": untested(job),
         "report_doubles": int(job.evaluation.report.doubles_of(job.dataset.train).sum()),
         "calibration_images": len(job.evaluation.calibration),
         "seed": job.config.seed,
         "configuration": job.config.model_dump(),
         "versions": versions(),
     }
+
+
+def untested(job: Job) -> list[str]:
+    """Return the classes that are trained on, and that no accuracy here tells anything of."""
+    names = job.dataset.classes
+    trained, reported = (
+        images.labels.bincount(minlength=len(names))
+        for images in (job.dataset.train, job.evaluation.report)
+    )
+    return [name for name, *n in zip(names, trained, reported, strict=True) if n[0] and not n[1]]
 
 
 def guessing(images: Images) -> float:

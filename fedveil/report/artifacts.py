@@ -86,6 +86,7 @@ class RunSummary(_Content):
     accuracy: Share
     report_images: Count
     report_doubles: Count = 0
+    untested: tuple[Text, ...] = Field(default=(), max_length=100_000)
     calibration_images: Count = 0
     chance: Share | None = None
     round: int | None = Field(default=None, ge=1, le=10**9)

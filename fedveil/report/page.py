@@ -440,6 +440,11 @@ def _limits_of_runs(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _limits_of_run(run: Run) -> Iterator[str]:
+    if names := run.summary.untested:
+        yield (
+            f"No report image of {run.name} is of {', '.join(names)[:600]}, which it trains on: no "
+            "accuracy tells how its model does there."
+        )
     privacy = run.summary.privacy
     if privacy is not None and privacy.epsilon is None:
         yield f"{run.name} was promised an ε, and it is not known: {privacy.reason}."

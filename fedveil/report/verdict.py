@@ -623,8 +623,8 @@ def of_members(audits: Sequence[LeakageAudit]) -> tuple[Finding, ...]:
     if row is plain or plain is None or not _tells(plain):
         weak = "attacks that find nothing without a defence show nothing"
         return (Finding(topic, "Attacks too weak", "unknown", f"{told}; {weak}."),)
-    spread = (points.tpr_at_1_high or 0.0) <= _FEW
-    mark, kind = ("No better than chance", "good") if spread else ("Cannot tell", "unknown")
+    rare = points.tpr_at_1_high is not None and points.tpr_at_1_high <= _FEW
+    mark, kind = ("No better than chance", "good") if rare else ("Cannot tell", "unknown")
     return (Finding(topic, mark, kind, f"{told}; stronger attacks may exist."),)
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fedveil.audit.egress import LearningByDescent, audit_egress
 from fedveil.audit.settings import EgressSettings
 from fedveil.cli.main import app as command
-from fedveil.cli.train import _met
+from fedveil.cli.train import _met, _untested
 from fedveil.data import Images, load_dataset
 from fedveil.errors import FedveilError
 from fedveil.federation.training import LocalTraining, train_locally
@@ -100,13 +100,15 @@ def test_doubles_of_training_images_are_no_strangers(digits):
 
 
 def test_a_run_says_that_its_report_images_are_training_images(digits, tmp_path, monkeypatch):
-    doubled = dataclasses.replace(
-        digits, test=Images.joined([digits.test[:100], digits.train[:100]])
-    )
+    some = Images.joined([digits.test[:100], digits.train[:100]])
+    doubled = dataclasses.replace(digits, test=some[some.labels != 3])
     monkeypatch.setattr("fedveil.federation.server_app.load_dataset", lambda *_, **__: doubled)
     given = {"dataset": "digits", "clients": 5, "filters": 8, "workers": 1}
     summary = run_to_completion(RunDirectory.create(tmp_path / "run", TrainConfig.check(given)))
     assert 30 <= summary["report_doubles"] <= 70
+    assert summary["untested"] == ["3"]
+    assert "No report image is of 3: no accuracy here tells" in str(_untested(summary))
+    assert _untested({"untested": []}) is None
     told = f"of which {summary['report_doubles']} are doubles of training images"
     assert told in _met(summary)
     assert _met(summary | {"report_doubles": 0}) == _met({}) == "it never met"

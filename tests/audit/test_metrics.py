@@ -199,6 +199,17 @@ def test_what_too_few_images_cannot_tell_is_not_told():
     assert {row[f"tpr_at_1{end}"] for end in ("", "_low", "_high")} == {None}
 
 
+def test_scores_that_are_no_numbers_are_refused():
+    """They lie above nobody and below nobody: shares of 0 % at an area of 1."""
+    fine, odd = torch.randn(1, 30).double(), torch.full((1, 30), torch.nan).double()
+    for members, strangers in ((odd, fine), (fine, odd)):
+        with pytest.raises(FedveilError, match="30 of 60 scores of a membership attack are not"):
+            Ranks.of(members, strangers)
+        with pytest.raises(FedveilError, match="not numbers"):
+            roc_of_one(members[0], strangers[0])
+    Ranks.of(fine - torch.inf, fine)
+
+
 def test_ranks_of_two_recordings_are_those_of_both():
     generator = torch.Generator().manual_seed(0)
     members, strangers = torch.rand(5, 8, generator=generator), torch.rand(5, 200)

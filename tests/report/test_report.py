@@ -136,6 +136,14 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     assert "may do better" in sentences(directory)[1]
 
 
+def test_a_class_without_report_images_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"untested": ["cat", "<i>"]}))
+    page = build_page(read_artifacts([run]), title="a", now=NOW)
+    assert f"No report image of {run} is of cat, &lt;i&gt;, which it trains on" in page
+
+
 def test_a_theft_is_of_the_labels_that_were_held(tmp_path):
     row = theft_row(accuracy=0.6, alone=0.6, labels=600, labels_held=[9, 12, 700])
     assert "with 9 to 600 labelled images" in sentences(make_theft(tmp_path / "few", [row]))[1]

@@ -94,8 +94,11 @@ class _Returned(ABC):
             for held, shadow in self._trained(observation.model, observation.local, public):
                 outside += torch.stack([confidence(shadow, public) * ~held, (~held).double()])
                 inside.append(confidence(shadow, candidates))
-            columns[0].append(outside[0] / outside[1])
-            columns[1].append(torch.stack(inside).mean(dim=0))
+            told = outside[0] / outside[1], torch.stack(inside).mean(dim=0)
+            # Shadows that diverge tell nothing of how well the returned model should fit.
+            if all(bool(one.isfinite().all()) for one in told):
+                columns[0].append(told[0])
+                columns[1].append(told[1])
         known, given = (torch.cat([one, torch.stack(rest, 1)], 1) for one, *rest in columns)
         return known, given
 

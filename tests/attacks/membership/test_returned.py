@@ -1,6 +1,7 @@
 """Membership in what a returned model was trained on, beside computations of its own."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -151,3 +152,14 @@ def test_an_audit_of_long_local_training_names_the_loss():
     assert set(told) == {"gradient", "span", "loss", "gradient-norm"}
     assert told["loss"].auc.value > 0.8
     assert told["loss"].auc.value > told["gradient"].auc.value
+
+
+def test_shadows_that_diverge_are_left_out():
+    """A client's few images may converge where the many of a shadow do not."""
+    sent, used = fresh(), images(8, 0)
+    seen = observed(sent, returned(sent, used), used=len(used))
+    wild = dataclasses.replace(seen, local=dataclasses.replace(LOCAL, learning_rate=1e30))
+    _, given = ReturnedLoss()._difficulty(wild, images(10, 1), images(64, 2))
+    assert given.shape == (10, CLASSES + 1)
+    assert bool(given.isfinite().all())
+    assert ReturnedLoss()._difficulty(seen, images(10, 1), images(64, 2))[1].shape[1] == CLASSES + 2
