@@ -6,13 +6,14 @@ named is the strongest of those tried, not of those that exist.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from fedveil.report.artifacts import (
     Artifacts,
+    Audit,
     EgressAudit,
     EgressRow,
     Frontier,
@@ -40,6 +41,7 @@ _ENOUGH = 60
 _RARE = 0.025
 _COUNTED = 10_000
 _CHANCE = 0.01
+_EXPERIMENT = ("model", "dataset", "update", "batch", "aggregate", "epochs", "repeats", "recorded")
 _GUESSING = 0.5
 _NAMED = 3
 _LONGEST = 300
@@ -48,20 +50,34 @@ _WEIGHTS = "/model.safetensors"
 
 def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
     """Return what was found of the copies, of theft and of clients' images, in this order."""
-    audited: list[_Leaked] = [row for audit in artifacts.leakages for row in audit.rows]
-    grid: list[_Leaked] = [row for frontier in artifacts.frontiers for row in frontier.rows]
+    audited: list[list[_Leaked]] = _apart(
+        (audit, row) for audit in artifacts.leakages for row in audit.rows
+    )
     # The two are different experiments; one sentence cannot speak of both.
-    leakage = audited or grid
+    leakage = audited or _apart((grid, row) for grid in artifacts.frontiers for row in grid.rows)
     returned = [run.returned for run in artifacts.runs]
     if not leakage and not artifacts.sums:
         images = rebuilt_from_sums(())
     elif artifacts.sums and (not leakage or (returned and all(returned))):
         images = _of_other_sums(rebuilt_from_sums(artifacts.sums), artifacts, artifacts.runs)
     else:
-        images = _of_leakage(leakage)
+        images = worst_of([(_of_leakage(rows), (max(map(_told, rows)),)) for rows in leakage])
         if audited:
             images = _of_other_models(images, artifacts)
     return _of_copies(artifacts.runs), _of_theft(artifacts.thefts, artifacts.runs), images
+
+
+_AnyRow = TypeVar("_AnyRow", bound=LeakageRow | FrontierRow | MembershipRow)
+
+
+def _apart(rows: Iterable[tuple[Audit, _AnyRow]]) -> list[list[_AnyRow]]:
+    """Return rows by what was attacked: no attack that works on one model clears another's."""
+    groups: dict[tuple[str, ...], list[_AnyRow]] = {}
+    for audit, row in rows:
+        named = [str(audit.settings.get(name)) for name in _EXPERIMENT]
+        scenario = row.scenario if isinstance(row, FrontierRow) else None
+        groups.setdefault((*named, str(scenario)), []).append(row)
+    return [*groups.values()]
 
 
 def _of_other_models(finding: Finding, artifacts: Artifacts) -> Finding:
@@ -590,9 +606,12 @@ def of_members(audits: Sequence[LeakageAudit]) -> tuple[Finding, ...]:
     As of reconstructions, the defence that tells least counts, each by the strongest attack of
     those who know it, and its silence counts only where the attacks work without it.
     """
-    rows = [row for audit in audits for row in audit.membership if row.adaptive]
-    if not rows:
-        return ()
+    every = ((audit, row) for audit in audits for row in audit.membership if row.adaptive)
+    found = [(_of_some_members(rows), max(map(_recognises, rows))) for rows in _apart(every)]
+    return (worst_of(found),) if found else ()
+
+
+def _of_some_members(rows: Sequence[MembershipRow]) -> Finding:
     worst: dict[str, MembershipRow] = {}
     for row in rows:
         worst[row.defense] = max(worst.get(row.defense, row), row, key=_recognises)
@@ -616,21 +635,23 @@ def of_members(audits: Sequence[LeakageAudit]) -> tuple[Finding, ...]:
     if _tells(row):
         share = points.auc if points.tpr_at_1 is None else points.tpr_at_1
         mark = f"AUC {share:.2f}" if points.tpr_at_1 is None else f"{percent(share)} found"
-        return (Finding(topic, mark, "bad", f"{told}; stronger attacks may exist."),)
+        return Finding(topic, mark, "bad", f"{told}; stronger attacks may exist.")
     if points.tpr_at_1 is None or points.auc_low is None:
         few = "the images are too few to tell how many are found at a low rate of error"
-        return (Finding(topic, "Cannot tell", "unknown", f"{told}; {few}."),)
+        return Finding(topic, "Cannot tell", "unknown", f"{told}; {few}.")
     if row is plain or plain is None or not _tells(plain):
         weak = "attacks that find nothing without a defence show nothing"
-        return (Finding(topic, "Attacks too weak", "unknown", f"{told}; {weak}."),)
+        return Finding(topic, "Attacks too weak", "unknown", f"{told}; {weak}.")
     rare = points.tpr_at_1_high is not None and points.tpr_at_1_high <= _FEW
     mark, kind = ("No better than chance", "good") if rare else ("Cannot tell", "unknown")
-    return (Finding(topic, mark, kind, f"{told}; stronger attacks may exist."),)
+    return Finding(topic, mark, kind, f"{told}; stronger attacks may exist.")
 
 
-def _recognises(row: MembershipRow) -> tuple[float, float, float]:
+def _recognises(row: MembershipRow) -> tuple[float, ...]:
+    """Return numbers that are the greater the worse; what could not be told is no share of 0."""
     points = row.strangers
-    return points.tpr_at_1 or 0.0, points.auc, row.picked_out
+    untold = points.tpr_at_1 is None
+    return _tells(row), untold, points.tpr_at_1 or 0.0, points.auc, row.picked_out
 
 
 def _tells(row: MembershipRow) -> bool:

@@ -358,6 +358,49 @@ def test_what_updates_tell_of_members_is_told_of_the_defence_that_tells_least(tm
     assert "(95 % interval 28 % to 32 %), at 0.1 % cannot be told; 25 % beyond doubt" in sentence
 
 
+def test_what_few_images_could_not_tell_is_no_share_of_nothing(tmp_path):
+    """Of two audits of one defence, many images find nothing and few cannot tell."""
+    plain_rows = [membership_row(auc=0.9, found=0.4)]
+    quiet = membership_row("dct:keep=3", auc=0.5, found=0.012)
+    for auc, kind in ((0.51, "unknown"), (0.9, "bad")):
+        few = membership_row("dct:keep=3", auc=auc, found=None)
+        audits = [
+            make_leakage(tmp_path / f"{auc}{name}", membership=rows, arrays=False)
+            for name, rows in (("many", [*plain_rows, quiet]), ("few", [few]))
+        ]
+        (found,) = of_members(read_artifacts(audits).leakages)
+        assert found.kind == kind
+    (found,) = of_members(read_artifacts(audits[:1]).leakages)
+    assert found.kind == "good"
+
+
+def test_attacks_that_work_on_one_model_show_nothing_of_another(tmp_path):
+    works = make_leakage(
+        tmp_path / "a",
+        [leakage_row(identified=0.9, images=100)],
+        membership=[membership_row(auc=0.9, found=0.4)],
+        arrays=False,
+        model="cnn",
+    )
+    hidden = make_leakage(
+        tmp_path / "b",
+        [leakage_row(defense="dct:keep=3", adaptive=True, identified=0.0, images=100)],
+        membership=[membership_row("dct:keep=3", auc=0.5, found=0.012)],
+        arrays=False,
+        model="resnet",
+    )
+    both = read_artifacts([hidden, works])
+    assert of_members(both.leakages)[0].kind == "bad"
+    assert verdict(both)[2].kind == "bad"
+    quiet = read_artifacts([hidden])
+    assert of_members(quiet.leakages)[0].kind == verdict(quiet)[2].kind == "unknown"
+    same = json.loads((works / "leakage.json").read_text())
+    same["settings"]["model"] = "resnet"
+    (works / "leakage.json").write_text(json.dumps(same))
+    both = read_artifacts([hidden, works])
+    assert of_members(both.leakages)[0].kind == verdict(both)[2].kind == "good"
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "mark"),
     [
