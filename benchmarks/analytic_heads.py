@@ -156,7 +156,9 @@ def rows_of(
     if arguments.fed3r:
         found_heads.append(("Fed3R, its published code", by_fed3r(arguments.fed3r, train)))
     if arguments.afl:
-        found_heads.append(("AFL, its published code", by_afl(arguments.afl, train)))
+        head = by_afl(arguments.afl, train)
+        left = ", its penalty left in" if head.penalty else ""
+        found_heads.append((f"AFL, its published code{left}", head))
     for name, head in found_heads:
         found = [accuracy(head, split(test, seed)[1]) for seed in range(seeds)]
         yield {"head": name, "accuracy": found, "penalty": head.penalty}
