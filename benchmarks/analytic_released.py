@@ -3,13 +3,12 @@
     python benchmarks/analytic_released.py --out docs/results
 
 CIFAR-10, EfficientNet-Lite0 on the principal components that ``fedveil train --epsilon`` takes, as
-analytic_epsilon.py. Of the 50,000 training images each of eight federations has half, every second
-the half that the one before lacks, so that each image is in four of them. Each w is attacked in its
-turn, by what the other w's say (but the one of the other half, which would have it by heart): loss,
-calibrated loss, likelihood ratio and RMIA, as ``fedveil audit egress`` has them, on 25,000 members
-and 25,000 strangers. The sums are traced (``fedveil.attacks.membership.leverage``) on 10,000
-members and 10,000 strangers, by the other strangers and the test images as public ones. Intervals
-are Student's over federations.
+analytic_epsilon.py. Of 20,000 training images each of six federations has half, every second the
+half that the one before lacks, so that each image is in three of them. Each w is attacked in its
+turn, by what the other w's say (but that of the other half, which has what it lacks): loss,
+calibrated loss, likelihood ratio and RMIA, as ``fedveil audit egress`` has them. The sums of some
+are traced (``fedveil.attacks.membership.leverage``) by the 8,000 test images that are not the
+server's. All members are told from all strangers; intervals are Student's over federations.
 
 Features are kept between runs (``FEDVEIL_CACHE``), as of analytic_partitions.py.
 """
@@ -40,7 +39,6 @@ from fedveil.federation.feature_choice import WHITENING
 from fedveil.secure_random import SecureGenerator
 
 EPSILONS = (None, 8.0, 2.0)
-_SCORED = 10_000
 
 
 def halves(count: int, federations: int) -> Tensor:
@@ -99,16 +97,10 @@ def by_sums(
     sums: Statistics, noise: float, train: Features, members: Tensor, test: Features
 ) -> dict[str, Any]:
     """Return what tracing tells."""
-    inside, outside = (some.nonzero().flatten() for some in (members, ~members))
-    strangers = train.of(outside[:_SCORED])
-    public = train.of(outside[_SCORED:]).sums + test.sums
-    asked = train.of(inside[:_SCORED])
-    size = train.dimension
-    rows = torch.cat([asked.rows[:, :size], strangers.rows[:, :size]])
-    labels = torch.cat([asked.labels, strangers.labels])
+    images, rows = int(members.sum()), train.rows[:, : train.dimension]
     tracing = Tracing(noise=noise)
-    score = tracing(sums, rows, labels, images=int(members.sum()), public=public)
-    return roc_of_one(score[:_SCORED], score[_SCORED:]).as_json()
+    score = tracing(sums, rows, train.labels, images=images, public=test.sums)
+    return roc_of_one(score[members], score[~members]).as_json()
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,8 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resolution", type=int, default=176)
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--federations", type=int, default=8)
-    parser.add_argument("--traced", type=int, default=3)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--federations", type=int, default=6)
+    parser.add_argument("--traced", type=int, default=6, help="federations whose sums are traced")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     data = load_dataset("cifar10", seed=0)
@@ -137,7 +130,7 @@ def main() -> None:
     public = torch.cat([sides.upright[own], sides.mirrored[own]])
     projection = project(backbone, public, OWN // 2, whitening=WHITENING)
     test = sides.on(projection)
-    train = Sides.of(backbone, data.train).on(projection)
+    train = Sides.of(backbone, data.train[: arguments.images]).on(projection)
     held, whole, served = (
         halves(len(train.labels), arguments.federations),
         train.sums,

@@ -917,9 +917,11 @@ def _by_dictionary() -> tuple[_Measured, tuple[str, ...]]:
 
 
 def _fine_tuned() -> dict[str, tuple[_Measured, tuple[str, ...]]]:
-    """Return what the whole backbone comes to after the rounds that were run."""
+    """Return what the whole backbone comes to after the rounds that were run, if any were."""
     file = "analytic-finetuning"
     last = {row["partition"]: row for row in _results(file)["rows"]}
+    if not last:
+        return {}
     rounds = max(row["round"] for row in last.values())
     side = _results(file)["options"]["resolution"]
     found = {("cifar10", scheme): [row["accuracy"]] for scheme, row in last.items()}
@@ -927,20 +929,22 @@ def _fine_tuned() -> dict[str, tuple[_Measured, tuple[str, ...]]]:
 
 
 def fine_tuning(_words: Mapping[str, str]) -> list[str]:
-    """What FedAvg of the whole backbone comes to, round by round."""
-    rows = _results("analytic-finetuning")["rows"]
+    """What a client spends on a round of fine-tuning, on sums, and all clients together."""
+    found = _results("analytic-finetuning")
+    one, clients, few = found["a_client"], found["clients"], found["a_round"]
+    side = found["options"]["resolution"]
     lines = [
-        "| partition | round | accuracy | of | processor seconds of clients so far |",
-        "|---|---|---|---|---|",
+        "| | seconds of a client | MB of a client | seconds of all |",
+        "|---|---|---|---|",
     ]
-    spent: dict[str, float] = {}
-    for row in rows:
-        scheme = row["partition"]
-        spent[scheme] = spent.get(scheme, 0.0) + row["client_seconds"]
-        lines.append(
-            f"| {scheme} | {row['round']} | {row['accuracy']:.1%} | {row['of']:,} "
-            f"| {spent[scheme]:,.0f} |"
-        )
+    seconds, size = one["fine_tuning_seconds"], one["fine_tuning_bytes"] / 1e6
+    for rounds in (1, 50):
+        name = f"fine-tuning at {side} px, {rounds} round{'s' if rounds > 1 else ''} of {few}"
+        lines.append(f"| {name} | {seconds:.1f} | {size:.0f} | {rounds * few * seconds:,.0f} |")
+    for pixels, spent in one["sums_seconds"].items():
+        name = f"sums at {pixels} px, one view, once"
+        size = one["sums_bytes"] / 1e6
+        lines.append(f"| {name} | {spent:.1f} | {size:.0f} | {clients * spent:,.0f} |")
     return lines
 
 
