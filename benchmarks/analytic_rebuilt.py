@@ -35,7 +35,7 @@ from fedveil.attacks.inversion.feature_maps import FeatureInversion, SpanInversi
 from fedveil.data import Images, load_dataset
 from fedveil.features import Dictionary, features_of
 
-IMAGES = {"digits": (1, 4, 16, 64, 256), "cifar10": (1, 16, 256)}
+IMAGES = {"digits": (1, 4, 16, 64, 128, 256), "cifar10": (1, 16, 256)}
 TRIALS = {"digits": 12, "cifar10": 6}
 STARTS = {"digits": 4, "cifar10": 2}
 STEPS = {"digits": 800, "cifar10": 400}
@@ -120,11 +120,12 @@ def rows_of(name: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", choices=TRIALS, action="append", dest="datasets")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in TRIALS:
+    for name in arguments.datasets or TRIALS:
         for row in rows_of(name):
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -856,7 +856,8 @@ _Measured = dict[tuple[str, str], list[float]]
 def beside(_words: Mapping[str, str]) -> list[str]:
     """Sums beside what else a federation can do, by data set and partition."""
     rows: dict[str, tuple[_Measured, tuple[str, ...]]] = {
-        "FedAvg of a small network from scratch": _studied("fedavg"),
+        "FedAvg of a small network from scratch, 20 rounds": _studied("fedavg"),
+        "the same, 50 rounds": _studied("fedavg", files=("theft-fedavg-50",)),
         "FedAvg of the head on the map": _on_maps("fedavg_of_the_head"),
         **_fine_tuned(),
         "`noise-delta`, a small network": _studied("noise-delta"),
@@ -877,19 +878,22 @@ def beside(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _studied(arm: str) -> tuple[_Measured, tuple[str, ...]]:
+_STUDIES = ("theft-cifar10", "theft-study", "analytic-beside")
+
+
+def _studied(arm: str, files: tuple[str, ...] = _STUDIES) -> tuple[_Measured, tuple[str, ...]]:
     """Return what a small network comes to by an arm of the study of theft."""
     found: _Measured = {}
-    files = []
-    for file in ("theft-cifar10", "theft-study", "analytic-beside"):
+    used = []
+    for file in files:
         for row in _results(file)["rows"]:
             if row["arm"] == arm:
                 found[row["dataset"].partition("@")[0], row["partition"]] = row["final"]
-                files.append(file)
+                used.append(file)
     if arm == "server alone":  # whatever clients have
         for data in ("cifar10", "mnist"):
             found |= {(data, scheme): found[data, "iid"] for scheme in _SCHEMES}
-    return found, tuple(files)
+    return found, tuple(used)
 
 
 def _on_maps(arm: str) -> tuple[_Measured, tuple[str, ...]]:
@@ -951,18 +955,25 @@ def fine_tuning(_words: Mapping[str, str]) -> list[str]:
 def released(_words: Mapping[str, str]) -> list[str]:
     """Who is told in sums and in w at low false-positive rates, by noise."""
     lines = [
-        f"| ε | seen | attack | {AUC.heading} | {FOUND.heading} | {FOUND_SURELY.heading} |",
-        "|---|---|---|---|---|---|",
+        f"| ε | seen | attack | of | {AUC.heading} | {FOUND.heading} | {FOUND_SURELY.heading} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in _results("analytic-released")["rows"]:
-        area = "{:.3f} [{:.3f}, {:.3f}]".format(*row["auc"])
+        each = {name: [one[name] for one in row["each"]] for name in _TOLD_OF_RELEASES}
+        area = sum(each["auc"]) / len(row["each"])
         rates = (
-            f"{value:.2%} [{100 * low:.2f}, {100 * high:.2f}]"
-            for value, low, high in (row["tpr_at_1"], row["tpr_at_01"])
+            f"{sum(some) / len(some):.2%} [{100 * min(some):.2f}, {100 * max(some):.2f}]"
+            for some in (each["tpr_at_1"], each["tpr_at_01"])
         )
         name = f"{row['epsilon']:g}" if row["epsilon"] else "none"
-        lines.append(f"| {name} | {row['seen']} | {row['attack']} | {area} | {' | '.join(rates)} |")
+        lines.append(
+            f"| {name} | {row['seen']} | {row['attack']} | {len(row['each'])} | {area:.3f} "
+            f"| {' | '.join(rates)} |"
+        )
     return lines
+
+
+_TOLD_OF_RELEASES = ("auc", "tpr_at_1", "tpr_at_01")
 
 
 def rebuilt(_words: Mapping[str, str]) -> list[str]:
