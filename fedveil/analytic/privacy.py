@@ -169,19 +169,25 @@ class GaussianRelease(NoisyRelease):
         return Statistics(layout, words)
 
 
-def traceable(dimension: int, *, images: int, public: int) -> tuple[float, float]:
+def traceable(dimension: int, *, images: int, public: int, classes: int = 0) -> tuple[float, float]:
     """Return the area, and the share found at a rate of 1 %, that tracing sums comes to.
 
     Two normal distributions so many standard deviations apart as
-    ``fedveil.attacks.membership.leverage.Tracing`` says. Of photographs a little less is found,
-    since their features are no normal numbers.
+    ``fedveil.attacks.membership.leverage.Tracing`` says of G, or ``Column`` of the sum of a class,
+    whichever is more. Of photographs a little less is found, since their features are no normal
+    numbers.
 
     Args:
         dimension: D.
         images: N, of the sums, without noise.
         public: P, images of the same kind that the attacker has besides.
+        classes: K, taken to have as many images each; 0 leaves the sums of classes aside.
     """
-    apart = dimension / math.sqrt(2 * images * (1 + images / public))
+    by_squares, by_classes = (
+        dimension / math.sqrt(2 * images),
+        math.sqrt(dimension * classes / images),
+    )
+    apart = max(by_squares, by_classes) / math.sqrt(1 + images / public)
     normal = NormalDist()
     return normal.cdf(apart / math.sqrt(2)), normal.cdf(apart - normal.inv_cdf(0.99))
 

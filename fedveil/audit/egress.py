@@ -37,6 +37,7 @@ from fedveil.models import build_model
 from fedveil.progress import PlainLines
 from fedveil.results import learnt_nothing
 from fedveil.runs.directory import RunDirectory, origin
+from fedveil.runs.secrets import DISTILLED
 from fedveil.runs.state_files import load_checkpoint
 from fedveil.secure_random import SecureGenerator
 from fedveil.wording import quantity
@@ -44,6 +45,9 @@ from fedveil.wording import quantity
 _EXPOSED = 10
 _AS_MUCH = 0.8  # of what the audited model learnt, that shadows must
 _DRAWS = 1_000
+_ALSO_DISTILLED = (
+    f"The run's {DISTILLED} was not audited: if that network leaves, too, audit the file."
+)
 
 
 @dataclass(frozen=True)
@@ -362,6 +366,8 @@ def audit_run(path: Path, settings: EgressSettings, *, out: Path | None) -> Egre
             subject=str(path),
             progress=progress,
         )
+    if directory.secrets.path(DISTILLED).is_file():
+        report = replace(report, untold=(*report.untold, _ALSO_DISTILLED))
     if out is not None:
         report.write(out)
     return report

@@ -20,7 +20,7 @@ from fedveil.analytic import (
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, traceable
 from fedveil.attacks.inversion.feature_maps import FeatureInversion
-from fedveil.attacks.membership.leverage import Leverage, Tracing
+from fedveil.attacks.membership.leverage import Column, Leverage, Tracing
 from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
 from fedveil.audit.settings import FEWEST, SumsSettings
@@ -47,7 +47,7 @@ class Told:
 
     Attributes:
         holder: Whose sums they are.
-        attack: ``leverage``, or ``tracing`` by public images.
+        attack: ``leverage``; or by public images ``tracing`` or, in the sum of a class, ``column``.
         seen: Whether the server of this run held them.
         images: Images in the sums.
         roc: Its operating points.
@@ -105,6 +105,7 @@ class SumsReport:
         subject: The run.
         settings: How.
         dimension: D.
+        classes: K.
         release: The noise of the run; None without.
         public: Images that the attacker has besides.
         strangers: Images that are in no sum, nor among those.
@@ -116,6 +117,7 @@ class SumsReport:
     subject: str
     settings: SumsSettings
     dimension: int
+    classes: int
     release: GaussianRelease | None
     public: int
     strangers: int
@@ -142,7 +144,7 @@ class SumsReport:
         if self.release is not None:
             return None
         images = next(row.images for row in self.rows if row.seen)
-        area, found = traceable(self.dimension, images=images, public=images)
+        area, found = traceable(self.dimension, images=images, public=images, classes=self.classes)
         return {"public": images, "auc": area, "tpr_at_1": found}
 
     def as_json(self) -> dict[str, Any]:
@@ -245,6 +247,7 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
         str(path),
         settings,
         case.dimension,
+        case.classifier.classes,
         case.release,
         len(case.public),
         len(case.strangers),
@@ -444,6 +447,9 @@ def _by_each_attack(
         "leverage": Leverage()(held.sums, rows, asked.labels),
         "tracing": tracing(held.sums, rows, asked.labels, images=count, public=public),
     }
+    if case.release is None:
+        views = case.features.views
+        scores["column"] = Column()(held.sums, rows, asked.labels, public=public, views=views)
     for attack, score in scores.items():
         roc = roc_of_one(score[: len(some)], score[len(some) :])
         yield Told(held.holder, attack, held.seen, count, roc)

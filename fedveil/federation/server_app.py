@@ -404,7 +404,8 @@ def sums_in_words(strategy: Analytic, config: TrainConfig) -> dict[str, Any]:
     """Return what ``summary.json`` says of an analytic run's sums."""
     features, solved = MapDescription.of(strategy.model.features), strategy.outcome
     images = solved.images
-    _, traced = traceable(features.dimension, images=images, public=images)
+    classes = strategy.layout.classes
+    _, traced = traceable(features.dimension, images=images, public=images, classes=classes)
     return {
         "features": features.name,
         "feature_map_sha256": features.digest,

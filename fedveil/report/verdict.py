@@ -730,7 +730,7 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
             "unknown",
             ("attacks that hardly succeed without a defence show nothing about one"),
         )
-    if isinstance(least, LeakageRow) and least.images < _ENOUGH:
+    if least is not None and least.images is not None and least.images < _ENOUGH:
         return mark, "unknown", f"of {quantity(least.images, 'image')} nothing can be called rare"
     if any(isinstance(row, LeakageRow) and row.untold for row in seen):
         return (

@@ -5,7 +5,7 @@ import torch
 
 from fedveil.analytic import Statistics, quantised
 from fedveil.analytic.privacy import GaussianRelease, traceable
-from fedveil.attacks.membership.leverage import Leverage, Tracing
+from fedveil.attacks.membership.leverage import Column, Leverage, Tracing
 from fedveil.audit.metrics import roc_of_one
 from fedveil.secure_random import SecureGenerator
 
@@ -82,6 +82,37 @@ def test_public_images_trace_who_is_in_a_sum_as_far_as_the_formula_says(count, p
     assert got[1] == pytest.approx(found, abs=0.15)
     if count == 600:
         assert got[0] > told(count / DIMENSION) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "public"), [(200, 2400, 2400), (200, 6000, 6000), (600, 600, 600)]
+)
+def test_of_many_classes_each_ones_sum_is_of_few_images(monkeypatch, classes, count, public):
+    """The sum of all images hides them from tracing, and the sums of classes show them."""
+    monkeypatch.setattr("tests.attacks.test_leverage.CLASSES", classes)
+    rows, labels = images(count, 0)
+    others = images(1000, 1)
+    sums = Statistics.of(rows, labels, classes=classes)
+    known = Statistics.of(*images(public, 2), classes=classes)
+    attack = Column()
+    found = roc_of_one(
+        attack(sums, rows[:1000], labels[:1000], public=known), attack(sums, *others, public=known)
+    )
+    area, share = traceable(DIMENSION, images=count, public=public, classes=classes)
+    assert found.auc.value == pytest.approx(area, abs=0.05)
+    assert found.found[0].value == pytest.approx(share, abs=0.1)
+    assert area > traceable(DIMENSION, images=count, public=public)[0] + 0.1
+    assert found.auc.value > traced(count, public)[0] + 0.1
+
+
+def test_an_image_of_a_class_that_no_sum_has_is_in_none():
+    rows, labels = images(200, 0)
+    kept = labels != 2
+    sums = Statistics.of(rows[kept], labels[kept], classes=CLASSES)
+    known = Statistics.of(*images(200, 2), classes=CLASSES)
+    scores = Column()(sums, *images(50, 1), public=known)
+    assert bool((scores[images(50, 1)[1] == 2] == -torch.inf).all())
+    assert not bool(scores.isnan().any())
 
 
 def test_noise_hides_members_from_whoever_has_public_images():

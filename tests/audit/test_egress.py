@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from fedveil.audit.egress import LearningByDescent, audit_egress
+from fedveil.audit.egress import LearningByDescent, audit_egress, audit_run
 from fedveil.audit.settings import EgressSettings
 from fedveil.cli.main import app as command
 from fedveil.cli.train import _met, _untested
@@ -109,6 +109,11 @@ def test_a_run_says_that_its_report_images_are_training_images(digits, tmp_path,
     assert summary["untested"] == ["3"]
     assert "No report image is of 3: no accuracy here tells" in str(_untested(summary))
     assert _untested({"untested": []}) is None
+    settings = EgressSettings(images=40, shadows=0)
+    assert "distilled" not in audit_run(tmp_path / "run", settings, out=None).untold[-1]
+    (tmp_path / "run" / "distilled.safetensors").touch()
+    told = audit_run(tmp_path / "run", settings, out=None).untold[-1]
+    assert "distilled.safetensors was not audited" in told
     told = f"of which {summary['report_doubles']} are doubles of training images"
     assert told in _met(summary)
     assert _met(summary | {"report_doubles": 0}) == _met({}) == "it never met"

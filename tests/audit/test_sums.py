@@ -38,8 +38,8 @@ def test_one_clients_sums_show_its_images_and_those_of_all_do_not(run, tmp_path)
     )
     assert told.exit_code == 0, told.output
     found = json.loads((tmp_path / "sums.json").read_text())
-    everybody, traced, one, _ = found["rows"]
-    assert [row["attack"] for row in found["rows"]] == ["leverage", "tracing"] * 2
+    everybody, traced, _, one, *_ = found["rows"]
+    assert [row["attack"] for row in found["rows"]] == ["leverage", "tracing", "column"] * 2
     assert traced["auc"] > everybody["auc"]
     assert found["forecast"]["public"] == everybody["images"]
     assert everybody["holder"] == "20 clients"

@@ -41,6 +41,7 @@ from tests.report.report_material import (
     NASTY,
     configuration,
     egress_row,
+    frontier_row,
     leakage_row,
     make_egress,
     make_frontier,
@@ -134,6 +135,14 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     assert marks(directory)[1] == ("good", "No gain found")
     assert "Of 2 thefts tried on the copies of a run that" in sentences(directory)[1]
     assert "may do better" in sentences(directory)[1]
+
+
+def test_few_images_of_a_frontier_clear_no_defence(tmp_path):
+    rows = [frontier_row("none", None, identified=0.98, adaptive=False), frontier_row(identified=0)]
+    for images, kind in ((16, "unknown"), (60, "good")):
+        counted = [{**row, "images": images} for row in rows]
+        place = make_frontier(tmp_path / f"{images}", counted)
+        assert verdict(read_artifacts([place]))[2].kind == kind
 
 
 def test_a_class_without_report_images_is_named(tmp_path):

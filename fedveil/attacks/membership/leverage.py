@@ -104,6 +104,65 @@ class Tracing:
         return score
 
 
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Score labelled candidates by how well the sum of their class alone explains them.
+
+    H has a column a class, the sum of its images' features, and G has none: with many classes a
+    column is of few images, however many are in the sum. Of n images of a class with D features it
+    lies √(D/n) standard deviations apart for a member, as if there were P images of it, with known
+    mean, √(D/(n·(1 + n/P))). The score is the logarithm of a likelihood ratio of normal
+    distributions, of n - 1 others and the candidate against n others.
+
+    Source: that means of D numbers trace who is in them is Homer et al. 2008 and Dwork et al. 2015,
+    as of ``Tracing``; of a column of such sums it is ours.
+
+    Args:
+        shrunk: Images of all classes that each class's public mean is taken to be of besides.
+        ridge: Added to the public covariance before it is inverted, in means of its diagonal.
+    """
+
+    shrunk: float = 5.0
+    ridge: float = 1e-6
+
+    def __call__(
+        self, sums: Statistics, rows: Tensor, labels: Tensor, *, public: Statistics, views: int = 1
+    ) -> Tensor:
+        """Return the candidates' scores, float64 [M]; larger speaks for being in the sums.
+
+        Args:
+            sums: What the server sees, without noise: noisy ones tell nobody how many images a
+                class has.
+            rows: int16 [M, D], as ``fedveil.analytic.quantised`` makes them of the features.
+            labels: int64 [M].
+            public: Sums of images that are in no client's, without noise.
+            views: How often an image is in G.
+        """
+        mean = public.moments.sum(1) / public.images
+        weight = public.counts.double() + self.shrunk
+        means = (public.moments + self.shrunk * mean[:, None]) / weight
+        spread = public.gram / public.images / views - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(spread)
+        values = values.clamp(min=0)
+        whiten = vectors / (values + self.ridge * values.mean()).sqrt()
+        given = (rows.double() * 2.0**-FRACTION_BITS).T
+        count, own = sums.counts.double()[labels], means[:, labels]
+        held = sums.moments[:, labels]
+
+        def far(others: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+            """Return squared distance and variance of what is left of so many others' sum."""
+            off = whiten.T @ (left - others * own)
+            return off.square().sum(0), others + others.square() / weight[labels] + self.ridge
+
+        with_, without = far(count - 1, held - given), far(count, held)
+        likely = (
+            without[0] / without[1]
+            - with_[0] / with_[1]
+            + len(mean) * (without[1] / with_[1].clamp(min=self.ridge)).log()
+        )
+        return torch.where(count > 0, likely / 2, -torch.inf)
+
+
 def joint(sums: Statistics, counts: Tensor) -> Tensor:
     """Return M = Σ zzᵀ with z = (φ, y), float64 [D + K, D + K].
 
