@@ -38,6 +38,7 @@ def _results(name: str) -> Any:
 
 
 _ALIKE = ("theft-trained-alike", "theft-trained-alike-shards")
+_ANSWERS = ("theft-answers", "theft-answers-shards")
 _STRATEGIES = (
     ("`fedavg`", ("theft-study",), "fedavg"),
     ("`fedavg`, {longer}", ("theft-fedavg-50",), "fedavg"),
@@ -80,7 +81,7 @@ def _range(row: Mapping[str, Any]) -> str:
     middle, low, high = (
         round(100 * row[name]) for name in ("advantage", "advantage_low", "advantage_high")
     )
-    return f"{middle:+d} [{low:+d}, {high:+d}]"
+    return f"{middle:+d}, one" if row.get("thieves") == 1 else f"{middle:+d} [{low:+d}, {high:+d}]"
 
 
 def leakage(words: Mapping[str, str]) -> list[str]:
@@ -322,12 +323,13 @@ def prices(_words: Mapping[str, str]) -> list[str]:
         f"| | `--strategy` | w | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(thieves)}",
     ]
-    added = ("theft-analytic", *_ALIKE)  # their baseline is the study's
+    added = ("theft-analytic", *_ALIKE, *_ANSWERS)  # their baseline is the study's
     for name in ("theft-study", "theft-fedavg-50", *added, "theft-cifar10"):
         rows = [
             row for row in _results(name)["rows"] if row["arm"] != "fedavg" or name not in added
         ]
-        longer = f", {WORDS['README.md']['longer']}" if name == "theft-fedavg-50" else ""
+        how = ", by answers" if name in _ANSWERS else ""
+        how = ", 50 rounds" if name == "theft-fedavg-50" else how
         for row in sorted(rows, key=lambda row: str(row["partition"])):
             found = {
                 (one["colluders"], one["labels"]): _range(one)
@@ -340,7 +342,7 @@ def prices(_words: Mapping[str, str]) -> list[str]:
             data = row["dataset"].partition("@")[0]
             spread = f" ± {100 * row['final_sd']:.1f}" if len(row["final"]) > 1 else ", one run"
             lines.append(
-                f"| {data}, {row['partition']} | {row['arm']}{longer} "
+                f"| {data}, {row['partition']} | {row['arm']}{how} "
                 f"| {row['final_mean']:.1%}{spread} | {' | '.join(cells)} |"
             )
     return lines
