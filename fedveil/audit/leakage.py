@@ -22,6 +22,7 @@ from fedveil.attacks.inversion import (
 from fedveil.audit.adaptive import Attacker, attackers
 from fedveil.audit.membership import Recognition, best, picked_out, picked_out_over_rounds
 from fedveil.audit.membership import table as membership_table
+from fedveil.audit.membership import untold as membership_untold
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
 from fedveil.audit.pieces import Pieces
 from fedveil.audit.scoring import Scorer
@@ -137,6 +138,7 @@ class LeakageReport:
                 for defense, found in self.membership.items()
                 for one in found
             ],
+            "untold": list(membership_untold(self.membership)),
         }
 
     def table(self) -> str:

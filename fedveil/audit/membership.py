@@ -78,7 +78,12 @@ def table(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
 
     Where who knows the defence tells what who does not tells, the two are one line.
     """
-    if not any(found.values()):
+    told = {defense: rows for defense, rows in found.items() if rows}
+    return [*_lines(told), *untold(found)]
+
+
+def _lines(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
+    if not found:
         return []
     wide = max(16, *(len(defense) + 2 for defense in found))
     narrow = max(12, *(len(row.attack) + 2 for rows in found.values() for row in rows))
@@ -98,6 +103,19 @@ def table(found: Mapping[str, Sequence[Recognition]]) -> list[str]:
             for (attack, figures), kinds in told.items()
         ]
     return lines
+
+
+def untold(found: Mapping[str, Sequence[Recognition]]) -> tuple[str, ...]:
+    """Return in a sentence under which defences nothing is told, if under any."""
+    nobody = [defense for defense, rows in found.items() if not rows]
+    return (_untold(nobody),) if nobody else ()
+
+
+def _untold(defenses: Sequence[str]) -> str:
+    return (
+        f"Which images were used was not told under {', '.join(defenses)}: every training image "
+        "was, or is a double of one, so that there is none to tell them from"
+    )
 
 
 def _points(ranks: Ranks) -> dict[str, Any]:

@@ -326,6 +326,7 @@ class Frontier(Audit):
     """``frontier.json``: a grid of defences and strengths."""
 
     kind: ClassVar = "frontier"
+    membership: tuple[dict[Text, Any], ...] = Field(default=(), max_length=_MOST_ROWS)
     rows: tuple[FrontierRow, ...] = Field(min_length=1, max_length=_MOST_ROWS)
 
 

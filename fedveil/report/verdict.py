@@ -62,9 +62,27 @@ def verdict(artifacts: Artifacts) -> tuple[Finding, Finding, Finding]:
         images = _of_other_sums(rebuilt_from_sums(artifacts.sums), artifacts, artifacts.runs)
     else:
         images = worst_of([(_of_leakage(rows), (max(map(_told, rows)),)) for rows in leakage])
+        images = _by_earlier_attacks(images, artifacts.leakages or artifacts.frontiers)
         if audited:
             images = _of_other_models(images, artifacts)
     return _of_copies(artifacts.runs), _of_theft(artifacts.thefts, artifacts.runs), images
+
+
+def _by_earlier_attacks(finding: Finding, audits: Sequence[LeakageAudit | Frontier]) -> Finding:
+    """Say where images were picked out by fewer attacks than there are: what these miss is open."""
+    earlier = [
+        audit.name
+        for audit in audits
+        if not audit.membership and any(row.picked_out is not None for row in audit.rows)
+    ]
+    if finding.kind != "good" or not earlier:
+        return finding
+    missing = (
+        f"{', '.join(earlier[:_NAMED])} is of an earlier version, whose one attack that picks "
+        "images out missed most that later ones find"
+    )
+    sentence = f"{finding.sentence.removesuffix('.')}; {missing}."
+    return replace(finding, kind="unknown", sentence=sentence)
 
 
 _AnyRow = TypeVar("_AnyRow", bound=LeakageRow | FrontierRow | MembershipRow)

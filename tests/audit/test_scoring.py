@@ -5,7 +5,7 @@ import torch
 
 from fedveil.attacks.inversion import Inversion
 from fedveil.audit.leakage import Row
-from fedveil.audit.membership import _Lineup
+from fedveil.audit.membership import _Lineup, table, untold
 from fedveil.audit.scoring import Scorer, strangers_to
 from fedveil.data import Images, load_dataset
 from fedveil.defenses import BlockDCT
@@ -100,3 +100,12 @@ def test_a_double_of_a_used_image_is_no_stranger(digits):
     train = Images(raw, torch.cat([digits.train.labels[:40], digits.train.labels[:3]]))
     found = strangers_to(train, torch.tensor([40, 41, 42]), torch.Generator().manual_seed(0))
     assert sorted(found.tolist()) == list(range(3, 40))
+
+
+def test_where_nobody_is_left_to_tell_from_it_is_said():
+    told = table({"none": (), "dct:keep=3": ()})
+    assert len(told) == 1
+    assert "not told under none, dct:keep=3" in told[0]
+    assert "every training image was" in told[-1]
+    assert table({}) == []
+    assert untold({}) == ()

@@ -137,6 +137,22 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     assert "may do better" in sentences(directory)[1]
 
 
+def test_an_earlier_versions_attack_clears_no_defence(tmp_path):
+    """It was one alone, and what it missed was withdrawn."""
+    counted = {"images": 100, "picked_out": 0.02}
+    rows = [
+        {**frontier_row("none", None, identified=0.98, adaptive=False), **counted},
+        {**frontier_row(identified=0.0), **counted},
+    ]
+    place = make_frontier(tmp_path / "frontier", rows)
+    found = verdict(read_artifacts([place]))[2]
+    assert found.kind == "unknown"
+    assert f"{place} is of an earlier version" in found.sentence
+    content = json.loads((place / "frontier.json").read_text())
+    (place / "frontier.json").write_text(json.dumps(content | {"membership": [{"attack": "span"}]}))
+    assert verdict(read_artifacts([place]))[2].kind == "good"
+
+
 def test_few_images_of_a_frontier_clear_no_defence(tmp_path):
     rows = [frontier_row("none", None, identified=0.98, adaptive=False), frontier_row(identified=0)]
     for images, kind in ((16, "unknown"), (60, "good")):
