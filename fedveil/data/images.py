@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +44,15 @@ class Images:
         """
         same = self.raw.dtype == others.raw.dtype
         own, known = (one.raw if same else one.pixels for one in (self, others))
-        seen = {image.numpy().tobytes() for image in known}
-        return torch.tensor([image.numpy().tobytes() in seen for image in own], dtype=torch.bool)
+        seen = set(_digests(known))
+        return torch.tensor([one in seen for one in _digests(own)], dtype=torch.bool)
 
     @property
     def firsts(self) -> Tensor:
         """Where each different image stands first, int64, in order."""
         places: dict[bytes, int] = {}
-        for place, image in enumerate(self.raw):
-            places.setdefault(image.numpy().tobytes(), place)
+        for place, digest in enumerate(_digests(self.raw)):
+            places.setdefault(digest, place)
         return torch.tensor([*places.values()], dtype=torch.int64)
 
     def transformed(self, transform: nn.Module | None) -> "Images":
@@ -68,6 +68,13 @@ class Images:
         if self.raw.is_floating_point():
             return self.raw
         return self.raw.to(torch.float32).div_(255)
+
+
+def _digests(raw: Tensor) -> Iterator[bytes]:
+    """Yield what tells each image from others, without holding all of them a second time."""
+    for image in raw:
+        content = image.contiguous().numpy()
+        yield hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
