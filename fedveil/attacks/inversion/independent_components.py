@@ -23,6 +23,7 @@ _PASSES = 6
 _STAYS = 0.7  # cosine below which a column without its zeros has moved to where it has no business
 _SOLVED = 1e-3  # of its root mean square at all neurons: what is left at silent ones
 _SETTLED = 1e-5  # of the same: nothing is left, and another fit would find the column again
+_EXPLAINED = 0.01  # of an update's squared length at most is left by images that were found
 _GAIN = 0.5  # of what was left before; another round that leaves more brings nothing
 _TWICE = 0.99  # cosine of two columns that are one
 _RIDGE = 1e-13  # beside normal equations of rows of length 1
@@ -42,7 +43,8 @@ class IndependentComponents:
     column of D is zero there, and is what spans the gradient's columns with those zeros, by least
     squares that give less weight to neurons at which zero does not fit. Images whose column turns
     into another's are parted anew among themselves. Whichever answer explains the update better is
-    given.
+    given. Where not every column was solved and the images do not explain the update either, as
+    behind other activations and under noise, ``Inversion.untold`` says so.
 
     Source: Kariyappa et al., "Cocktail Party Attack: Breaking Aggregation-Based Privacy in
     Federated Learning Using Independent Component Analysis", ICML 2023, section 4 (images as
@@ -81,7 +83,7 @@ class IndependentComponents:
         scale, offset = preparation(observation, layer)
         measure = GradientMap.of(observation, dtype=torch.float32, device=layer.weight.device)
         subspace = range_of(observation.knows, observation.shape)
-        images, labels, losses, rounds = [], [], [], []
+        images, labels, losses, rounds, untold = [], [], [], [], []
         for victim in range(observation.victims):
             weight, bias = (
                 observation.gradients[f"{name}.{part}"][victim].detach().double().cpu()
@@ -97,7 +99,7 @@ class IndependentComponents:
             part = observation.select(torch.tensor([victim]))
             best: tuple[Tensor, Tensor, float] | None = None
             parted = self._parted(mixture.rows, observation.shape)
-            sharp, taken = self._sharpened(mixture, parted, observation.shape)
+            sharp, taken, solved = self._sharpened(mixture, parted, observation.shape)
             for columns in (parted, sharp)[: 1 + bool(taken)]:
                 slopes, inputs = mixture.solved(columns)
                 own = _whole((inputs - mixture.offset) / mixture.scale, observation.images)
@@ -112,6 +114,8 @@ class IndependentComponents:
             labels.append(best[1])
             losses.append(best[2])
             rounds.append(taken)
+            # One image is its quotient, whatever follows the layer.
+            untold.append(not (observation.images == 1 or solved or losses[-1] < _EXPLAINED))
             if progress:
                 progress(victim + 1, observation.victims, losses[-1])
         seconds = (time.perf_counter() - begin) / observation.victims
@@ -121,14 +125,17 @@ class IndependentComponents:
             loss=torch.tensor(losses, dtype=torch.float64),
             seconds=torch.full((observation.victims,), seconds),
             iterations=torch.tensor(rounds),
+            untold=torch.tensor(untold),
         )
 
     def _parted(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return columns [r, r], one an image, that mix rows [r, C·H·W], up to length and sign."""
         return F.normalize(separated(rows, shape, steps=self.steps, seed=self.seed), dim=0)
 
-    def _sharpened(self, mixture: "_Mixture", columns: Tensor, shape: Shape) -> tuple[Tensor, int]:
-        """Return columns as their zeros determine them, and in how many rounds."""
+    def _sharpened(
+        self, mixture: "_Mixture", columns: Tensor, shape: Shape
+    ) -> tuple[Tensor, int, bool]:
+        """Return columns as their zeros determine them, in how many rounds, and whether all are."""
         least, most = float("inf"), 0
         told, left = columns.clone(), torch.full_like(columns[0], float("inf"))
         settled = torch.zeros_like(left, dtype=torch.bool)
@@ -141,16 +148,16 @@ class IndependentComponents:
             own = _distinct(told, stays)
             solved, settled = own & (left < _SOLVED), own & (left < _SETTLED)
             if bool(settled.all()):
-                return told, taken + 1
+                return told, taken + 1, True
             if bool(solved.all()) and float(left.max()) >= _GAIN * least:
-                return told, taken + 1
+                return told, taken + 1, True
             least = float(left.max()) if bool(solved.all()) else float("inf")
             columns = torch.where(solved | (own & (stays > _STAYS)), told, columns)
             count = int(solved.sum())
             if most <= count < len(solved) and count and (count == most or taken):
                 columns = self._parted_anew(mixture, columns, solved, shape)
             most = count
-        return columns, self.rounds
+        return columns, self.rounds, False
 
     def _parted_anew(
         self, mixture: "_Mixture", columns: Tensor, solved: Tensor, shape: Shape

@@ -62,6 +62,7 @@ def test_a_batch_far_beyond_the_quotients_reach_is_exact_with_its_labels(leaves,
     assert torch.equal(result.labels[0][near.values < 0.1], own)
     assert float(result.loss[0]) < 1e-3
     assert int(result.iterations[0]) >= 1
+    assert not bool(result.untold.any())
     assert float((quality(FullyConnected()(seen), images) > 40).double().mean()) < 0.6
 
 
@@ -80,6 +81,7 @@ def test_noise_blurs_and_does_not_end_it(leaves):
         value += 0.05 * value.std() * torch.randn(value.shape, generator=generator)
     result = IndependentComponents()(seen)
     assert float(quality(result, images).median()) > 15
+    assert bool(result.untold.all())
 
 
 def apart(mixing, found):
@@ -141,7 +143,9 @@ def test_an_image_used_twice_and_a_single_one(leaves):
     result = IndependentComponents()(observed(mlp(256), images))
     distances = torch.cdist(images.pixels.flatten(1), result.images[0].float().flatten(1))
     assert float(distances.amin(dim=1).max()) < 1e-2
-    assert float(quality(IndependentComponents()(observed(mlp(64), leaves[:1])), leaves[:1])) > 60
+    single = IndependentComponents()(observed(mlp(64), leaves[:1]))
+    assert float(quality(single, leaves[:1])) > 60
+    assert not bool(single.untold.any())
 
 
 def test_local_steps_and_a_known_transformation(leaves):
