@@ -13,7 +13,8 @@ trained on other images first, photographs.
         --setting momentum:1 --setting trained:2 --setting photographs:2 --work DIR \
         --out docs/results
 
-What is in DIR already is not done again.
+What is in DIR already is not done again, nor are updates whose scores are in the file in ``--out``;
+its rows of other settings stay. So ``--setting momentum:3`` adds two updates to the one there.
 """
 
 import argparse
@@ -39,6 +40,8 @@ IMAGES, EPOCHS, BATCH = 50, 10, 5
 RECOVERED = 20.0  # decibels
 STRANGERS = 400
 ATTACKS = ("features", "ig:steps=400,tv=0.02")
+_FILE = "fedavg-leakage.json"
+_SCORES = ("recovered", "floor", "decibels", "identified", "loss", "cpu_seconds")
 _FIRST = 1_000  # images of the order from which client, strangers and others are
 
 
@@ -102,24 +105,42 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
+    before = earlier(arguments.out / _FILE)
+    rows = {(row["attack"], row["setting"]): row for row in before}
     for asked in arguments.setting:
         name, _, updates = asked.partition(":")
         for attack in ATTACKS if name == "published" else ATTACKS[:1]:
-            scores = [kept(arguments.work, attack, name, update) for update in range(int(updates))]
-            rows.append({"attack": attack, "setting": name, **asdict(SETTINGS[name])})
-            rows[-1] |= joined(scores)
-            print(json.dumps(rows[-1]), flush=True)
+            known = rows.get((attack, name), {}).get("scores", [])
+            scores = known + [
+                kept(arguments.work, attack, name, update)
+                for update in range(len(known), int(updates))
+            ]
+            row = {"attack": attack, "setting": name, **asdict(SETTINGS[name]), **joined(scores)}
+            print(json.dumps(row), flush=True)
+            rows[attack, name] = row | {"scores": scores}
     write_result(
-        arguments.out / "fedavg-leakage.json",
+        arguments.out / _FILE,
         arguments,
         images=IMAGES,
         epochs=EPOCHS,
         batch_size=BATCH,
         recovered_above=RECOVERED,
         published=0.45,
-        rows=rows,
+        rows=list(rows.values()),
     )
+
+
+def earlier(place: Path) -> list[dict[str, Any]]:
+    """Return a file's rows, with the scores of those of one update, which are the row's own."""
+    rows: list[dict[str, Any]] = (
+        json.loads(place.read_text(encoding="utf-8"))["rows"] if place.exists() else []
+    )
+    for row in rows:
+        if row["updates"] == 1 and "scores" not in row:
+            row["scores"] = [
+                {name: row[name] for name in _SCORES} | {"untold": bool(row["untold"])}
+            ]
+    return rows
 
 
 def kept(work: Path, attack: str, name: str, update: int) -> dict[str, Any]:

@@ -207,6 +207,39 @@ def sums(_words: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def separation(_words: Mapping[str, str]) -> list[str]:
+    """How many mixed images are parted, before anything sharpens them."""
+    rows = {(row["images"], row["method"]): row for row in _results("separation")["rows"]}
+    lines = [
+        "| mixed images | answers of a place together: cosine, median | above 0.9 "
+        "| differences one by one: cosine, median | above 0.9 |",
+        "|---|---|---|---|---|",
+    ]
+    for images in sorted({images for images, _ in rows}):
+        cells = [
+            f"{row['cosine']:.2f} | {row['above_09']:.0%}" if row else " | "
+            for row in (rows.get((images, method)) for method in ("together", "one by one"))
+        ]
+        lines.append(f"| {images} | {' | '.join(cells)} |")
+    return lines
+
+
+def cocktail(_words: Mapping[str, str]) -> list[str]:
+    """The Cocktail Party's authors' code beside ours, on the same gradients."""
+    lines = [
+        "| images, units | what was run | dB to original, fitted | above 20 dB "
+        "| processor seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _results("cocktail-party")["rows"]:
+        ours = f"`{row['attack']}`" if row["attack"].startswith("ica") else row["attack"]
+        lines.append(
+            f"| {row['images']}, {row['hidden']:,} | {ours} | {row['psnr']:.1f} "
+            f"| {row['above_20']:.0%} | {row['cpu_seconds']:.1f} |"
+        )
+    return lines
+
+
 def _alone() -> list[dict[str, Any]]:
     """Return the rows of updates of one client."""
     return [row for row in _results("batches")["rows"] if row["summed"] == 1]
@@ -1192,6 +1225,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "attackers": attackers,
     "batches": batches,
     "sums": sums,
+    "separation": separation,
+    "cocktail": cocktail,
     "active-servers": active_servers,
     "fedavg": fedavg,
     "scores": scores,
