@@ -36,6 +36,7 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
     a chain of layers with ReLU as it is, and would take a fingerprint's position from it. Neither
     looks at a fingerprint, so it can accuse nobody. Where a model is no chain, or the result is no
     nearer to the base, it is returned as it was; so is one whose units were left alone, to the bit.
+    A normalisation that is missing, since it was folded into the layer before, hinders nothing.
 
     Sources: Uchida et al., "Embedding Watermarks into Deep Neural Networks", ICMR 2017, and
     Ainsworth, Hayase & Srinivasa, "Git Re-Basin", ICLR 2023, section 3.2 (matching of weights);
@@ -46,8 +47,9 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
         base: State by name, in the order of the layers.
     """
     names = [name for name in base if name in leaked and leaked[name].shape == base[name].shape]
-    if len(names) < len(base):
+    if any(value.ndim >= 2 and name not in names for name, value in base.items()):
         return dict(leaked)
+    known = {name: base[name] for name in names}
     state = {name: leaked[name].detach().double().nan_to_num(0.0, 0.0, 0.0) for name in names}
     layers, moved = _chain(base), False
     for layer, after in itertools.pairwise(layers):
@@ -55,18 +57,22 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
         inputs = base[after.weight].shape[1]
         if inputs % units:
             return dict(leaked)  # no chain: the next layer is not fed by these units alone
-        order, scale = _matched(_rows(state, layer), _rows(base, layer))
+        order, scale = _matched(_rows(state, layer), _rows(known, layer))
         if torch.equal(order, torch.arange(units)) and bool((scale - 1).abs().max() < _RESCALED):
             continue
         moved = True
-        for name in (layer.weight, *layer.beside):
+        there = [name for name in layer.beside if name in state]
+        for name in (layer.weight, *there):
             own = state[name][order]
             state[name] = own * scale.reshape(-1, *[1] * (own.ndim - 1))
         fed = state[after.weight]
         # A flattened map has the places of one channel side by side.
-        grouped = fed.reshape(len(fed), units, -1)[:, order] / scale[:, None]
+        grouped = fed.reshape(len(fed), units, -1)[:, order]
+        # What a normalisation did that was folded into this layer, the next one never undid.
+        if len(there) == len(layer.beside):
+            grouped = grouped / scale[:, None]
         state[after.weight] = grouped.reshape(fed.shape)
-    if not moved or _distance(state, base) >= _distance(leaked, base):
+    if not moved or _distance(state, known) >= _distance(leaked, known):
         return dict(leaked)
     return {**leaked, **{name: value.to(leaked[name].dtype) for name, value in state.items()}}
 
@@ -85,7 +91,8 @@ def _chain(base: Weights) -> list[_Layer]:
 def _rows(state: Weights, layer: _Layer) -> Tensor:
     """Return what identifies each unit, float64 [units, values]: its weights and its bias."""
     parts = [state[layer.weight].double().flatten(1)]
-    parts += [state[name].double()[:, None] for name in layer.beside if name.endswith("bias")]
+    beside = (name for name in layer.beside if name.endswith("bias") and name in state)
+    parts += [state[name].double()[:, None] for name in beside]
     return torch.cat(parts, dim=1)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedveil.audit.align import aligned
 from fedveil.audit.leaked_names import as_in_the_run, shared_values
 from fedveil.audit.settings import TraceSettings
 from fedveil.audit.thieves import AuditedRun
@@ -84,3 +85,24 @@ def test_a_part_of_a_model_clears_nobody_and_is_not_w(tmp_path):
     torch.save(wrapped("module.")(copy.received(client).weights), tmp_path / "ddp.pt")
     told = run_trace(tmp_path / "ddp.pt", run.path, TraceSettings(), out=None)
     assert "1 of 4 clients named" in told
+
+
+def test_folded_normalisations_hinder_no_alignment():
+    """As exporters fold them: into the layer before, whose units are then put in another order."""
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(6, 4),
+    )  # fmt: skip
+    base = {name: p.detach().double() for name, p in whole.named_parameters()}
+    leaked = {name: v.clone() for name, v in base.items() if name.partition(".")[0] not in "14"}
+    for layer, after, units in (("0", "3", 8), ("3", "7", 6)):
+        order, factor = torch.randperm(units), 0.5 + torch.rand(units).double()
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            value = leaked[name] * factor.reshape(-1, *[1] * (leaked[name].ndim - 1))
+            leaked[name] = value[order]
+        leaked[f"{after}.weight"] = leaked[f"{after}.weight"][:, order]
+    found = aligned(leaked, base)
+    for name in leaked:
+        assert torch.allclose(found[name], base[name], atol=1e-5), name
