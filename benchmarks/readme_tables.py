@@ -851,19 +851,38 @@ def _copies_lines() -> list[str]:
         (row["colluders"], row["attack"]): row["accuracy"]
         for row in _results("theft-zero-labels")["rows"]
     }
-    rows = [r for r in _results("trace-disguised")["rows"] if r["treatment"] == "permuted"]
-    guilty = sum(len(row["z_aligned"]) for row in rows)
-    innocents = sum(row["innocents"] for row in _results("trace-disguised")["rows"])
-    wrong = sum(row["innocents_naming"] for row in _results("trace-disguised")["rows"])
+    disguised = _results("trace-disguised")["rows"]
+    rows = [r for r in disguised if r["treatment"] == "permuted" and r["colluders"]]
+    alone = [row for row in rows if row["colluders"] == 1]
+    innocent = [row for row in disguised if not row["colluders"]]
+    innocents, wrong = (sum(row[key] for row in innocent) for key in ("innocents", "naming"))
     return [
         "| `cluster`, accuracy | MNIST, copies of `noise-delta`, two clients, no label "
         f"| `direct` {theft[2, 'direct']:.0%} | {theft[2, 'colluding + cluster']:.1%} "
         "| none known to us |",
-        "| tracing, clients named | MNIST, copies with permuted units "
-        f"| {sum(row['named_before'] for row in rows)} of {guilty} "
-        f"| {sum(row['named_aligned'] for row in rows)} of {guilty}; {wrong} of {innocents:,} "
-        "innocents | none known to us |",
+        "| tracing, clients named | MNIST, permuted units, single copies and averages of 3 and 8 "
+        f"| {_named(alone, 'named_before', 'guilty_before')}, alone | {_named(rows)}; "
+        f"{wrong} of {innocents:,} innocents | none known to us |",
+        *(
+            f"| tracing, clients named | MNIST, averages of 6 to 10 copies, {treatment} "
+            f"| {_named(_coalitions('trace-own-round', treatment))} "
+            f"| {_named(_coalitions('trace', treatment))} | none known to us |"
+            for treatment in ("pruned, 90 %", "4 bits")
+        ),
     ]
+
+
+def _coalitions(result: str, treatment: str) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for row in _results(result)["rows"]
+        if row["source"] == "last copies" and row["treatment"] == treatment
+        if 6 <= row["colluders"] <= 10
+    ]
+
+
+def _named(rows: Sequence[Mapping[str, Any]], named: str = "named", of: str = "guilty") -> str:
+    return f"{sum(row[named] for row in rows)} of {sum(row[of] for row in rows)}"
 
 
 _ARMS = ("analytic", "fedavg_of_the_head", "server_alone", "one_client_alone")

@@ -77,6 +77,26 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
     return {**leaked, **{name: value.to(leaked[name].dtype) for name, value in state.items()}}
 
 
+def nearest(leaked: Weights, bases: Sequence[Weights]) -> Weights:
+    """Return the base that a leaked model, aligned to it, is nearest to.
+
+    Args:
+        leaked: State by name.
+        bases: At least one, each as ``aligned`` takes it.
+    """
+    if any(name not in leaked or leaked[name].shape != v.shape for name, v in bases[0].items()):
+        return bases[0]
+    return min(bases, key=lambda base: _unlike(aligned(leaked, base), base))
+
+
+def _unlike(state: Weights, base: Weights) -> float:
+    """Return how unlike two models are; of each tensor at most 1: one may be full of noise."""
+    pairs = [
+        (state[name].double().flatten(), value.double().flatten()) for name, value in base.items()
+    ]
+    return math.fsum(1 - float(torch.cosine_similarity(a, b, dim=0)) ** 2 for a, b in pairs)
+
+
 def _chain(base: Weights) -> list[_Layer]:
     layers: list[_Layer] = []
     for name, value in base.items():

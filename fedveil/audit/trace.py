@@ -1,20 +1,35 @@
 """Which clients a leaked model came from, by the fingerprints in the copies they were sent.
 
-The test. Of round r and a shared copy c, take u = (leaked - c) / RMS(layer), the differences to the
-round's other shared copies projected out, clipped, whitened tensor by tensor, and brought to unit
-length. For a client k of that round with the pattern f (independent standard normal values that
-only the server's key gives), z = <u, f>. Whatever the leaked model is, as long as it was made
-without knowledge of f, u does not depend on f and z is standard normal: the false-accusation rate
-needs no assumption about innocent models. Every step on the way to u looks at the leaked model and
-at c alone, never at a pattern, so it costs power at worst, never validity.
+The test. ``residual`` explains the leaked model by the shared copies of all rounds and returns a
+unit vector u of what is left. For a client k of round r with the pattern f (independent standard
+normal values that only the server's key gives), z = <u, f>. Whatever the leaked model is, as long
+as it was made without knowledge of f, and u from it and from copies without f, z is standard
+normal: the false-accusation rate needs no assumption about innocent models.
+
+Why all rounds may be used. Copies up to round r are independent of its f. Later ones are not quite:
+fingerprints leave the mean of what clients return, but training from a fingerprinted copy undoes a
+little of it, so the base of round r + 1 is d = e - b f for some b >= 0, with e free of f. The
+projection off d takes the multiple of d that is in the leak out, and with it puts b f back: by
+t b |f|, if t is how far the leak lies along e for each unit that it lies off d. Had training undone
+nothing, or did the leak come from d itself, as w and later copies do, that would be 0. It is
+measured: z of each fingerprint along its own round's d is -b |f| / |d| on average, and every z is
+lowered by that mean, which covers t <= 1; one client's own update is about as far along the sum of
+ten as off it.
+
+Why several passes may be used. Once a client is named, its fingerprints explain the leak as copies
+do. For an innocent k, suppose it were never named: then the others' passes, and u in each, do not
+depend on its f. With that k named falsely in pass s has probability alpha 2^-s / tests a test, and
+the sum over passes is below alpha.
 
 Source: Cox, Kilian, Leighton, Shamoon 1997 (correlation detector for Gaussian marks); Wu, Trappe,
 Wang, Liu, "Collusion-resistant fingerprinting for multimedia", IEEE Signal Processing Magazine 21
-(2004) (one mark a user, correlated after subtracting the host, against averaging).
+(2004) (one mark a user, correlated after subtracting the host, against averaging); Verdu,
+"Multiuser Detection", 1998, section 7.1 (successive cancellation: who is found is subtracted).
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -25,8 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedveil.audit.align import aligned, mean_state
+from fedveil.audit.align import mean_state
+from fedveil.audit.hosts import Hosts
 from fedveil.audit.leaked_names import as_in_the_run, shared_values
+from fedveil.audit.residual import residual
 from fedveil.audit.settings import TraceSettings
 from fedveil.copies.fingerprint import Fingerprint
 from fedveil.copies.noise import root_mean_square
@@ -44,12 +61,11 @@ ALPHA = TraceSettings().alpha
 """Chance to accuse anybody innocent, over all tests of one leaked model."""
 
 _DECOYS = 2  # keys that nobody got, a lineup
-_CLIP = 2.0
-_MEDIAN_OF = 4_096
 _UNNAMED_SHOWN = 3
 _LEAST = -99  # a smaller power of ten is printed as this
 # Training, pruning or quantising w moves it by more than this part of a layer's root mean square.
 _SAME = 1e-3
+_TINY = 1e-12
 _MOST = 0.9  # of a model's values
 _PART = (
     "Only {:.0%} of the values of the run's model have a counterpart of the same name and shape in "
@@ -72,48 +88,14 @@ class Lineup:
     Attributes:
         round: The round, from 1.
         clients: Partitions of the clients.
-        reference: float32 [n], the shared copy, its parameters in the fingerprint's order.
-        unit: float32 [n], one over the root mean square of each value's layer; 0 where that is 0.
-        directions: float32 [m, n], differences to the round's other shared copies, times ``unit``.
         patterns: float32 [clients + decoys, n], of the clients, then of keys nobody got.
-        tensors: Name and number of values of each parameter.
-        base: Mean of the round's shared copies, by name in the order of ``tensors``.
+        moved: z of each client along what its round moved the base by; empty for the last round.
     """
 
     round: int
     clients: tuple[int, ...]
-    reference: Tensor
-    unit: Tensor
-    directions: Tensor
     patterns: Tensor
-    tensors: tuple[tuple[str, int], ...]
-    base: Weights
-
-
-@dataclass(frozen=True)
-class LeakedValues:
-    """The comparable values of a leaked model, in the order of a lineup.
-
-    Attributes:
-        values: float32 [n]; 0 where there is nothing to compare.
-        kept: bool [n], where there is; ``None``: everywhere.
-    """
-
-    values: Tensor
-    kept: Tensor | None
-
-    @classmethod
-    def of(cls, leaked: Weights, tensors: Sequence[tuple[str, int]]) -> "LeakedValues":
-        """Take what can be compared: finite values other than 0 in tensors of the right size."""
-        parts = []
-        for name, size in tensors:
-            value = leaked.get(name)
-            if value is None or value.numel() != size:
-                value = torch.zeros(size)
-            parts.append(value.detach().float().reshape(-1))
-        values = torch.nan_to_num(torch.cat(parts), nan=0.0, posinf=0.0, neginf=0.0)
-        kept = values != 0
-        return cls(values, None if kept.all() else kept)
+    moved: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -135,6 +117,10 @@ class Suspect:
     log10_p: float
     rounds: tuple[int, ...]
     scores: Mapping[int, float]
+
+    def named_at(self, alpha: float) -> bool:
+        """Whether it is named where anybody innocent is with this chance at most."""
+        return self.log10_p <= math.log10(alpha)
 
 
 @dataclass(frozen=True)
@@ -158,8 +144,7 @@ class Trace:
     @cached_property
     def named(self) -> tuple[int, ...]:
         """Partitions of the clients that the leak came from, ascending."""
-        limit = math.log10(self.alpha)
-        return tuple(sorted(s.client for s in self.suspects if s.log10_p <= limit))
+        return tuple(sorted(s.client for s in self.suspects if s.named_at(self.alpha)))
 
     def as_json(self) -> dict[str, Any]:
         """Return the trace as plain values."""
@@ -194,81 +179,99 @@ class Trace:
         return "\n".join(lines)
 
 
-def lineups(archive: Archive) -> Iterator[Lineup]:
-    """Yield who was sent what, round by round, with what identifies each.
+@dataclass(frozen=True)
+class Lineups:
+    """Who was sent a copy, round by round, with what identifies each; read anew each time.
 
-    Raises:
-        FedveilError: No round of the archive carries fingerprints, or a file is damaged.
+    Attributes:
+        archive: Of the run.
+        on_round: Called as ``on_round("rounds", rounds read, rounds in all)``.
     """
-    found = False
-    for entry in archive:
-        if entry.fingerprint:
-            found = True
-            yield from _of_round(entry, entry.fingerprint)
-    if not found:
-        raise FedveilError(
-            f"the copies in {archive.folder} carry no fingerprints, so nothing tells one client's "
-            "from another's; train with --fingerprint"
-        )
+
+    archive: Archive
+    on_round: Callable[[str, int, int], None] | None = None
+
+    def __iter__(self) -> Iterator[Lineup]:
+        """Yield the rounds that carry fingerprints; raises FedveilError at a damaged file."""
+        rounds = len(self.archive.rounds)
+        ahead = itertools.pairwise(itertools.chain(self.archive, [None]))
+        for number, (entry, following) in enumerate(ahead):
+            if self.on_round:
+                self.on_round("rounds", number, rounds)
+            if entry and entry.fingerprint:
+                yield from _of_round(entry, entry.fingerprint, following)
 
 
-def trace(leaked: Weights, among: Iterable[Lineup], *, alpha: float = ALPHA) -> Trace:
+def trace(leaked: Weights, hosts: Hosts, among: Iterable[Lineup], *, alpha: float = ALPHA) -> Trace:
     """Name the clients whose copies a leaked model was made from.
 
     Clients are tested round by round, and those of several rounds once more by the sum of their z
-    over the square root of their number. Before each comparison the leaked model's hidden units are
-    put into the order and the scale of the round's base, which no pattern has a part in.
-    Bonferroni's correction over all these tests bounds the
-    chance that anybody innocent is named.
+    over the square root of their number. The fingerprints of those who are named are then part of
+    what explains the leak, and the others are tested again with what is left, until nobody else is
+    named. Bonferroni's correction over all tests of a pass, and 1/2, 1/4, … of ``alpha`` for the
+    passes bound the chance that anybody innocent is named.
 
     Args:
-        leaked: State by name. Tensors of other names or sizes than the run's are left out, as are
-            zeros (pruning made them) and what is not finite.
-        among: What ``lineups`` yields.
+        leaked: State by name. Tensors of other names or sizes than the run's are left out, and
+            what is not finite.
+        hosts: What the run sent.
+        among: Who was sent it; not an iterator, since each pass goes through it.
         alpha: Chance to name anybody innocent, in (0, 1).
 
     Raises:
-        FedveilError: No tensor of the leaked model fits the run's.
+        FedveilError: No tensor of the leaked model fits the run's, or a file is damaged.
     """
+    named: dict[int, Suspect] = {}
+    for number in itertools.count(1):
+        left = residual(leaked, hosts)
+        if not left.values:
+            raise FedveilError(
+                "no tensor of the leaked model has the name and size of one of the run's model; "
+                "rename its tensors as the run's model.safetensors names them"
+            )
+        suspects, decoys, tests = _tested(left.direction, among, alpha, number)
+        found = {s.client: s for s in suspects if s.named_at(alpha) and s.client not in named}
+        named |= found
+        if not found or len(named) == len(suspects):
+            break
+        hosts = hosts.beside(_patterns(among, found))
+    final = [named.get(suspect.client, suspect) for suspect in suspects]
+    ordered = sorted(final, key=lambda suspect: (-suspect.z, suspect.client))
+    return Trace(tuple(ordered), alpha, tests, decoys, left.values)
+
+
+def _tested(
+    direction: Tensor, among: Iterable[Lineup], alpha: float, number: int
+) -> tuple[list[Suspect], tuple[float, ...], int]:
+    """Return what speaks against each client along a direction, decoys' z, and how many tests."""
     scores: dict[int, dict[int, float]] = {}
     decoys: list[float] = []
-    leak: LeakedValues | None = None
+    moved: list[float] = []
     for lineup in among:
-        leak = LeakedValues.of(aligned(leaked, lineup.base), lineup.tensors)
-        z = (lineup.patterns @ direction(leak, lineup)).tolist()
+        z = (lineup.patterns @ direction).tolist()
         for client, score in zip(lineup.clients, z, strict=False):
             scores.setdefault(client, {})[lineup.round] = score
         decoys += z[len(lineup.clients) :]
-    values = 0 if leak is None else int(torch.count_nonzero(leak.values))
-    if not values:
-        raise FedveilError(
-            "no tensor of the leaked model has the name and size of one of the run's model; "
-            "rename its tensors as the run's model.safetensors names them"
-        )
+        moved += lineup.moved
+    undone = max(0.0, -fmean(moved)) if moved else 0.0
     tests = sum(len(of) + (len(of) > 1) for of in scores.values())
-    suspects = (_suspect(client, of, tests, alpha) for client, of in scores.items())
-    ordered = sorted(suspects, key=lambda suspect: (-suspect.z, suspect.client))
-    return Trace(tuple(ordered), alpha, tests, tuple(decoys), values)
+    suspects = [
+        _suspect(client, {r: z - undone for r, z in of.items()}, tests * 2**number, alpha)
+        for client, of in scores.items()
+    ]
+    return suspects, tuple(decoys), tests
 
 
-def direction(leak: LeakedValues, lineup: Lineup) -> Tensor:
-    """Return the unit vector along which patterns are looked for.
-
-    Returns:
-        float32 [n]; all zeros where the leaked model is the reference itself.
-    """
-    kept, directions = leak.kept, lineup.directions
-    residual = (leak.values - lineup.reference) * lineup.unit
-    if kept is not None:
-        residual, directions = residual * kept, directions * kept
-    if len(directions):
-        residual = _without(residual, directions)
-    sizes = [size for _, size in lineup.tensors]
-    masks = [None] * len(sizes) if kept is None else torch.split(kept, sizes)
-    parts = zip(torch.split(residual, sizes), masks, strict=True)
-    whitened = torch.cat([_whitened(part, mask) for part, mask in parts])
-    norm = whitened.norm()
-    return whitened / norm if norm > 0 else whitened
+def _patterns(among: Iterable[Lineup], found: Mapping[int, Suspect]) -> Tensor:
+    """Return the fingerprints that speak against those who were found, float32 [k, n]."""
+    return torch.stack(
+        [
+            pattern
+            for lineup in among
+            for client, pattern in zip(lineup.clients, lineup.patterns, strict=False)
+            if client in found and lineup.round in (found[client].rounds or found[client].scores)
+        ]
+    )
 
 
 def log10_p(z: float) -> float:
@@ -276,63 +279,32 @@ def log10_p(z: float) -> float:
     return float(torch.special.log_ndtr(torch.tensor(-z, dtype=torch.float64))) / math.log(10)
 
 
-def _of_round(entry: Entry, fingerprint: Fingerprint) -> Iterator[Lineup]:
-    flat = [torch.cat([c[n].float().reshape(-1) for n in fingerprint.names]) for c in entry.copies]
-    base = mean_state(entry.copies, fingerprint.names)
+def _of_round(entry: Entry, fingerprint: Fingerprint, following: Entry | None) -> Iterator[Lineup]:
+    moved = _moved(entry, following, fingerprint) if following else None
+    count = sum(entry.copies[0][name].numel() for name in fingerprint.names)
     receivers = sorted((copy, client) for client, copy in entry.assignment.items())
     for copy, group in groupby(receivers, key=lambda item: item[0]):
         clients = tuple(client for _, client in group)
         # No client has a number below 0.
-        everyone = [*clients, *(-1 - len(flat) * i - copy for i in range(_DECOYS))]
+        everyone = [*clients, *(-1 - len(entry.copies) * i - copy for i in range(_DECOYS))]
         patterns = [
-            fingerprint.pattern(len(flat[copy]), round_number=entry.round, client=client)
+            fingerprint.pattern(count, round_number=entry.round, client=client)
             for client in everyone
         ]
-        unit = _units(entry.copies[copy], fingerprint.layers)
-        others = [(other - flat[copy]) * unit for i, other in enumerate(flat) if i != copy]
-        yield Lineup(
-            round=entry.round,
-            clients=clients,
-            reference=flat[copy],
-            unit=unit,
-            directions=torch.stack(others) if others else torch.empty(0, len(unit)),
-            patterns=torch.stack(patterns),
-            tensors=tuple((name, entry.copies[copy][name].numel()) for name in fingerprint.names),
-            base=base,
-        )
+        stacked = torch.stack(patterns)
+        along = () if moved is None else (stacked[: len(clients)] @ moved).tolist()
+        yield Lineup(entry.round, clients, stacked, tuple(along))
 
 
-def _units(weights: Weights, layers: Sequence[Sequence[str]]) -> Tensor:
-    """Return one over the root mean square of the layer each value belongs to, or 0."""
-    sizes = [(root_mean_square(weights, layer), layer) for layer in layers]
-    return torch.cat(
-        [
-            torch.full((weights[name].numel(),), 1 / size if size else 0.0)
-            for size, layer in sizes
-            for name in layer
-        ]
-    )
-
-
-def _without(residual: Tensor, directions: Tensor) -> Tensor:
-    """Return the part of ``residual`` that is orthogonal to all ``directions``."""
-    unit = torch.nn.functional.normalize(directions)
-    share = torch.linalg.lstsq(unit @ unit.T, (unit @ residual)[:, None]).solution[:, 0]
-    rest: Tensor = residual - share @ unit
-    return rest
-
-
-def _whitened(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Clip at twice the median size, which fine-tuning's few large steps pass, and whiten."""
-    compared = values if kept is None else values[kept]
-    if not len(compared):
-        return values
-    # Some thousands tell the median of a large tensor well enough.
-    stride = -(-len(compared) // _MEDIAN_OF)
-    bound = float(_CLIP * compared[::stride].abs().median())
-    clipped = values.clamp(-bound, bound)
-    square = float(clipped.square().sum()) / len(compared)
-    return clipped / square if square > 0 else clipped
+def _moved(entry: Entry, following: Entry, fingerprint: Fingerprint) -> Tensor:
+    """Return the direction from a round's base to the next one's, each layer by its size."""
+    before, after = (mean_state(of.copies, fingerprint.names) for of in (entry, following))
+    parts = [
+        (after[name] - before[name]).flatten() / max(_TINY, root_mean_square(before, layer))
+        for layer in fingerprint.layers
+        for name in layer
+    ]
+    return torch.nn.functional.normalize(torch.cat(parts), dim=0).float()
 
 
 def _suspect(client: int, scores: Mapping[int, float], tests: int, alpha: float) -> Suspect:
@@ -363,8 +335,10 @@ def run_trace(leaked: Path, run: Path, settings: TraceSettings, *, out: Path | N
     archive = Archive.open(directory.path, directory.noise_key())
     sent = archive.read(archive.rounds[0]).copies[0]
     state = as_in_the_run(state, sent)
-    found = trace(state, _watched(archive), alpha=settings.alpha)
     compared = shared_values(state, sent)
+    with ProgressBars(transient=True) as bars:
+        lineups = Lineups(archive, bars)
+        found = trace(state, Hosts.of(archive), lineups, alpha=settings.alpha)
     is_w = _is_delivered(state, directory)
     if out:
         described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}
@@ -406,13 +380,6 @@ def _described(suspect: Suspect) -> dict[str, Any]:
 
 def _spread(z: Sequence[float]) -> dict[str, float]:
     return {"keys": len(z), "mean": fmean(z), "sd": stdev(z), "max": max(z)}
-
-
-def _watched(archive: Archive) -> Iterator[Lineup]:
-    with ProgressBars(transient=True) as bars:
-        for lineup in lineups(archive):
-            bars.begin("rounds", archive.rounds.index(lineup.round), len(archive.rounds), "")
-            yield lineup
 
 
 def _is_delivered(state: Weights, run: RunDirectory) -> bool:

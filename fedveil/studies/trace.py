@@ -1,19 +1,21 @@
 """How surely the receivers of a leaked copy are named, and how surely nobody else is."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedveil.attacks.theft.observation import mean_of
-from fedveil.audit.trace import ALPHA, Lineup, lineups, trace
+from fedveil.audit.hosts import Hosts
+from fedveil.audit.trace import ALPHA, Lineup, Lineups, trace
 from fedveil.federation.engines.worker import usable_cores
 from fedveil.federation.job import Job
 from fedveil.federation.server_app import load_job, prepare_job
@@ -105,8 +107,9 @@ class TraceStudy(TraceOptions):
             "study": asdict(self),
             "strength": fingerprint.strength if fingerprint else 0.0,
             "alpha": ALPHA,
-            "tests": trace(delivered, bench.among).tests,
+            "tests": trace(delivered, bench.hosts, bench.among).tests,
             "accuracy_of_w": bench.thief.accuracy(delivered),
+            "undone": _undone(bench),
             "rows": _gathered([piece for task, piece in pieces if isinstance(task, Leak)]),
             "innocent": [
                 {
@@ -114,6 +117,8 @@ class TraceStudy(TraceOptions):
                     "models": len(of),
                     "accused": sum(model["accused"] for model in of),
                     "largest_z": [round(model["largest_z"], 3) for model in of],
+                    "mean_z": fmean(model["mean_z"] for model in of),
+                    "sd_z": math.sqrt(fmean(model["sd_z"] ** 2 for model in of)),
                 }
                 for kind in bench.innocents
                 for of in [[model for model in traced if model["kind"] == kind]]
@@ -130,11 +135,16 @@ class TraceStudy(TraceOptions):
         for row in result["rows"]:
             groups.setdefault((row["source"], row["treatment"]), []).append(row)
         innocent = (
-            (of["kind"], str(of["models"]), str(of["accused"]), f"{max(of['largest_z']):.2f}")
+            (
+                *(of["kind"], str(of["models"]), str(of["accused"])),
+                *(f"{max(of['largest_z']):.2f}", f"{of['mean_z']:+.3f} ± {of['sd_z']:.3f}"),
+            )
             for of in result["innocent"]
         )
         leaks = markdown(head, (_cells(*kind, rows) for kind, rows in groups.items()))
-        kinds = markdown(("innocent models", "traced", "naming anybody", "largest z"), innocent)
+        kinds = markdown(
+            ("innocent models", "traced", "naming anybody", "largest z", "all z"), innocent
+        )
         return f"{leaks}\n{kinds}"
 
     def figures(self, result: Mapping[str, Any], out: Path) -> dict[str, "Figure"]:
@@ -247,7 +257,9 @@ def _traced(
     archive = _archive(runs["leaked"])
     thief = Disguiser(load_job(runs["leaked"].config))
     innocents = _innocents(study, thief, runs, runs["leaked"].model())
-    bench = Bench(study, thief, tuple(archive), tuple(lineups(archive)), innocents)
+    bench = Bench(
+        study, thief, tuple(archive), Hosts.of(archive), tuple(Lineups(archive)), innocents
+    )
     return bench, _done(bench, (*_models(study), *_leaks(study, thief)), out)
 
 
@@ -311,6 +323,7 @@ class Bench:
         study: The settings.
         thief: What is done to a model.
         entries: The archive of the run that is leaked from.
+        hosts: What its clients were sent, before fingerprints.
         among: Its fingerprints.
         innocents: Makes innocent model number n, by kind.
     """
@@ -318,6 +331,7 @@ class Bench:
     study: TraceStudy
     thief: Disguiser
     entries: Sequence[Entry]
+    hosts: Hosts
     among: Sequence[Lineup]
     innocents: Mapping[str, Callable[[int], Weights]]
 
@@ -332,19 +346,28 @@ class Bench:
         guilty = set(random.Random(name).sample(everyone, leak.colluders))
         averaged_copies = _SOURCES[leak.source](self.entries, sorted(guilty))
         model = self.thief.treatments[leak.treatment](averaged_copies, _generator(name))
-        found = trace(model, self.among)
+        found = trace(model, self.hosts, self.among)
+        others = [z for s in found.suspects if s.client not in guilty for z in s.scores.values()]
         return {
             **asdict(leak),
             "named": len(guilty & set(found.named)),
             "falsely": len(set(found.named) - guilty),
             "least_z": min(s.z for s in found.suspects if s.client in guilty),
+            "others_z": {"mean": fmean(others), "sd": stdev(others)},
             "accuracy": self.thief.accuracy(model),
         }
 
     def innocent(self, task: Innocent) -> dict[str, Any]:
         """Make an innocent model and trace it."""
-        found = trace(self.innocents[task.kind](task.number), self.among)
-        return {"kind": task.kind, "accused": bool(found.named), "largest_z": found.suspects[0].z}
+        found = trace(self.innocents[task.kind](task.number), self.hosts, self.among)
+        z = [score for suspect in found.suspects for score in suspect.scores.values()]
+        return {
+            "kind": task.kind,
+            "accused": bool(found.named),
+            "largest_z": found.suspects[0].z,
+            "mean_z": fmean(z),
+            "sd_z": stdev(z),
+        }
 
 
 _bench: Bench | None = None
@@ -436,10 +459,22 @@ def _gathered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "named": sum(row["named"] for row in of),
             "falsely": sum(row["falsely"] for row in of),
             "least_z": min(row["least_z"] for row in of),
+            "others_mean_z": fmean(row["others_z"]["mean"] for row in of),
+            "others_sd_z": math.sqrt(fmean(row["others_z"]["sd"] ** 2 for row in of)),
             "accuracy": fmean(row["accuracy"] for row in of),
         }
         for (source, treatment, colluders), of in groups.items()
     ]
+
+
+def _undone(bench: Bench) -> dict[str, float]:
+    """Return what training told of fingerprints: z along what their round moved the base by.
+
+    It is standard normal where the next round's copies are independent of the fingerprints of the
+    clients that they were made from.
+    """
+    z = [score for lineup in bench.among for score in lineup.moved]
+    return {"clients": len(z), "mean_z": fmean(z), "sd_z": stdev(z)}
 
 
 def _generator(name: str) -> torch.Generator:
