@@ -502,7 +502,7 @@ def _draw(result: Mapping[str, Any]) -> "Figure":
 
     figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    limit = _threshold(result["tests"])
+    limit = _threshold(2 * result["tests"])  # half of alpha is for the first pass
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault(f"{row['source']}, {row['treatment']}", []).append(row)
@@ -519,7 +519,8 @@ def _draw(result: Mapping[str, Any]) -> "Figure":
     left.axhline(limit, color=GREY, linewidth=1)
     left.set(yscale="log", xlabel="clients whose copies are averaged", ylabel="least z of a client")
     left.set_title("clients the leak came from")
-    left.legend(fontsize=7, ncols=2)
+    left.set_ylim(bottom=1)  # room for the legend
+    left.legend(fontsize=7, ncols=2, loc="lower left")
     left.grid(alpha=0.2)
     largest = [z for group in result["innocent"] for z in group["largest_z"]]
     right.hist(largest, bins=40, color=BLUE)
