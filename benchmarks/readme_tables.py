@@ -81,7 +81,8 @@ def _range(row: Mapping[str, Any]) -> str:
     middle, low, high = (
         round(100 * row[name]) for name in ("advantage", "advantage_low", "advantage_high")
     )
-    return f"{middle:+d}, one" if row.get("thieves") == 1 else f"{middle:+d} [{low:+d}, {high:+d}]"
+    single = 1 in (row.get("thieves"), len(row["chosen"]))
+    return f"{middle:+d}, one" if single else f"{middle:+d} [{low:+d}, {high:+d}]"
 
 
 def leakage(words: Mapping[str, str]) -> list[str]:
