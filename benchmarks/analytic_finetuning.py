@@ -37,7 +37,7 @@ from fedveil.federation.training import LocalTraining, train_locally
 from fedveil.files import write_atomically
 from fedveil.types import Shape
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 OF_SUMS = 176  # pixels, of analytic_partitions.py
 _TRIED, _HELD, _TOLD = 3, 1_000, 2_000
 State = dict[str, Tensor]

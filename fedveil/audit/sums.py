@@ -1,9 +1,10 @@
 """``fedveil audit sums``: what sums over clients' images tell of those images."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fedveil.analytic import (
     rows_of,
 )
 from fedveil.analytic.privacy import GaussianRelease, noise_sharers, traceable
-from fedveil.attacks.inversion.feature_maps import FeatureInversion
+from fedveil.attacks.inversion.feature_maps import FeatureInversion, SpanInversion
 from fedveil.attacks.membership.leverage import Column, Leverage, Tracing
 from fedveil.audit.members import Members
 from fedveil.audit.metrics import RATES, ROC_HEAD, Roc, roc_of_one
@@ -72,28 +73,36 @@ class Told:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Images rebuilt from a column of H, each beside what public images alone would give.
+    """Images rebuilt from sums, each beside what public images alone would give.
 
     Attributes:
-        originals: Float in [0, 1], [N, C, H, W], each the only one of its class at its client.
-        alone: From its client's sums.
+        candidates: Of each the images that it may be, float in [0, 1], [M, C, H, W]: all of its
+            class at its client. One of several is searched in the span of its client's sums.
+        alone: From its client's sums, float in [0, 1], [N, C, H, W].
         together: From the round's, where the column is that of all images of the class.
-        nearest: Public images whose features are nearest to those in the client's sums: the floor
-            is how much they look like the originals.
+        nearest: Public images whose features are nearest to those in the client's column: the floor
+            is how much they look like the candidates.
     """
 
-    originals: Tensor
+    candidates: tuple[Tensor, ...]
     alone: Tensor
     together: Tensor
     nearest: Tensor
 
+    @property
+    def originals(self) -> Tensor:
+        """The candidate that each image from one client's sums is nearest to, [N, C, H, W]."""
+        found = zip(self.alone, self.candidates, strict=True)
+        return torch.stack([some[_correlations(one, some).argmax()] for one, some in found])
+
     def as_json(self) -> dict[str, Any]:
-        """Return ``rebuilt`` of ``sums.json``: mean correlations of pixels with the originals'."""
+        """Return ``rebuilt`` of ``sums.json``: mean correlations with the nearest candidate."""
         return {
-            "images": len(self.originals),
-            "from_one_client": _mean_correlation(self.alone, self.originals),
-            "from_the_round": _mean_correlation(self.together, self.originals),
-            "floor": _mean_correlation(self.nearest, self.originals),
+            "images": len(self.candidates),
+            "lone": sum(len(some) == 1 for some in self.candidates),
+            "from_one_client": _mean_correlation(self.alone, self.candidates),
+            "from_the_round": _mean_correlation(self.together, self.candidates),
+            "floor": _mean_correlation(self.nearest, self.candidates),
         }
 
 
@@ -216,7 +225,8 @@ def audit_sums(path: Path, settings: SumsSettings, *, out: Path | None) -> SumsR
     releases that differ by that client, or when all others collude with it. The public images are
     the server's own, and such report images as are not needed to be told from those in the sums.
     What a client's column of H is for a class of which it has one image is that image's features,
-    and those are inverted; so is the same class's column of the whole sum.
+    and those are inverted; so is the same class's column of the whole sum. Of a class of which it
+    has several one is searched in the span of its sums, where that is not the whole space.
 
     Args:
         path: Directory of the run.
@@ -460,37 +470,71 @@ def _rebuilt(
 ) -> Rebuilt | None:
     slow = slow_beneath(case.features) is not None
     most = min(settings.rebuilt, _SLOW_IMAGES) if slow else settings.rebuilt
-    alone = list(_lone(case))[:most]
-    if not alone:
+    targets = list(_targets(case))[:most]
+    if not targets:
         return None
-    plain("images that are alone in a class", 0, len(alone), "rebuilt")
-    originals = torch.cat([image.pixels for _, image in alone])
-    labels = torch.cat([image.labels for _, image in alone])
-    single = torch.cat(
-        [
-            case.released(case.of_client(case.images[client])).moments[:, image.labels].T
-            for client, image in alone
-        ]
-    )
+    count = len(targets)
+    plain("images of one client's class", 0, count, "rebuilt")
+    sums = [case.released(case.of_client(case.images[target.client])) for target in targets]
+    labels = torch.tensor([target.label for target in targets])
+    single = torch.stack([one.moments[:, t.label] for one, t in zip(sums, targets, strict=True)])
     together = case.sums.moments[:, labels].T
     attack = FeatureInversion(starts=1, steps=_SLOW_STEPS) if slow else FeatureInversion()
     public = case.own.pixels
     found = attack(case.features, torch.cat([single, together]), public, generator)
+    alone = found[:count]
+    spanned = [place for place, target in enumerate(targets) if len(target.candidates) > 1]
+    for place in spanned:
+        alone[place] = SpanInversion()(
+            case.features, [sums[place]], labels[[place]], alone[[place]], generator
+        )[0]
     own = case.rows(case.own)[:, : case.dimension].double() * 2.0**-FRACTION_BITS
     near = (F.normalize(own, dim=1) @ F.normalize(single, dim=1).T).argmax(0)
-    plain("images that are alone in a class", len(alone), len(alone), "rebuilt")
-    count = len(alone)
-    return Rebuilt(originals, found[:count], found[count:], public[near])
+    plain("images of one client's class", count, count, "rebuilt")
+    candidates = tuple(target.candidates for target in targets)
+    return Rebuilt(candidates, alone, found[count:], public[near])
 
 
-def _lone(case: _Case) -> Iterator[tuple[int, Images]]:
-    """Yield clients and the one image that one of them has of a class, class by class."""
+@dataclass(frozen=True)
+class _Target:
+    """A class of one client of which an image is rebuilt.
+
+    Attributes:
+        client: Its partition.
+        label: The class.
+        candidates: The client's images of the class, float in [0, 1], [M, C, H, W].
+    """
+
+    client: int
+    label: int
+    candidates: Tensor
+
+
+def _targets(case: _Case) -> Iterator[_Target]:
+    """Yield of each class the client with the fewest images of it, single images first.
+
+    Several cannot be told apart where noise or as many images as features fill the whole space.
+    """
+    found = []
     for label in range(case.classifier.classes):
-        for client, images in case.images.items():
-            places = (images.labels == label).nonzero().flatten()
-            if len(places) == 1:
-                yield client, images[places]
-                break
+        held = {client: images[images.labels == label] for client, images in case.images.items()}
+        some = {
+            client: own
+            for client, own in held.items()
+            if len(own) == 1 or (len(own) > 1 and _spans_a_part(case, client))
+        }
+        if some:
+            client = min(some, key=lambda one: len(some[one]))
+            found.append(_Target(client, label, some[client].pixels))
+    yield from sorted(found, key=lambda target: len(target.candidates))
+
+
+def _spans_a_part(case: _Case, client: int) -> bool:
+    """Say whether a client's sums leave out some part of the space, which is worth searching."""
+    if case.release is not None or slow_beneath(case.features) is not None:
+        return False
+    filled = case.features.views * len(case.images[client])
+    return filled < case.dimension + case.classifier.classes
 
 
 def _untold(
@@ -509,8 +553,10 @@ def _untold(
             )
     if settings.rebuilt and rebuilt is None:
         yield (
-            "No client is in the sums that has a single image of some class, so no image was "
-            "rebuilt; with more images of a class a client's sums tell their mean."
+            "No client is in the sums that has a single image of some class, and none whose images "
+            "could be searched for in the span of its sums (fewer than features, no noise, no "
+            "backbone), so no image was rebuilt; a client's sums tell the mean of its images of a "
+            "class."
         )
     yield (
         "A server that chooses the map can choose one that singles an image out: "
@@ -518,18 +564,21 @@ def _untold(
     )
 
 
-def _mean_correlation(images: Tensor, originals: Tensor) -> float:
-    """Return the mean correlation with the originals or, where that is more, mirrored ones.
+def _mean_correlation(images: Tensor, candidates: Sequence[Tensor]) -> float:
+    """Return the mean correlation with the nearest of what each image may be.
 
     A map that takes mirror images for alike cannot tell which of the two it was.
     """
-    upright, mirrored = (_correlations(images, some) for some in (originals, originals.flip(3)))
-    return float(torch.maximum(upright, mirrored).mean())
+    found = zip(images, candidates, strict=True)
+    return fmean(float(_correlations(one, some).max()) for one, some in found)
 
 
-def _correlations(images: Tensor, originals: Tensor) -> Tensor:
-    one, other = ((x.flatten(1) - x.flatten(1).mean(1, keepdim=True)) for x in (images, originals))
-    return F.cosine_similarity(one, other)
+def _correlations(image: Tensor, candidates: Tensor) -> Tensor:
+    """Return the correlations of one image with several, or with these mirrored if that is more."""
+    both = torch.cat([candidates, candidates.flip(3)]).flatten(1)
+    one, others = (x - x.mean(-1, keepdim=True) for x in (image.flatten(), both))
+    upright, mirrored = F.cosine_similarity(one[None], others).chunk(2)
+    return torch.maximum(upright, mirrored)
 
 
 def _picture(rebuilt: Rebuilt) -> bytes:
@@ -541,7 +590,7 @@ def _picture(rebuilt: Rebuilt) -> bytes:
         ("from the\nround's sums", rebuilt.together, None),
         ("nearest\npublic image", rebuilt.nearest, None),
     )
-    count = len(rebuilt.originals)
+    count = len(rebuilt.candidates)
     figure = Figure(figsize=(6, 1.5 * count + 0.5), dpi=150, layout="constrained")
     grid = figure.subplots(count, len(columns), squeeze=False)
     draw_images(grid, columns, range(count), size=8)

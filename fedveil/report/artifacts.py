@@ -270,6 +270,7 @@ class RebuiltFromSums(_Content):
     """``rebuilt`` of ``sums.json``: mean correlations with the originals."""
 
     images: Count
+    lone: int | None = Field(default=None, ge=0)
     from_one_client: float = Field(ge=-1.01, le=1.01)
     from_the_round: float = Field(ge=-1.01, le=1.01)
     floor: float = Field(ge=-1.01, le=1.01)

@@ -135,8 +135,8 @@ def _rebuilt(audit: SumsAudit, own: RebuiltFromSums) -> Finding:
     seen = own.from_one_client if alone else own.from_the_round
     source = "one client's sums" if alone else "the sums of the round"
     told = (
-        f"Searching {quantity(own.images, 'image')} of {audit.subject} that are alone in their "
-        f"class at a client, by {source}, gives a correlation of {seen:.2f} with the originals, "
+        f"Searching {quantity(own.images, 'image')} of {audit.subject}{_which(own)}, by {source}, "
+        f"gives a correlation of {seen:.2f} with the originals, "
         f"where the nearest public image has {own.floor:.2f}"
     )
     if not alone:
@@ -152,6 +152,12 @@ def _rebuilt(audit: SumsAudit, own: RebuiltFromSums) -> Finding:
         mark, kind = "Cannot tell", "unknown"
         told += "; the search rebuilds nothing even there, so that it shows nothing"
     return Finding(IMAGES, mark, kind, f"{told}.")
+
+
+def _which(own: RebuiltFromSums) -> str:
+    if own.lone is None or own.lone == own.images:
+        return " alone in their class at a client"
+    return f", {own.lone} of them alone in their class at a client"
 
 
 def _seen_over_floor(audit: SumsAudit, own: RebuiltFromSums) -> float:

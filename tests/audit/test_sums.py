@@ -95,6 +95,20 @@ def test_doubles_of_images_in_the_sums_are_neither_strangers_nor_public(run, mon
     assert "doubles of images that are, and were left out" in mixed.untold[0]
 
 
+def test_a_client_of_few_images_shows_them_where_they_are_not_alone_in_their_class(tmp_path):
+    path = trained(tmp_path / "run", filters=44, images_per_feature=4, clients=20)
+    rebuilt = audit_sums(path, SumsSettings(rebuilt=5), out=tmp_path).rebuilt
+    assert rebuilt is not None
+    several = [place for place, some in enumerate(rebuilt.candidates) if len(some) > 1]
+    assert rebuilt.as_json()["lone"] == 5 - len(several) < 5
+    candidates = [rebuilt.candidates[place] for place in several]
+    alone, floor = (
+        _mean_correlation(some[several], candidates) for some in (rebuilt.alone, rebuilt.nearest)
+    )
+    assert alone > max(0.97, floor + 0.02)
+    assert (tmp_path / "sums.png").exists()
+
+
 def test_under_noise_nobody_is_told_from_one_clients_sums(tmp_path):
     path = trained(tmp_path / "run", epsilon=1.0, filters=None, clients=20)
     report = audit_sums(path, SumsSettings(rebuilt=2), out=None)
@@ -119,5 +133,6 @@ def test_what_has_no_sums_or_no_images_here_is_refused(tmp_path):
 
 def test_a_mirror_image_is_the_image_where_a_map_takes_both_for_alike():
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert _mean_correlation(images.flip(3), images) == pytest.approx(1.0, abs=1e-5)
-    assert _mean_correlation(images.flip(2), images) < 0.6
+    each = [one[None] for one in images]
+    assert _mean_correlation(images.flip(3), each) == pytest.approx(1.0, abs=1e-5)
+    assert _mean_correlation(images.flip(2), each) < 0.6

@@ -73,10 +73,10 @@ class SpanInversion:
     """Search for images whose features and label lie in the span of sums.
 
     With z = (φ, y) the sums hold M = Σ zzᵀ, whose span has no more dimensions than there are images
-    in it. Where they are fewer than D less the pixels of an image, hardly an image lies in it that
-    is not in the sums, however many of its class are. Adam on the part of z, of norm 1, that is
-    outside, and on the total variation, from noise and from a given picture; the search that ends
-    nearest to the span counts.
+    in it, or twice as many where these are looked at with their mirror images. Where they are fewer
+    than D less the pixels of an image, hardly an image lies in it that is not in the sums, however
+    many of its class are. Adam on the part of z that is outside, and on the total variation, from
+    noise and from a given picture; the search that ends nearest to the span counts.
 
     Source: that inputs in the span of an update are the batch's own is Dimitrov et al., "SPEAR:
     Exact Gradient Inversion of Batches in Federated Learning", NeurIPS 2024; for sums it is ours.
@@ -110,7 +110,7 @@ class SpanInversion:
             begun: A picture for each to begin with, float in [0, 1], [N, C, H, W].
             generator: Draws the other starts.
         """
-        outside = torch.stack([outside_of(some) for some in sums])
+        spans = [span_of(some, views=features.views) for some in sums]
         wanted = F.one_hot(labels, len(sums[0].counts)).float()
         noise = 0.5 * torch.randn(self.starts, *begun.shape, generator=generator)
         logits = torch.cat([begun.clamp(0.02, 0.98).logit()[None], noise]).requires_grad_()
@@ -118,12 +118,13 @@ class SpanInversion:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
 
         def left(images: Tensor) -> Tensor:
-            found = features(images.flatten(0, 1))[:, : features.dimension]
-            units = F.normalize(found, dim=1).view(*images.shape[:2], -1)
+            found = F.normalize(features(images.flatten(0, 1)), dim=1)[:, : features.dimension]
+            units = found.view(*images.shape[:2], -1)
             given = torch.cat([units, wanted.expand(len(images), -1, -1)], 2)
-            missed = torch.einsum("nij,snj->sni", outside, given)
-            shares: Tensor = missed.square().sum(2) / 2
-            return shares
+            known = zip(given.unbind(1), spans, strict=True)
+            return torch.stack(
+                [(z - z @ span @ span.T).square().sum(1) / 2 for z, span in known], 1
+            )
 
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -138,16 +139,23 @@ class SpanInversion:
             return images[left(images).argmin(0), torch.arange(len(sums))]
 
 
-def outside_of(sums: Statistics) -> Tensor:
-    """Return the projection on what no image of the sums has a part in, float32 [D + K, D + K].
+def span_of(sums: Statistics, *, views: int) -> Tensor:
+    """Return an orthonormal basis of the span of what images add to sums, float32 [D + K, R].
 
-    Whole numbers: N images span no more than N dimensions, to the last bit.
+    Whole numbers: N images span no more than N · ``views`` dimensions, to the last bit, and so many
+    random combinations of the columns span them all (Halko, Martinsson and Tropp, SIAM Review
+    2011).
+
+    Args:
+        sums: Without noise.
+        views: How often an image is looked at, as of the map.
     """
     both = joint(sums, sums.counts.double())
-    rest = max(0, len(both) - int(sums.counts.sum()))
-    empty = torch.linalg.eigh(both).eigenvectors[:, :rest]
-    projection: Tensor = empty @ empty.T
-    return projection.float()
+    rank = min(len(both), views * int(sums.counts.sum()))
+    drawn = torch.Generator().manual_seed(0)
+    mixed = both @ torch.randn(len(both), rank, dtype=both.dtype, generator=drawn)
+    basis: Tensor = torch.linalg.qr(mixed).Q
+    return basis.float()
 
 
 def _angle(features: FeatureMap, images: Tensor, wanted: Tensor) -> Tensor:
