@@ -71,10 +71,14 @@ def theft(words: Mapping[str, str]) -> list[str]:
         ]
         gain = _range(best[0]) if best else words["nobody" if arm == "server alone" else "itself"]
         lines.append(
-            f"| {label.format_map(words)} | {rows['iid']['final_mean']:.1%} "
-            f"| {rows['shards:2']['final_mean']:.1%} | {gain} |"
+            f"| {label.format_map(words)} | {_final(rows['iid'], words)} "
+            f"| {_final(rows['shards:2'], words)} | {gain} |"
         )
     return lines
+
+
+def _final(row: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    return f"{row['final_mean']:.1%}{words['single'] if len(row['final']) == 1 else ''}"
 
 
 def _range(row: Mapping[str, Any]) -> str:
@@ -1297,6 +1301,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "alike": "trained alike",
         "alone": "server alone",
         "nobody": "no client",
+        "single": ", one run",
         "gain": "a thief with 10 labels gains, points",
         "itself": "the model itself",
         "transformation": "transformation",
@@ -1317,6 +1322,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "alike": "같은 방식의 학습",
         "alone": "서버 혼자",
         "nobody": "클라이언트 없음",
+        "single": ", 실행 한 번",
         "gain": "레이블 10개를 가진 도용자의 이득(퍼센트 포인트)",
         "itself": "모델 자체를 받음",
         "transformation": "변환",
