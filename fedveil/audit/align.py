@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from fedveil.types import Weights
 
 # A copy's own mark moves the scale of its smallest units by less than this.
 _RESCALED = 0.1
+# So much more alike must units be before they are matched up to sign, or column by column.
+_CLEARLY = 1.2
+_ALIKE = 0.9
+_FARTHEST = 4.0
 _TINY = 1e-12
 
 
@@ -21,11 +25,13 @@ class _Layer:
 
     Attributes:
         weight: Name; its tensor is [units, inputs, ...].
-        beside: Names of its bias and of the normalisations behind it, each of [units].
+        bias: Names of its own bias, [units]; one or none.
+        after: Names of the parameters of the normalisation behind it, each of [units].
     """
 
     weight: str
-    beside: tuple[str, ...]
+    bias: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
@@ -33,7 +39,10 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
 
     Layer by layer, from the input on, units are assigned to the base's by the cosine of their
     weights, and scaled by least squares; the next layer's inputs follow. Both leave every answer of
-    a chain of layers with ReLU as it is, and would take a fingerprint's position from it. Neither
+    a chain of layers with ReLU as it is, and would take a fingerprint's position from it. Before a
+    normalisation, a unit's scale and sign change nothing, and are not passed on. Units that are
+    missing, as dead ones may be without a change, come back as zeros; those that were added are
+    left out. The last layer, whose scale changes no decision, is scaled as a whole. Nothing here
     looks at a fingerprint, so it can accuse nobody. Where a model is no chain, or the result is no
     nearer to the base, it is returned as it was; so is one whose units were left alone, to the bit.
     A normalisation that is missing, since it was folded into the layer before, hinders nothing.
@@ -46,33 +55,17 @@ def aligned(leaked: Weights, base: Weights) -> dict[str, Tensor]:
         leaked: State by name.
         base: State by name, in the order of the layers.
     """
-    names = [name for name in base if name in leaked and leaked[name].shape == base[name].shape]
+    names = [name for name, value in base.items() if _fits(leaked.get(name), value)]
     if any(value.ndim >= 2 and name not in names for name, value in base.items()):
         return dict(leaked)
-    known = {name: base[name] for name in names}
     state = {name: leaked[name].detach().double().nan_to_num(0.0, 0.0, 0.0) for name in names}
     layers, moved = _chain(base), False
-    for layer, after in itertools.pairwise(layers):
-        units = len(base[layer.weight])
-        inputs = base[after.weight].shape[1]
-        if inputs % units:
+    for layer, following in itertools.pairwise(layers):
+        if not _feeds(layer, following, state, base):
             return dict(leaked)  # no chain: the next layer is not fed by these units alone
-        order, scale = _matched(_rows(state, layer), _rows(known, layer))
-        if torch.equal(order, torch.arange(units)) and bool((scale - 1).abs().max() < _RESCALED):
-            continue
-        moved = True
-        there = [name for name in layer.beside if name in state]
-        for name in (layer.weight, *there):
-            own = state[name][order]
-            state[name] = own * scale.reshape(-1, *[1] * (own.ndim - 1))
-        fed = state[after.weight]
-        # A flattened map has the places of one channel side by side.
-        grouped = fed.reshape(len(fed), units, -1)[:, order]
-        # What a normalisation did that was folded into this layer, the next one never undid.
-        if len(there) == len(layer.beside):
-            grouped = grouped / scale[:, None]
-        state[after.weight] = grouped.reshape(fed.shape)
-    if not moved or _distance(state, known) >= _distance(leaked, known):
+        moved |= _put(state, base, layer, following.weight)
+    moved |= bool(layers) and _last(state, base, layers[-1])
+    if not moved or _distance(state, base) >= _distance(leaked, base):
         return dict(leaked)
     return {**leaked, **{name: value.to(leaked[name].dtype) for name, value in state.items()}}
 
@@ -84,59 +77,155 @@ def nearest(leaked: Weights, bases: Sequence[Weights]) -> Weights:
         leaked: State by name.
         bases: At least one, each as ``aligned`` takes it.
     """
-    if any(name not in leaked or leaked[name].shape != v.shape for name, v in bases[0].items()):
-        return bases[0]
     return min(bases, key=lambda base: _unlike(aligned(leaked, base), base))
 
 
 def _unlike(state: Weights, base: Weights) -> float:
     """Return how unlike two models are; of each tensor at most 1: one may be full of noise."""
     pairs = [
-        (state[name].double().flatten(), value.double().flatten()) for name, value in base.items()
+        (
+            state[name].detach().double().flatten().nan_to_num(0.0, 0.0, 0.0),
+            value.double().flatten(),
+        )
+        for name, value in base.items()
+        if name in state and state[name].shape == value.shape
     ]
     return math.fsum(1 - float(torch.cosine_similarity(a, b, dim=0)) ** 2 for a, b in pairs)
+
+
+def _fits(value: Tensor | None, wanted: Tensor) -> bool:
+    """Whether a tensor has the shape of another, but perhaps another number of units."""
+    return value is not None and value.ndim == wanted.ndim and value.shape[2:] == wanted.shape[2:]
+
+
+def _feeds(layer: _Layer, following: _Layer, state: Weights, base: Weights) -> bool:
+    own, known = state[layer.weight], base[layer.weight]
+    places, rest = divmod(base[following.weight].shape[1], len(known))
+    fed = state[following.weight].shape[1]
+    return not rest and own.shape[1] == known.shape[1] and fed == places * len(own) > 0
 
 
 def _chain(base: Weights) -> list[_Layer]:
     layers: list[_Layer] = []
     for name, value in base.items():
         if value.ndim >= 2:
-            layers.append(_Layer(name, ()))
+            layers.append(_Layer(name))
         elif layers and value.shape == (len(base[layers[-1].weight]),):
             last = layers[-1]
-            layers[-1] = _Layer(last.weight, (*last.beside, name))
+            if not last.after and name == f"{last.weight.removesuffix('weight')}bias":
+                layers[-1] = replace(last, bias=(name,))
+            else:
+                layers[-1] = replace(last, after=(*last.after, name))
     return layers
 
 
-def _rows(state: Weights, layer: _Layer) -> Tensor:
-    """Return what identifies each unit, float64 [units, values]: its weights and its bias."""
-    parts = [state[layer.weight].double().flatten(1)]
-    beside = (name for name in layer.beside if name.endswith("bias") and name in state)
-    parts += [state[name].double()[:, None] for name in beside]
-    return torch.cat(parts, dim=1)
+def _put(state: dict[str, Tensor], base: Weights, layer: _Layer, following: str) -> bool:
+    """Put a layer's units, and the next one's inputs, into order and scale; tell if any moved."""
+    units, count = len(base[layer.weight]), len(state[layer.weight])
+    mine, there = (
+        [name for name in names if name in state and len(state[name]) == count]
+        for names in ((layer.weight, *layer.bias), layer.after)
+    )
+    rows = [layer.weight, *(() if layer.after else (n for n in layer.bias if n in mine))]
+    own = {name: _padded(state[name], units) for name in (*mine, *there)}
+    order, scale = _matched(_rows(own, rows), _rows(base, rows))
+    own = {name: value[order] for name, value in own.items()}
+    # What a normalisation did that was folded into this layer, the next one never undid.
+    passed = torch.ones_like(scale) if layer.after else scale
+    if there:
+        for name in there:
+            own[name] = own[name] * (scale.sign() if name.endswith("weight") else 1)
+        passed = _least(_rows(own, there), _rows(base, there))
+        near = (passed - 1).abs() < _RESCALED  # its own mark moves so few values by more
+        passed = torch.where((passed > 0) & ~near, passed, torch.ones_like(passed))
+    same = count == units and torch.equal(order, torch.arange(units))
+    if same and all(bool((by - 1).abs().max() < _RESCALED) for by in (scale, passed)):
+        return False
+    for name, by in [*((name, scale) for name in mine), *((name, passed) for name in there)]:
+        state[name] = own[name] * by.reshape(-1, *[1] * (own[name].ndim - 1))
+    fed = state[following]
+    # A flattened map has the places of one channel side by side.
+    grouped = _padded(fed.reshape(len(fed), count, -1).transpose(0, 1), units)[order]
+    grouped = (grouped / passed[:, None, None]).transpose(0, 1)
+    state[following] = grouped.reshape(len(fed), -1, *fed.shape[2:])
+    return True
+
+
+def _last(state: dict[str, Tensor], base: Weights, layer: _Layer) -> bool:
+    """Scale the last layer to the base's; tell whether it was at another scale."""
+    if len(state[layer.weight]) != len(base[layer.weight]):
+        return False
+    own, known = (of[layer.weight].double().flatten() for of in (state, base))
+    scale = float(_least(own[None], known[None]))
+    # A copy's noise may make it larger, too: it is unlike the base then.
+    if float(torch.cosine_similarity(own, known, dim=0)) < _ALIKE or abs(scale - 1) < _RESCALED:
+        return False
+    for name in (layer.weight, *layer.bias):
+        state[name] = state[name] * scale
+    return True
+
+
+def _padded(value: Tensor, units: int) -> Tensor:
+    """Return a tensor with zeros for the units that it lacks."""
+    lacking = max(0, units - len(value))
+    return torch.cat([value, value.new_zeros(lacking, *value.shape[1:])])
+
+
+def _rows(state: Weights, names: Sequence[str]) -> Tensor:
+    """Return what identifies each unit, float64 [units, values]."""
+    return torch.cat([state[name].double().reshape(len(state[name]), -1) for name in names], dim=1)
+
+
+def _least(own: Tensor, base: Tensor) -> Tensor:
+    """Return by what to scale each row to be nearest to the base's."""
+    return (own * base).sum(1) / own.square().sum(1).clamp_min(_TINY)
 
 
 def _matched(own: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each unit of the base which of ``own`` it is, and by what to scale that one."""
+    """Return for each unit of the base which of ``own`` it is, and by what to scale that one.
+
+    Only a positive factor passes a ReLU. Normalisations and odd activations pass both signs, and
+    one huge column, the outputs of a unit that is never on, would hide all others: units are
+    matched up to sign, or with all columns as long, where they are clearly more alike then.
+    """
+    lengths = own.norm(dim=0).clamp_min(_TINY), base.norm(dim=0).clamp_min(_TINY)
+    even = own / lengths[0] * lengths[1]
+    best: tuple[float, Tensor, Tensor] | None = None
+    for units in (own, even):
+        for signed in (False, True):
+            alike, order = _assigned(units, base, signed)
+            if best is None or alike > _CLEARLY * best[0]:
+                scale = _least(units[order], base)
+                allowed = scale != 0 if signed else scale > 0
+                best = alike, order, torch.where(allowed, scale, torch.ones_like(scale))
+    assert best is not None
+    return best[1:]
+
+
+def _assigned(own: Tensor, base: Tensor, signed: bool) -> tuple[float, Tensor]:
+    """Return how alike units are, summed, where each of the base's is given the one most alike."""
     from scipy.optimize import linear_sum_assignment
 
     lengths = own.norm(dim=1).clamp_min(_TINY), base.norm(dim=1).clamp_min(_TINY)
     cosine = (base / lengths[1][:, None]) @ (own / lengths[0][:, None]).T
-    _, columns = linear_sum_assignment(cosine.numpy(), maximize=True)
-    order = torch.from_numpy(columns)
-    chosen = own[order]
-    scale = (chosen * base).sum(1) / chosen.square().sum(1).clamp_min(_TINY)
-    # Only a positive factor passes a ReLU.
-    return order, torch.where(scale > 0, scale, torch.ones_like(scale))
+    alike = cosine.abs() if signed else cosine
+    rows, columns = linear_sum_assignment(alike.numpy(), maximize=True)
+    return float(alike[rows, columns].sum()), torch.from_numpy(columns)
 
 
 def _distance(state: Weights, base: Weights) -> float:
     """Return how far two models lie apart, each tensor in units of the base's size."""
-    return math.fsum(
-        float((state[name].double() - value.double()).square().sum())
-        / max(_TINY, float(value.double().square().sum()))
-        for name, value in base.items()
-    )
+    far = 0.0
+    for name, value in base.items():
+        if name not in state:
+            continue
+        own, known = state[name].detach().double().nan_to_num(0.0, 0.0, 0.0), value.double()
+        if own.shape == known.shape:
+            ratio = float((own - known).square().sum()) / max(_TINY, float(known.square().sum()))
+            far += min(ratio, _FARTHEST)  # a bias before a normalisation may be anything
+        else:
+            far += _FARTHEST
+    return far
 
 
 def mean_state(copies: Sequence[Weights], names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -130,8 +130,7 @@ class Hosts:
             if value is None or value.numel() != size:
                 value = torch.zeros(size)
             parts.append(value.detach().float().reshape(-1))
-        finite = torch.nan_to_num(torch.cat(parts), nan=0.0, posinf=0.0, neginf=0.0)
-        return finite * self.unit
+        return torch.nan_to_num(torch.cat(parts) * self.unit, nan=0.0, posinf=0.0, neginf=0.0)
 
     def state_of(self, values: Tensor) -> dict[str, Tensor]:
         """Return [n] values in these units as a state in the shapes of the run's."""

@@ -28,6 +28,7 @@ _VALUES_A_SHARE = 4
 _FLOOR = 0.01  # a neighbourhood's noise counts as no less than this part of the tensor's
 _OUTLIER = 4.0
 _FORETOLD = 0.7
+_BEYOND = 1e3  # medians
 _TINY = 1e-30
 
 
@@ -38,10 +39,15 @@ class Residual:
     Attributes:
         direction: float32 [n], of unit length; all zeros where the leak is explained to the bit.
         values: How many values of the leaked model could be compared.
+        compared: Share of the run's values that are of a tensor the leaked model has, in [0, 1].
+        explained: Share of the compared values' variance within tensors that copies without
+            fingerprints explain, in [0, 1].
     """
 
     direction: Tensor
     values: int
+    compared: float
+    explained: float
 
 
 class _Score(NamedTuple):
@@ -83,26 +89,55 @@ def residual(leaked: Weights, hosts: Hosts) -> Residual:
     score = torch.cat([_weighed(_best(v, h)) for v, h in _parts(hosts, values, host)])
     norm = score.norm()
     direction = score / norm if norm > 0 else score
-    return Residual(direction, int(torch.count_nonzero(values)))
+    known = sum(len(part) for part in torch.split(values, hosts.sizes) if bool(part.any()))
+    explained = _variance(hosts, values, host)
+    return Residual(direction, int(torch.count_nonzero(values)), known / len(values), explained)
 
 
 def _explained(leaked: Weights, hosts: Hosts) -> tuple[Tensor, Tensor]:
     """Return a leak's values, aligned if that helps, and the shares that explain them."""
     coarse, target = hosts.coarse, nearest(leaked, hosts.bases)
-    values = hosts.values_of(leaked)
+    values = _sound(hosts.values_of(leaked))
     shares = _fitted(coarse, values)
     least = _left(coarse, values, shares)
     for _ in range(_ALIGNMENTS):
         state = aligned(leaked, target)
         if all(state[name] is leaked[name] for name in state):
             break
-        moved = hosts.values_of(state)
+        moved = _sound(hosts.values_of(state))
         explained = _fitted(coarse, moved)
         left = _left(coarse, moved, explained)
         if left < least:
             values, shares, least = moved, explained, left
         target = hosts.state_of(hosts.combined(explained))
     return values, shares
+
+
+def _sound(values: Tensor) -> Tensor:
+    """Return values with 0 for those that are far beyond all others.
+
+    What a unit that is never on gets or gives, or a bias before a normalisation, may be anything:
+    one such value would outweigh all others in a fit by squares.
+    """
+    sizes = values.abs()
+    there = sizes[sizes > 0]
+    stride = max(1, len(there) // _MEDIAN_OF)
+    bound = _BEYOND * float(there[::stride].median()) if len(there) else 0.0
+    return torch.where(sizes <= bound, values, torch.zeros(()))
+
+
+def _variance(hosts: Hosts, values: Tensor, host: Tensor) -> float:
+    """Return the share of the values' variance within tensors that their host explains."""
+    missed = spread = 0.0
+    for own, known in zip(
+        torch.split(values, hosts.sizes), torch.split(host, hosts.sizes), strict=True
+    ):
+        kept = own != 0
+        if kept.any():
+            rest, centred = (own - known)[kept], own[kept] - own[kept].mean()
+            missed += float(rest.square().sum())
+            spread += float(centred.square().sum())
+    return max(0.0, 1 - missed / spread) if spread > 0 else 0.0
 
 
 def _fitted(hosts: Hosts, values: Tensor) -> Tensor:
@@ -129,11 +164,9 @@ def _step(hosts: Hosts, scores: Sequence["_Score"]) -> Tensor:
 
 
 def _left(hosts: Hosts, values: Tensor, shares: Tensor) -> float:
-    """Return how much of the values that are there is unexplained, a mean square."""
-    own = hosts.thinned(values)
+    """Return how much of the values is unexplained, a mean square; of what is missing, all."""
     host = hosts.thinned(hosts.origin) + shares @ hosts.directions
-    kept = own != 0
-    return float(((own - host) * kept).square().sum()) / max(1, int(kept.sum()))
+    return float((hosts.thinned(values) - host).square().mean())
 
 
 def _parts(hosts: Hosts, values: Tensor, host: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedveil.audit.align import mean_state
+from fedveil.audit.align import aligned, mean_state
 from fedveil.audit.hosts import Hosts
 from fedveil.audit.leaked_names import as_in_the_run, shared_values
 from fedveil.audit.residual import residual
@@ -67,6 +67,7 @@ _LEAST = -99  # a smaller power of ten is printed as this
 _SAME = 1e-3
 _TINY = 1e-12
 _MOST = 0.9  # of a model's values
+_OF_THE_RUN = 0.25  # of their variance; shares fitted to noise explain a sixteenth at most
 _PART = (
     "Only {:.0%} of the values of the run's model have a counterpart of the same name and shape in "
     "this file: of the others nothing is told, and who is not named is not cleared by them."
@@ -76,8 +77,15 @@ _IS_W = (
     "the party w was delivered to."
 )
 _NOTHING = (
-    "No copy of this run is found in it: it is another model, or one in which training, "
-    "distillation or a rearrangement of its neurons has left nothing of the copies' values."
+    "No copy of this run is found in it, which clears nobody: it is another model, or one in which "
+    "training, distillation, rounding or a rearrangement of its neurons has left nothing of the "
+    "copies' values."
+)
+_WHOSE = (
+    "What this run sent to all explains {:.0%} of its values' variance: it was made from models of "
+    "this run, or from the weights that they began with. Whose copy it was CANNOT BE TOLD, and "
+    "nobody is cleared: w of any round, and the mean of many copies after damage, show no "
+    "fingerprint."
 )
 
 
@@ -133,6 +141,8 @@ class Trace:
         tests: Number of tests that the p-values are corrected for.
         decoys: z of keys that nobody got; standard normal if all is well.
         values: How many values of the leaked model could be compared.
+        compared: Share of the run's fingerprinted values that are of a tensor the leaked model has.
+        explained: Share of their variance that the run's copies without fingerprints explain.
     """
 
     suspects: tuple[Suspect, ...]
@@ -140,6 +150,8 @@ class Trace:
     tests: int
     decoys: tuple[float, ...]
     values: int
+    compared: float
+    explained: float
 
     @cached_property
     def named(self) -> tuple[int, ...]:
@@ -153,6 +165,8 @@ class Trace:
             "alpha": self.alpha,
             "tests": self.tests,
             "values_compared": self.values,
+            "compared": self.compared,
+            "explained": self.explained,
             "decoys": _spread(self.decoys),
             "clients": [_described(suspect) for suspect in self.suspects],
             **origin(),
@@ -175,7 +189,10 @@ class Trace:
         if is_w:
             lines.append(_IS_W)
         elif not named:
-            lines.append(_NOTHING)
+            told = self.explained > _OF_THE_RUN
+            lines.append(_WHOSE.format(self.explained) if told else _NOTHING)
+        if self.compared <= _MOST:
+            lines.append(_PART.format(self.compared))
         return "\n".join(lines)
 
 
@@ -222,22 +239,26 @@ def trace(leaked: Weights, hosts: Hosts, among: Iterable[Lineup], *, alpha: floa
         FedveilError: No tensor of the leaked model fits the run's, or a file is damaged.
     """
     named: dict[int, Suspect] = {}
+    first = left = residual(leaked, hosts)
+    if not left.values:
+        raise FedveilError(
+            "no tensor of the leaked model has the name and size of one of the run's model and a "
+            "value that is finite and not 0; rename its tensors as the run's model.safetensors "
+            "names them"
+        )
     for number in itertools.count(1):
-        left = residual(leaked, hosts)
-        if not left.values:
-            raise FedveilError(
-                "no tensor of the leaked model has the name and size of one of the run's model; "
-                "rename its tensors as the run's model.safetensors names them"
-            )
         suspects, decoys, tests = _tested(left.direction, among, alpha, number)
         found = {s.client: s for s in suspects if s.named_at(alpha) and s.client not in named}
         named |= found
         if not found or len(named) == len(suspects):
             break
         hosts = hosts.beside(_patterns(among, found))
+        left = residual(leaked, hosts)
     final = [named.get(suspect.client, suspect) for suspect in suspects]
     ordered = sorted(final, key=lambda suspect: (-suspect.z, suspect.client))
-    return Trace(tuple(ordered), alpha, tests, decoys, left.values)
+    return Trace(
+        tuple(ordered), alpha, tests, decoys, first.values, first.compared, first.explained
+    )
 
 
 def _tested(
@@ -335,20 +356,18 @@ def run_trace(leaked: Path, run: Path, settings: TraceSettings, *, out: Path | N
     archive = Archive.open(directory.path, directory.noise_key())
     sent = archive.read(archive.rounds[0]).copies[0]
     state = as_in_the_run(state, sent)
-    compared = shared_values(state, sent)
+    hosts = Hosts.of(archive)
     with ProgressBars(transient=True) as bars:
         lineups = Lineups(archive, bars)
-        found = trace(state, Hosts.of(archive), lineups, alpha=settings.alpha)
-    is_w = _is_delivered(state, directory)
+        found = trace(state, hosts, lineups, alpha=settings.alpha)
+    is_w = _is_delivered(state, directory, [name for name, _ in hosts.tensors])
     if out:
         described = {"leaked": str(leaked), "run": str(run), **found.as_json(), "is_w": is_w}
-        described["compared"] = compared
         try:
             write_atomically(out, json_bytes(described), mode=0o600)
         except OSError as error:
             raise FedveilError(f"--out {out}: {error.strerror}") from None
-    told = found.table(is_w=is_w)
-    return told if compared > _MOST else f"{told}\n{_PART.format(compared)}"
+    return found.table(is_w=is_w)
 
 
 def _line(suspect: Suspect, verdict: str) -> str:
@@ -382,17 +401,22 @@ def _spread(z: Sequence[float]) -> dict[str, float]:
     return {"keys": len(z), "mean": fmean(z), "sd": stdev(z), "max": max(z)}
 
 
-def _is_delivered(state: Weights, run: RunDirectory) -> bool:
+def _is_delivered(state: Weights, run: RunDirectory, names: Sequence[str]) -> bool:
+    """Whether a state is w, whatever the order and the scale of its hidden units are."""
     if not run.secrets.path(MODEL).is_file():
         return False
-    delivered = run.model()
-    common = [
-        (state[name].float(), value)
-        for name, value in delivered.items()
-        if name in state and state[name].shape == value.shape and value.is_floating_point()
-    ]
+    whole = run.model()
+    delivered = {name: whole[name] for name in names if name in whole}
     # What a part of w is, a part of a copy may be, too.
-    return shared_values(state, delivered) > _MOST and all(_close(a, b) for a, b in common)
+    return any(
+        shared_values(own, delivered) > _MOST
+        and all(
+            _close(own[name].float(), value)
+            for name, value in delivered.items()
+            if name in own and own[name].shape == value.shape
+        )
+        for own in (state, aligned(state, delivered))
+    )
 
 
 def _close(value: Tensor, wanted: Tensor) -> bool:

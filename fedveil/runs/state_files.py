@@ -14,7 +14,9 @@ from fedveil.runs.secrets import MODEL
 
 
 def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
-    """Read a model's state; safetensors, or a PyTorch file of nothing but tensors.
+    """Read a model's state; safetensors, or a PyTorch file of tensors.
+
+    A checkpoint that holds one state dict beside other things is taken for that.
 
     Args:
         path: The file; the encrypted model of a run is decrypted.
@@ -37,9 +39,10 @@ def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
             f"{option} {path} is damaged or no file of tensors; give a .safetensors file, or a "
             ".pt file written by torch.save(model.state_dict(), FILE)"
         ) from None
+    state = _unwrapped(state)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise FedveilError(
-            f"{option} {path} holds no state dict; write one with "
+            f"{option} {path} holds no state dict, or several; write one with "
             "torch.save(model.state_dict(), FILE) or safetensors"
         )
     return state
@@ -76,6 +79,18 @@ def _load(path: Path) -> Any:
         return load_file(path)
     _refuse_compressed(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrapped(loaded: Any) -> Any:
+    """Return the one state dict in a checkpoint that holds other things beside it, if it does."""
+    if not isinstance(loaded, dict):
+        return loaded
+    states = [
+        value
+        for value in loaded.values()
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
+    ]
+    return states[0] if len(states) == 1 else loaded
 
 
 def _refuse_compressed(path: Path) -> None:

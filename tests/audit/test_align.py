@@ -1,5 +1,6 @@
 """Tracing after what changes no answer: the order and the scale of hidden units."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -150,6 +151,104 @@ def test_the_nearest_base_is_found_though_an_output_layer_is_full_of_noise():
         noise = network(9)
         leaked = {n: base[n] + (200 * noise[n] if n in OUTPUT else 0) for n in base}
         assert nearest(disguised(leaked, 4), bases) is bases[number]
+
+
+def normalised(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(24, 4),
+    )  # fmt: skip
+    for name, value in model.named_parameters():
+        if name.partition(".")[0] in "14":
+            value.data += 0.3 * torch.randn_like(value)
+    return model.eval()
+
+
+@pytest.mark.parametrize("change", ["scale", "sign", "passed on", "bias", "all"])
+def test_what_a_normalisation_hides_is_taken_off(change):
+    """Before it scale, sign and bias of a unit change no answer; behind it scale is passed on."""
+    model = normalised(0)
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    leaked = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    by, passed, shift = torch.ones(8), torch.ones(8), torch.zeros(8)
+    if change in ("scale", "all"):
+        by = 10 ** (2 * torch.rand(8, generator=generator) - 1)
+    if change in ("sign", "all"):
+        by = by * torch.tensor([1.0, -1, 1, -1, -1, 1, 1, -1])
+    if change in ("passed on", "all"):
+        passed = 10 ** (2 * torch.rand(8, generator=generator) - 1)
+    if change in ("bias", "all"):
+        shift = torch.full((8,), 100.0)
+    leaked["0.weight"] *= by.reshape(-1, 1, 1, 1)
+    leaked["0.bias"] = leaked["0.bias"] * by + shift
+    leaked["1.running_mean"] = leaked["1.running_mean"] * by + shift
+    leaked["1.running_var"] *= by**2
+    leaked["1.weight"] *= by.sign() * passed
+    leaked["1.bias"] *= passed
+    leaked["3.weight"] /= passed.reshape(1, -1, 1, 1)
+    order = torch.randperm(8, generator=generator)
+    for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        leaked[name] = leaked[name][order]
+    leaked["3.weight"] = leaked["3.weight"][:, order]
+    pixels = torch.rand(9, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(pixels)
+        model.load_state_dict(leaked)
+        assert torch.allclose(model(pixels), wanted, atol=1e-3)  # the running variance has an eps
+    found = aligned({name: leaked[name] for name in base}, base)
+    for name in base:
+        if name != "0.bias" or change in ("scale", "sign", "passed on"):
+            assert torch.allclose(found[name], base[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("units", [-8, 8], ids=["removed", "added"])
+def test_the_receiver_is_named_in_a_model_of_other_width(kept, suspects, units):
+    """Dead units can be taken out, and added, without a change of any answer."""
+    own = dict(kept.read(2).received(3).weights)
+    last = "output.weight"
+    generator = torch.Generator().manual_seed(2)
+    count = len(own["hidden.weight"])
+    if units < 0:
+        leaked = {**own, last: own[last][:, -units:]}
+        leaked |= {n: own[n][-units:] for n in ("hidden.weight", "hidden.bias")}
+    else:
+        extra = torch.randn(units, own["hidden.weight"].shape[1], generator=generator)
+        leaked = {**own, last: torch.cat([own[last], torch.zeros(len(own[last]), units)], 1)}
+        leaked["hidden.weight"] = torch.cat([own["hidden.weight"], extra])
+        leaked["hidden.bias"] = torch.cat([own["hidden.bias"], torch.zeros(units)])
+    order = torch.randperm(count + units, generator=generator)
+    leaked |= {n: leaked[n][order] for n in ("hidden.weight", "hidden.bias")}
+    leaked[last] = leaked[last][:, order]
+    found = trace(leaked, suspects)
+    assert found.named == (3,)
+    assert found.compared == 1
+    assert found.suspects[0].z > 0.8 * trace(own, suspects).suspects[0].z
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e30, 3e38, math.inf, math.nan])
+def test_a_few_huge_values_hide_nothing(kept, suspects, huge):
+    """A bias before a normalisation, or a weight of a unit that is never on, may be anything."""
+    own = dict(kept.read(2).received(3).weights)
+    leaked = {name: value.clone() for name, value in own.items()}
+    for value in leaked.values():
+        value.view(-1)[::97] = huge
+    found = trace(leaked, suspects)
+    assert found.named == (3,)
+    assert found.suspects[0].z > 0.7 * trace(own, suspects).suspects[0].z
+
+
+def test_of_a_model_of_the_run_that_is_nobodys_copy_nobody_is_cleared(kept, suspects):
+    """The sentence said that it was another model."""
+    of_run = trace(kept.read(2).copies[0], suspects)
+    other = trace(network(77), suspects)
+    assert not of_run.named + other.named
+    assert of_run.explained > 0.9
+    assert "CANNOT BE TOLD" in of_run.table(is_w=False)
+    assert other.explained < 0.1
+    assert "clears nobody: it is another model" in other.table(is_w=False)
 
 
 def test_a_model_that_is_no_chain_is_left_alone():

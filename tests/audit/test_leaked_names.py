@@ -1,5 +1,7 @@
 """A leaked model is looked at under whatever names and in whatever order its tensors come."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from fedveil.audit.leaked_names import as_in_the_run, shared_values
 from fedveil.audit.settings import TraceSettings
 from fedveil.audit.thieves import AuditedRun
 from fedveil.audit.trace import run_trace
+from fedveil.errors import FedveilError
 from fedveil.federation.training_run import run_to_completion
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
+from fedveil.runs.state_files import read_state
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,99 @@ def test_what_may_be_one_or_another_is_taken_for_neither(model):
     assert shared_values(as_in_the_run(both, model), model) == 0
     other = {"0.weight": torch.zeros(5, 5), "2.weight": torch.zeros(2, 3, 4)}
     assert shared_values(as_in_the_run(other, model), model) == 0
+
+
+def test_a_square_layer_whose_units_were_permuted_is_not_turned():
+    """By distance alone either orientation is as near, and every other such layer was turned."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        model = {
+            "a.weight": torch.randn(16, 16, generator=generator),
+            "b.weight": torch.randn(4, 16, generator=generator),
+        }
+        order = torch.randperm(16, generator=generator)
+        leaked = {"a.weight": model["a.weight"][order], "b.weight": model["b.weight"][:, order]}
+        for change in (lambda state: state, turned((1, 0))):
+            found = as_in_the_run(change(leaked), model)
+            assert all(torch.equal(found[name], leaked[name]) for name in model)
+
+
+def sparse(state):
+    return {
+        n: v.to_sparse() if v.ndim == 4 else v.to_sparse_csr() if v.ndim == 2 else v
+        for n, v in state.items()
+    }
+
+
+def exported(state):
+    """As exporters name weights, in their order, while biases keep their names."""
+    return {(f"onnx::Gemm_{i}" if v.ndim >= 2 else n): v for i, (n, v) in enumerate(state.items())}
+
+
+def length_and_direction(length, direction):
+    def change(state):
+        parts = {}
+        for name, value in state.items():
+            if value.ndim < 2:
+                parts[name] = value
+                continue
+            norm = value.flatten(1).norm(dim=1).reshape(-1, *[1] * (value.ndim - 1))
+            stem = name.removesuffix("weight")
+            parts |= {f"{stem}{length}": norm, f"{stem}{direction}": value / norm}
+        return parts
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        sparse,
+        exported,
+        length_and_direction("weight_g", "weight_v"),
+        length_and_direction(
+            "parametrizations.weight.original0", "parametrizations.weight.original1"
+        ),
+        lambda state: {name: value.to(torch.complex64) for name, value in state.items()},
+        lambda state: {name: torch.nn.Parameter(value) for name, value in state.items()},
+    ],
+)
+def test_tensors_are_read_as_the_numbers_they_stand_for(model, change):
+    marked = {name: value + 0.01 * torch.randn_like(value) for name, value in model.items()}
+    found = as_in_the_run(change(marked), model)
+    assert shared_values(found, model) == 1
+    for name, value in marked.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
+
+
+def test_numbers_of_eight_bits_are_read(model):
+    floats = as_in_the_run({n: v.to(torch.float8_e4m3fn) for n, v in model.items()}, model)
+    steps = {name: value.abs().max() / 127 for name, value in model.items()}
+    whole = {
+        name: (v / steps[name]).round().to(torch.int8) if v.ndim > 1 else v
+        for name, v in model.items()
+    }
+    for found in (floats, as_in_the_run(whole, model)):
+        for name, value in model.items():
+            assert torch.allclose(found[name], value, atol=0.1 * float(value.abs().max())), name
+
+
+def test_what_holds_no_number_is_not_compared(model):
+    meta = as_in_the_run({name: value.to("meta") for name, value in model.items()}, model)
+    assert shared_values(meta, model) == 0
+    for fill in (math.nan, 0.0):
+        empty = {name: torch.full_like(value, fill) for name, value in model.items()}
+        assert shared_values(as_in_the_run(empty, model), model) == 0
+
+
+def test_a_state_dict_in_a_checkpoint_is_read(tmp_path, model):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 3, "model": model, "optimizer": {"state": {}, "lr": 0.1}}, path)
+    found = read_state(path, option="LEAKED")
+    assert all(torch.equal(found[name], model[name]) for name in model)
+    torch.save({"model": model, "ema": model}, path)
+    with pytest.raises(FedveilError, match="no state dict, or several"):
+        read_state(path, option="LEAKED")
 
 
 def test_a_part_of_a_model_clears_nobody_and_is_not_w(tmp_path):
