@@ -43,7 +43,8 @@ class FullyConnected:
 
     Entries that a known sanitiser destroyed are in no quotient and no comparison; a pixel that a
     reading has lost comes from the readings that agree with it, and is grey where none has it.
-    Images are the nearest ones in the range of a known transformation.
+    Images are the nearest ones in the range of a known transformation. Of an update in which no
+    neuron's bias moved, ``Inversion.untold`` says that nothing can be told.
 
     The labels of a batch are inferred as counts, and which image bears which is not: the loss,
     which pairs them as they come, says little there.
@@ -77,9 +78,10 @@ class FullyConnected:
         labels = infer_labels(observation).cpu()
         like = torch.zeros((), dtype=torch.float64, device=device)
         subspace = range_of(observation.knows, observation.shape).to(like)
-        images, losses = [], []
+        images, losses, untold = [], [], []
         for victim in range(observation.victims):
             rows = _Rows.of(observation, victim, name)
+            untold.append(not bool(rows.bias.any()))
             rows = rows.between(order) if binned else rows
             pixels = _chosen(rows.in_pixels(scale, offset), observation.images)
             found = pixels.reshape(1, observation.images, *observation.shape)
@@ -96,6 +98,7 @@ class FullyConnected:
             loss=torch.cat(losses).double().cpu(),
             seconds=torch.full((observation.victims,), seconds),
             iterations=torch.zeros(observation.victims, dtype=torch.int64),
+            untold=torch.tensor(untold),
         )
 
 
@@ -122,37 +125,62 @@ def preparation(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Ten
     """Return scale and offset of what the layer receives, ``scale · pixels + offset``, [C·H·W].
 
     Raises:
-        InapplicableAttackError: It receives something else.
+        InapplicableAttackError: It receives something else, is used more than once for an image,
+            or is given what a normalisation makes of the whole batch.
     """
+    probe = torch.rand(1, *observation.shape, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros_like(probe)
+    given = torch.cat([zero, zero + 1, probe]).to(layer.weight.detach())
+    name = f"model {type(observation.model).__name__}: "
+    received = _received(observation.model, layer, given, training=False)
+    if len(received) > 1:
+        raise InapplicableAttackError(
+            f"{name}its first linear layer is used {len(received)} times for an image, so its "
+            "gradient is of mixtures, and no image can be divided out of it; use --attack ig"
+        )
+    plain = received[0].shape[1] == layer.in_features == probe.numel()
+    offset = received[0][0]
+    scale = received[0][1] - offset if plain else offset
+    expected = scale * given[2].double().flatten() + offset if plain else 0
+    same = isinstance(expected, Tensor) and torch.allclose(expected, received[0][2], atol=1e-4)
+    if not same or bool((scale.abs() < _SILENT).any()):
+        raise InapplicableAttackError(
+            f"{name}what its first linear layer receives is more than each pixel scaled and "
+            "shifted, so no image can be divided out of its gradient; use --attack ig"
+        )
+    if observation.model.training and not torch.allclose(
+        _received(observation.model, layer, given, training=True)[0], received[0], atol=1e-4
+    ):
+        raise InapplicableAttackError(
+            f"{name}what its first linear layer receives of an image depends on the others of a "
+            "batch in training mode, so no image can be divided out of its gradient; use "
+            "--attack ig"
+        )
+    return scale, offset
+
+
+def _received(model: nn.Module, layer: nn.Linear, given: Tensor, training: bool) -> list[Tensor]:
+    """Return what a layer of a model receives, call by call, float64 [N, D]."""
     received: list[Tensor] = []
 
     def note(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         received.append(inputs[0].detach().double().flatten(1))
 
-    like = layer.weight.detach()
-    probe = torch.rand(1, *observation.shape, generator=torch.Generator().manual_seed(0))
-    zero = torch.zeros_like(probe)
-    given = torch.cat([zero, zero + 1, probe]).to(like)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     handle = layer.register_forward_pre_hook(note)
-    training = observation.model.training
-    observation.model.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    if not training:
+        model.eval()
     try:
         with torch.no_grad():
-            observation.model(given)
+            model(given)
+            for name, value in model.named_buffers():
+                value.copy_(buffers[name])
     finally:
         handle.remove()
-        observation.model.train(training)
-    offset = received[0][0]
-    scale = received[0][1] - offset if received[0].shape[1] == probe.numel() else offset
-    expected = scale * given[2].double().flatten() + offset if scale.numel() == probe.numel() else 0
-    same = isinstance(expected, Tensor) and torch.allclose(expected, received[0][2], atol=1e-4)
-    if not same or bool((scale.abs() < _SILENT).any()):
-        raise InapplicableAttackError(
-            f"model {type(observation.model).__name__}: what its first linear layer receives is "
-            "more than each pixel scaled and shifted, so no image can be divided out of its "
-            "gradient; use --attack ig"
-        )
-    return scale, offset
+        for module, mode in modes:
+            module.training = mode
+    return received
 
 
 def _is_binned(layer: nn.Linear) -> bool:

@@ -27,7 +27,9 @@ _EXPLAINED = 0.01  # of an update's squared length at most is left by images tha
 _GAIN = 0.5  # of what was left before; another round that leaves more brings nothing
 _TWICE = 0.99  # cosine of two columns that are one
 _RIDGE = 1e-13  # beside normal equations of rows of length 1
+_MORE = 6  # zeros beyond those that any column can be given
 _TINY = 1e-30
+_LEAST = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,8 @@ class IndependentComponents:
             losses.append(best[2])
             rounds.append(taken)
             # One image is its quotient, whatever follows the layer.
-            untold.append(not (observation.images == 1 or solved or losses[-1] < _EXPLAINED))
+            whole = observation.images == 1 or (solved and sharp.shape[1] == observation.images)
+            untold.append(not (bias.any() and (whole or losses[-1] < _EXPLAINED)))
             if progress:
                 progress(victim + 1, observation.victims, losses[-1])
         seconds = (time.perf_counter() - begin) / observation.victims
@@ -147,10 +150,9 @@ class IndependentComponents:
             stays = (told * columns).sum(dim=0).abs()
             own = _distinct(told, stays)
             solved, settled = own & (left < _SOLVED), own & (left < _SETTLED)
-            if bool(settled.all()):
-                return told, taken + 1, True
-            if bool(solved.all()) and float(left.max()) >= _GAIN * least:
-                return told, taken + 1, True
+            done = bool(solved.all()) and float(left.max()) >= _GAIN * least
+            if bool(settled.all()) or done:
+                return told, taken + 1, _determined(mixture.heard, silent, told)
             least = float(left.max()) if bool(solved.all()) else float("inf")
             columns = torch.where(solved | (own & (stays > _STAYS)), told, columns)
             count = int(solved.sum())
@@ -182,8 +184,8 @@ class _Mixture:
     Attributes:
         left: Float64 [out, r], orthonormal.
         heard: The same of the neurons that fired at all, each row of length 1.
-        rows: Float64 [r, in], so that the gradient is ``left @ rows``.
-        bias: Float64 [out], the biases' gradient.
+        rows: Float64 [r, in], so that the gradient is ``left @ rows``, up to its size.
+        bias: Float64 [out], the biases' gradient, up to the same size.
         weights: Float64 [heard, in], of the model that was sent.
         thresholds: Float64 [heard], the biases of that model.
         scale: Float64 [in]; the layer receives ``scale · pixels + offset``.
@@ -208,15 +210,19 @@ class _Mixture:
         prepared: tuple[Tensor, Tensor],
         images: int,
     ) -> "_Mixture":
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        size = weight.abs().max().clamp_min(_LEAST)
+        weight, bias = weight / size, bias / size
+        # An image that the layer receives as zeros is in the biases' gradient alone.
+        both = torch.cat([weight, bias[:, None]], dim=1)
+        left, values, right = torch.linalg.svd(both, full_matrices=False)
         rank = max(1, min(images, int((values > _RANK * values[0]).sum())))
         left = left[:, :rank]
-        size = left.norm(dim=1)
-        loud = size > _RANK * size.max()
+        fired = left.norm(dim=1)
+        loud = fired > _RANK * fired.max()
         return cls(
             left,
-            left[loud] / size[loud, None],
-            values[:rank, None] * right[:rank],
+            left[loud] / fired[loud, None],
+            values[:rank, None] * right[:rank, :-1],
             bias,
             sent[0][loud],
             sent[1][loud],
@@ -236,7 +242,7 @@ class _Mixture:
         _, inputs = self.solved(columns)
         pixels = ((inputs - self.offset) / self.scale).nan_to_num(0.5).clamp(0, 1)
         received = (pixels * self.scale + self.offset) @ self.weights.T + self.thresholds
-        fewest = min(len(self.weights), columns.shape[1] + 6)
+        fewest = min(len(self.weights), columns.shape[1] + _MORE)
         return [
             one.argsort()[: max(fewest, int(_SILENT_SHARE * float((one < 0).sum())))]
             for one in received / self.weights.norm(dim=1)
@@ -261,6 +267,16 @@ def _fitted(heard: Tensor, silent: Tensor, start: Tensor) -> tuple[Tensor, float
     # Not by the median of all: half of the neurons may be silent.
     left = (rows @ column).abs().median() / (heard @ column).square().mean().sqrt()
     return column, float(left)
+
+
+def _determined(heard: Tensor, silent: list[Tensor], columns: Tensor) -> bool:
+    """Whether columns [r, r] have more zeros, each, than any r - 1 neurons allow to choose."""
+    size = (heard @ columns).square().mean(dim=0).sqrt()
+    zeros = [
+        int(((heard[own] @ columns[:, place]).abs() < _SOLVED * size[place]).sum())
+        for place, own in enumerate(silent)
+    ]
+    return min(zeros) >= columns.shape[1] + _MORE - 1
 
 
 def _completed(heard: Tensor, silent: Tensor, column: Tensor, known: Tensor) -> Tensor:

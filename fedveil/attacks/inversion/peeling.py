@@ -22,6 +22,7 @@ _RANK = 1e-6  # singular values below this share of the largest are rounding
 _NOISY = 1e-3  # angle beyond which rows of one image cannot be told from rows of two
 _PARALLEL = 3e-5  # angle between rows of one image that rounding of float32 makes
 _SILENT = 3.0  # a neuron's part of a column is zero below so many of those angles
+_EXPLAINED = 0.01  # of an update's squared length at most is left by images that are all there
 _AGREE = 3  # quotients that do not agree by chance
 _RANGE = (-0.5, 1.5)  # of pixels, known transformations included; other solutions are far off
 
@@ -40,7 +41,8 @@ class Peeling:
     neurons that fired for it and one other now fire for one: so on to the last image, whose column
     is what is left. Backwards, each image's column is known up to multiples of the columns found
     before it, and each multiple is the quotient on which most neurons agree at which no other
-    column is left. The gradient of the biases, the sum of the columns, gives their lengths.
+    column is left. The gradient of the biases is a further column of that of the weights, as if
+    each image had one more pixel that is 1, and that pixel gives the columns' lengths.
 
     Where no neuron fires for one image only, as with centred inputs, what is left is searched
     (``fedveil.attacks.inversion.sparse_columns``). Where that ends without a result or at its
@@ -83,6 +85,7 @@ class Peeling:
         images, labels, losses = read.images.clone(), read.labels.clone(), read.loss.clone()
         # One image is its quotient, whatever there is on the update.
         untold = torch.full((observation.victims,), observation.images > 1)
+        untold |= read.untold if read.untold is not None else False
         for victim in range(observation.victims):
             weight, bias = (
                 observation.gradients[f"{name}.{part}"][victim].detach().double()
@@ -97,7 +100,6 @@ class Peeling:
             inside = ((pixels > _RANGE[0]) & (pixels < _RANGE[1])).all(dim=1)
             if not bool(inside.any()):
                 continue
-            untold[victim] = False
             own = pixels[inside].reshape(1, -1, *observation.shape).cpu()
             own = subspace.images(subspace.coordinates(own))
             images[victim, : own.shape[1]] = own[0]
@@ -108,6 +110,9 @@ class Peeling:
             part = observation.select(torch.tensor([victim]))
             told = images[victim : victim + 1].float(), labels[victim : victim + 1]
             losses[victim] = measure.distance(*told, part).double().cpu()[0]
+            # Images may have one column as they are one; or be a mixture of others, and be missing.
+            whole = int(inside.sum()) == observation.images
+            untold[victim] = not (whole or float(losses[victim]) < _EXPLAINED)
             if progress:
                 progress(victim + 1, observation.victims, float(losses[victim]))
         seconds = (time.perf_counter() - begin) / observation.victims
@@ -128,7 +133,9 @@ def _taken_apart(
 
     None where the gradient is of more images than that, or where the search ends without them.
     """
-    left, values, _ = torch.linalg.svd(weight, full_matrices=False)
+    # An image that the layer receives as zeros is in the biases' gradient alone.
+    both = torch.cat([weight, bias[:, None]], dim=1)
+    left, values, _ = torch.linalg.svd(both, full_matrices=False)
     rank = min(images, int((values > _RANK * values[0]).sum()))
     if rank < 1 or rank >= len(values):
         return None
@@ -138,11 +145,11 @@ def _taken_apart(
     columns = _sparse(left[:, :rank], angle, until)
     if columns is None:
         return None
-    lengths = torch.linalg.lstsq(columns, bias[:, None]).solution[:, 0]
+    rows = torch.linalg.lstsq(columns, both).solution
+    lengths = rows[:, -1]
     if bool((lengths.abs() < _RANK * lengths.abs().max()).any()):
         return None
-    slopes = columns * lengths
-    return slopes, torch.linalg.lstsq(slopes, weight).solution
+    return columns * lengths, rows[:, :-1] / lengths[:, None]
 
 
 def _sparse(left: Tensor, angle: float, until: float) -> Tensor | None:

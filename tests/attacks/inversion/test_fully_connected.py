@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedveil.attacks.inversion import FullyConnected
+from fedveil.attacks.inversion import FullyConnected, IndependentComponents, Peeling
 from fedveil.audit.metrics import exact, match
 from fedveil.defenses import BlockDCT, Clipping, Pruning
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.models import CNN, Imprint
 from fedveil.models.normalise import Normalise
 from tests.attacks.inversion.conftest import CLASSES, observe, psnr, sanitised
@@ -134,3 +134,113 @@ def test_who_knows_the_transformation_reads_its_images(photos):
 def test_models_it_does_not_read(model, words, photos):
     with pytest.raises(FedveilError, match=words):
         FullyConnected()(observe(model(), photos[:1], LABELS[:1]))
+
+
+class Rowwise(nn.Module):
+    """Its first layer takes rows of pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.output = nn.Linear(16, 8), nn.Linear(8 * 48, CLASSES)
+
+    def forward(self, images):
+        return self.output(torch.relu(self.first(images)).flatten(1))
+
+
+class Mirrored(nn.Module):
+    """Its first layer takes each image twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.output = nn.Linear(768, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, images):
+        both = (self.first(image.flatten(1)).relu() for image in (images, images.flip(3)))
+        return self.output(sum(both))
+
+
+def normalised():
+    parts = nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, CLASSES)
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize("attack", [FullyConnected(), Peeling(), IndependentComponents()])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Rowwise, "more than each pixel"),
+        (Mirrored, "used 2 times for an image"),
+        (normalised, "depends on the others of a batch"),
+    ],
+)
+def test_first_layers_that_give_no_image_are_refused(photos, attack, model, words):
+    """They ended in a traceback, or gave images that explain the update and are wrong."""
+    torch.manual_seed(0)
+    for count in (1, 4):
+        seen = observe(model(), photos[:count], torch.arange(count), batch=count)
+        buffers = {name: value.clone() for name, value in seen.model.named_buffers()}
+        with pytest.raises(InapplicableAttackError, match=words):
+            attack(seen)
+        assert seen.model.training
+        for name, value in seen.model.named_buffers():
+            assert torch.equal(value, buffers[name])
+
+
+@pytest.mark.parametrize("attack", [FullyConnected(), Peeling(), IndependentComponents()])
+@pytest.mark.parametrize("count", [1, 4])
+def test_of_an_update_of_zeros_nothing_can_be_told(photos, attack, count):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    seen = observe(model, photos[:count], torch.arange(count), batch=count)
+    assert not bool(attack(seen).untold.any()) or count > 1
+    nothing = {name: torch.zeros_like(value) for name, value in seen.gradients.items()}
+    assert bool(attack(dataclasses.replace(seen, gradients=nothing)).untold.all())
+
+
+@pytest.mark.parametrize("attack", [Peeling(), IndependentComponents()])
+def test_an_image_of_zeros_spoils_no_other(photos, attack):
+    """It is in the biases' gradient alone, and the sum of the others' columns missed it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+    images = torch.cat([photos[:4], torch.zeros_like(photos[:1])])
+    result = attack(observe(model, images, torch.arange(5), batch=5))
+    own = match(result.images[0].float(), images).clamp(0, 1)
+    assert float(psnr(own, images).min()) > 40
+    assert not bool(result.untold.any())
+
+
+@pytest.mark.parametrize("attack", [Peeling(), IndependentComponents()])
+def test_images_that_are_mixtures_of_others_are_said_to_be_missing(photos, attack):
+    """Three grey images span two directions, and two exact answers are not three."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+    grey = torch.tensor([0.2, 0.5, 0.9]).reshape(-1, 1, 1, 1) * torch.ones_like(photos[:3])
+    images = torch.cat([photos[:2], grey])
+    assert bool(attack(observe(model, images, torch.arange(5), batch=5)).untold.all())
+
+
+@pytest.mark.parametrize("hidden", [6, 40])
+def test_zeros_that_any_column_can_be_given_solve_nothing(photos, hidden):
+    """As many neurons as images, or few more: a column with zeros wherever it is wanted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(768, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
+    )
+    count = 6 if hidden == 6 else 32
+    images = torch.cat([photos, photos.flip(3), photos.flip(2), photos.flip(1)])[:count]
+    seen = observe(model, images, torch.arange(count) % CLASSES, batch=count)
+    result = IndependentComponents()(seen)
+    own = match(result.images[0].float(), images).clamp(0, 1)
+    assert float((psnr(own, images) > 40).double().mean()) < 0.5
+    assert bool(result.untold.all())
+
+
+def test_a_tiny_update_is_an_update(photos):
+    """As a model returns that is nearly sure of its answers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+    seen = observe(model, photos[:4], torch.arange(4), batch=4)
+    tiny = {name: 1e-30 * value for name, value in seen.gradients.items()}
+    result = IndependentComponents()(dataclasses.replace(seen, gradients=tiny))
+    own = match(result.images[0].float(), photos[:4]).clamp(0, 1)
+    assert float(psnr(own, photos[:4]).min()) > 30
