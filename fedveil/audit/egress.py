@@ -48,6 +48,10 @@ _DRAWS = 1_000
 _ALSO_DISTILLED = (
     f"The run's {DISTILLED} was not audited: if that network leaves, too, audit the file."
 )
+_TAKEN = (
+    "That {} was trained on the training images of {} is taken as said: had it been trained on "
+    "others, nobody would be found, and that would show nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -406,6 +410,7 @@ def audit_model(
             subject=str(weights),
             progress=progress,
         )
+    report = replace(report, untold=(*report.untold, _TAKEN.format(weights, dataset)))
     if out is not None:
         report.write(out)
     return report

@@ -121,7 +121,7 @@ def relative(target: Tensor, shadows: Tensor, population: Tensor, held: Tensor) 
     Args:
         target: φ under the released model, float64 [N].
         shadows: φ under other models, float64 [S, N].
-        population: Bool [N], which images the ratio is held against; never the image itself.
+        population: Bool [N], which images the ratio is held against.
         held: Bool [S, N], whether a shadow was trained on an image.
 
     Raises:
@@ -135,6 +135,7 @@ def relative(target: Tensor, shadows: Tensor, population: Tensor, held: Tensor) 
     mean = torch.where(both, (sides[0] + sides[1]) / 2, known.mean(dim=0))
     ratio = likely / mean.clamp_min(torch.finfo(mean.dtype).tiny)
     others = ratio[population].sort().values
-    below = torch.searchsorted(others, ratio, right=True) - population.long()
-    share: Tensor = below / (len(others) - population.long())
+    # Of the population an image is compared with itself, too: were it left out, it would stand
+    # below every member of the same ratio, and ratios of sure answers are all 1.
+    share: Tensor = torch.searchsorted(others, ratio, right=True) / len(others)
     return share

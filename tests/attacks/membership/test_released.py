@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedveil.attacks.membership.released import confidence, likelihood_ratio, relative
+from fedveil.audit.metrics import roc_of_one
 from fedveil.data import Images
 from fedveil.errors import FedveilError
 
@@ -79,6 +80,16 @@ def test_relative_membership_by_hand():
 
     by_hand = []
     for place in range(count):
-        others = [other for other in range(18, count) if other != place]
+        others = range(18, count)
         by_hand.append(sum(ratio(place) >= ratio(other) for other in others) / len(others))
     assert relative(target, known, population, held).tolist() == pytest.approx(by_hand)
+
+
+def test_images_that_look_alike_score_alike():
+    """Members stood above strangers of the same ratio, so that sure answers told all of them."""
+    generator = torch.Generator().manual_seed(0)
+    held, population = halves(4, 400, generator), torch.arange(400) >= 200
+    target = torch.tensor([40.0, -1.0, 2.0, 50.0]).double().repeat(100)  # the first and last are 1
+    found = relative(target, torch.zeros(4, 400).double(), population, held)
+    assert torch.equal(found[:200], found[200:])
+    assert float(roc_of_one(found[:200], found[200:]).auc.value) == 0.5
