@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedveil.attacks.inversion import Observation, check_model
+from fedveil.attacks.inversion import LocalSteps, Observation, check_model
 from fedveil.audit import membership
 from fedveil.audit.leakage import (
     LeakageReport,
@@ -28,6 +28,7 @@ from fedveil.audit.watch import local_steps, observation_from_records, public_kn
 from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense, check_defense, parse_defense
 from fedveil.errors import FedveilError
+from fedveil.models import has_batch_norm
 from fedveil.progress import say
 from fedveil.runs.recordings import RECORD_KEY_FILE, Exchange, read_exchanges, recording_key
 from fedveil.runs.state_files import read_state
@@ -35,8 +36,11 @@ from fedveil.wording import quantity
 
 _PLAIN = Defense("none")
 _OFF_THE_GRID = 0.01  # of a byte
-_ONE_STEP = 0.01
-_ANGLE, _LENGTHS = 0.3, (0.33, 3.0)
+_ONE_STEP, _ONE_STEP_NEAR = 0.01, 0.1  # rounding to 16 bits leaves that much near the images
+_ORDERS = 4  # in which a client's images are trained on, to see how much depends on it
+_MORE_ORDERS, _FEW_STEPS = 12, 32
+_FARTHER, _LONGER, _LESS_ALIKE = 1.35, 1.2, 0.85
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -474,27 +478,32 @@ def check_settings(
 ) -> None:
     """Refuse settings that do not lead from the images to the update: attacks on it say nothing.
 
+    Of several steps the order is the client's own. So the images are trained on in a few other
+    orders, and the client's change must be about as like these as they are like each other, and as
+    long.
+
     Raises:
         FedveilError: They do not.
     """
     if unchecked(defense):
         return
-    pixels = images.transformed(defense.transform).pixels
-    # A copy: a forward pass in training mode moves batch statistics, which attacks go by.
-    model = copy.deepcopy(seen.model)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(devices=[]):
-        loss = F.cross_entropy(model(pixels), images.labels)
-    own = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    mine = torch.cat([gradient.flatten().double() for gradient in own])
-    theirs = torch.cat([seen.gradients[name][number].flatten().double() for name in named])
-    lengths = float(theirs.norm() / mine.norm().clamp(min=1e-30))
-    angle = float(mine @ theirs / (mine.norm() * theirs.norm()).clamp(min=1e-30))
+    own = images.transformed(defense.transform)
+    names = [name for name, p in seen.model.named_parameters() if p.requires_grad]
+    theirs = {name: seen.gradients[name][number].double() for name in names}
+    changes = [*_changes(seen, own)]
+    _check_moved(theirs, changes[0])
+    told, *mine = (
+        torch.cat([change[name].flatten() for name in names]) for change in (theirs, *changes)
+    )
+    lengths = float(told.norm() / mine[0].norm().clamp(min=_TINY))
+    angle = _cosine(told, mine[0])
+    # What the layers near the images say is little of the whole, and tells most of them.
+    first = next((name for name in names if theirs[name].ndim > 1), names[0])
+    near = [change[first].flatten() for change in (theirs, *changes)]
     if seen.local is None:
-        fits = float((mine - theirs).square().sum()) <= _ONE_STEP * float(theirs.square().sum())
+        fits = _left(told, mine[0]) <= _ONE_STEP and _left(*near) <= _ONE_STEP_NEAR
     else:
-        # The order of the steps is the client's own, so only where they lead can be compared.
-        fits = angle >= _ANGLE and _LENGTHS[0] <= lengths <= _LENGTHS[1]
+        fits = _is_one_of(told, mine) and _is_one_of(near[0], near[1:])
     if not fits:
         fitting = settings.learning_rate * lengths
         raise FedveilError(
@@ -502,9 +511,86 @@ def check_settings(
             f"is {lengths:.3g} times as long as it would be, at a cosine of {angle:.2f}. Give the "
             "app's own --epochs, --batch-size and --learning-rate"
             + (f" ({fitting:.3g} would fit)" if angle > 1 - _ONE_STEP else "")
-            + "; plain gradient descent only, without momentum or augmentation; an audit under "
-            "other settings would find nothing and show nothing"
+            + "; plain gradient descent only, without momentum, another optimizer, augmentation or "
+            "a change of the update that --defense does not name; an audit under other settings "
+            "would find nothing and show nothing"
         )
+
+
+def _changes(seen: Observation, images: Images) -> Iterator[dict[str, Tensor]]:
+    """Yield what training on images comes to, as an observation has it, by a few orders."""
+    local = seen.local
+    if local is None:
+        model = copy.deepcopy(seen.model)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.random.fork_rng(devices=[]):
+            loss = F.cross_entropy(model(images.pixels), images.labels)
+        moving = [*named.values()]
+        own = torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True)
+        yield {name: gradient.double() for name, gradient in zip(named, own, strict=True)}
+        return
+    length = local.learning_rate * local.steps(len(images))
+    # Few steps differ much by their order, and cost little.
+    orders = _ORDERS if local.steps(len(images)) > _FEW_STEPS else _MORE_ORDERS
+    for seed in range(orders):
+        # A copy: a forward pass in training mode moves batch statistics, which attacks go by.
+        model = copy.deepcopy(seen.model)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().double() for name, p in named.items()}
+        _train(model, images, local, torch.Generator().manual_seed(seed))
+        yield {name: (before[name] - p.detach().double()) / length for name, p in named.items()}
+
+
+def _train(model: nn.Module, images: Images, local: LocalSteps, generator: torch.Generator) -> None:
+    descent = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=local.learning_rate
+    )
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(local.epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for batch in torch.split(order, local.batch_size):
+                if len(batch) == 1 < local.batch_size and has_batch_norm(model):
+                    continue  # it cannot train on one
+                descent.zero_grad()
+                loss = F.cross_entropy(model(images.pixels[batch]), images.labels[batch])
+                loss.backward()  # type: ignore[no-untyped-call]
+                descent.step()
+
+
+def _check_moved(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
+    """Refuse an update in which a weight did not move that training moves.
+
+    Raises:
+        FedveilError: There is one.
+    """
+    still = [name for name, value in theirs.items() if not value.any() and mine[name].any()]
+    if still:
+        raise FedveilError(
+            f"the client returned {still[0]} as it was sent"
+            + (f", and {quantity(len(still) - 1, 'other weight')}" if len(still) > 1 else "")
+            + ": it does not train what --model trains, or in a precision in which so small a "
+            "change is lost; freeze that in the factory (requires_grad_(False)), else an audit "
+            "would take it for a gradient of zero"
+        )
+
+
+def _is_one_of(told: Tensor, mine: Sequence[Tensor]) -> bool:
+    """Whether a change is about as like the mean of others, and as long, as each of them."""
+    lengths = [float(one.norm()) for one in mine]
+    if not min(lengths) / _LONGER <= float(told.norm()) <= max(lengths) * _LONGER:
+        return False
+    total = torch.stack([*mine]).sum(dim=0)
+    least, angle = min(_cosine(one, total - one) for one in mine), _cosine(told, total)
+    return angle >= _LESS_ALIKE * least and 1 - angle**2 <= _ONE_STEP + _FARTHER * (1 - least**2)
+
+
+def _left(told: Tensor, mine: Tensor) -> float:
+    """Return what of a change another does not explain, as a share of its square."""
+    return float((mine - told).square().sum() / told.square().sum().clamp(min=_TINY))
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float(one @ other / (one.norm() * other.norm()).clamp(min=_TINY))
 
 
 def unchecked(defense: Defense) -> str | None:

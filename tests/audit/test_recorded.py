@@ -299,3 +299,90 @@ def test_rounds_on_the_same_images_are_told_from_together(data):
     for beside, seen in ((fewer, own[:1]), ([one for one in everybody if one.client < 3], own)):
         alone = audit_recorded(seen, truth_of(seen, data, None), model, settings, beside=beside)
         assert {row.attack for row in alone.membership["none"]} == {"gradient", "span"}
+
+
+def trained_alone(
+    data, *, optimizer=torch.optim.SGD, rate=0.05, epochs=3, seed=5, shift=0, frozen="", **changes
+):
+    """What a client that trains by batches of 4 on 16 images returns, and what it was sent."""
+    model = build_model("lenet", data.shape, 10, seed=0).train()
+    sent = {name: value.clone() for name, value in model.state_dict().items()}
+    own = data.train[torch.arange(16)]
+    moving = [p for name, p in model.named_parameters() if not frozen or frozen not in name]
+    descent = optimizer(moving, lr=rate, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(16, generator=generator).split(4):
+            by = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+            pixels = own.pixels[batch].roll(by, dims=(2, 3))
+            descent.zero_grad()
+            F.cross_entropy(model(pixels), own.labels[batch]).backward()
+            descent.step()
+    return Exchange(1, 0, sent, dict(model.state_dict()), 16)
+
+
+def checked(data, exchange, **declared):
+    settings = LeakageSettings(
+        update="fedavg", images=16, batch=16,
+        **{"epochs": 3, "batch_size": 4, "learning_rate": 0.05, **declared},
+    )  # fmt: skip
+    seen = observed([exchange], build_model("lenet", data.shape, 10, seed=3), settings, data)
+    check_settings(seen, 0, data.train[torch.arange(16)], settings, NONE)
+
+
+def test_the_order_of_a_clients_steps_need_not_be_known(data):
+    for seed in range(5):
+        checked(data, trained_alone(data, seed=seed))
+        checked(data, trained_alone(data, seed=seed, epochs=1), epochs=1)
+    checked(data, trained_alone(data, weight_decay=1e-4))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"momentum": 0.5},
+        {"momentum": 0.9, "epochs": 1},
+        {"optimizer": torch.optim.Adam, "rate": 1e-4},
+        {"optimizer": torch.optim.Adam, "rate": 5e-4},
+        {"optimizer": torch.optim.Adam, "rate": 1e-3},
+        {"optimizer": torch.optim.Adam, "rate": 2e-3},
+        {"weight_decay": 1.0},
+        {"shift": 2},
+        {"epochs": 1},
+        {"epochs": 6},
+        {"rate": 0.025},
+        {"rate": 0.1},
+    ],
+    ids=str,
+)
+def test_of_several_steps_other_settings_are_refused(data, own):
+    """A change at a cosine of 0.3 to one step, and up to three times as long, passed for one."""
+    declared = {"epochs": 1} if own == {"momentum": 0.9, "epochs": 1} else {}
+    with pytest.raises(FedveilError, match="do not lead from"):
+        checked(data, trained_alone(data, **own), **declared)
+
+
+@pytest.mark.parametrize("frozen", ["body.0", "body.0.weight"])
+def test_a_weight_that_the_client_does_not_train_is_named(data, frozen):
+    """An audit took it for a gradient of zero."""
+    with pytest.raises(FedveilError, match=r"returned body\.0\.weight as it was sent"):
+        checked(data, trained_alone(data, frozen=frozen))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_of_one_step_other_images_are_refused_though_most_of_the_change_is_of_biases(data, shift):
+    """Of an untrained LeNet's change 99 % are the same for images that were moved by a pixel."""
+    model = build_model("lenet", data.shape, 10, seed=0).train()
+    sent = {name: value.clone() for name, value in model.state_dict().items()}
+    own = data.train[:4]
+    F.cross_entropy(model(own.pixels.roll((shift, shift), dims=(2, 3))), own.labels).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    rounded = {name: value.half().float() for name, value in model.state_dict().items()}
+    settings = replace(INSIDE, learning_rate=0.5, images=4, batch=4)
+    for returned in (dict(model.state_dict()), rounded):
+        seen = observed([Exchange(1, 0, sent, returned, 4)], model, settings, data)
+        if not shift:
+            check_settings(seen, 0, own, settings, NONE)
+            continue
+        with pytest.raises(FedveilError, match="do not lead from"):
+            check_settings(seen, 0, own, settings, NONE)
