@@ -41,7 +41,18 @@ _ENOUGH = 60
 _RARE = 0.025
 _COUNTED = 10_000
 _CHANCE = 0.01
-_EXPERIMENT = ("model", "dataset", "update", "batch", "aggregate", "epochs", "repeats", "recorded")
+_EXPERIMENT = (
+    "model",
+    "dataset",
+    "update",
+    "batch",
+    "aggregate",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "repeats",
+    "recorded",
+)
 _GUESSING = 0.5
 _NAMED = 3
 _LONGEST = 300
@@ -635,6 +646,10 @@ def _of_some_members(rows: Sequence[MembershipRow]) -> Finding:
         worst[row.defense] = max(worst.get(row.defense, row), row, key=_recognises)
     plain = worst.pop("none", None)
     row = min(worst.values(), key=_recognises, default=plain or rows[0])
+    if plain is not None and worst:
+        tried = {one.attack for one in rows if one.defense == row.defense}
+        shown = (one for one in rows if one.defense == "none" and one.attack in tried)
+        plain = max(shown, key=_recognises, default=None)
     points, topic = row.strangers, "Who was in an update"
     under = "without a defence" if row is plain else f"under {row.defense}"
     told = (
@@ -714,7 +729,10 @@ def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
         )
     if not plain and not defended:
         return Finding(topic, "Not tested", "unknown", f"{parts[0][0].upper()}{parts[0][1:]}.")
-    mark, kind, caveat = _judgement(plain, least)
+    tried = {_attack(row) for row in _under(defended, _name(least))} if least else set()
+    mark, kind, caveat = _judgement(
+        [row for row in plain if least is None or _attack(row) in tried], least
+    )
     return Finding(topic, mark, kind, f"From a client's update {_joined(parts)}; {caveat}.")
 
 
@@ -847,6 +865,10 @@ def _name(row: _Leaked) -> str:
     if isinstance(row, LeakageRow) or not row.strength_text:
         return row.defense
     return f"{row.defense} at {row.strength_text}"
+
+
+def _attack(row: _Leaked) -> str:
+    return row.attack.removesuffix("+inverse")
 
 
 def _under(rows: Sequence[_Leaked], name: str) -> list[_Leaked]:

@@ -336,6 +336,34 @@ def test_a_search_that_ended_without_an_answer_clears_nothing(tmp_path):
     assert kinds == ["good", "unknown"]
 
 
+def test_an_attack_that_works_clears_nothing_for_one_that_was_run_instead(tmp_path):
+    """One that is refused under a defence, or another file's, vouched for a weaker one."""
+    plain = floored(1.0, 0.01, images=100)
+    weak = floored(0.0, 0.01, attack="dlg:steps=1", images=100)
+    under = floored(0.0, 0.01, attack="dlg:steps=1", defense="a", adaptive=True, images=100)
+    same = floored(0.0, 0.01, defense="a", adaptive=True, images=100)
+    undone = floored(0.0, 0.01, attack="lm+inverse", defense="a", adaptive=True, images=100)
+
+    def kind(name, *rows):
+        return marks(make_leakage(tmp_path / name, [*rows], arrays=False))[2]
+
+    assert kind("same", plain, weak, under, same)[0] == "good"
+    assert kind("inverse", plain, undone)[0] == "good"
+    assert kind("other", plain, weak, under) == ("unknown", "Attacks too weak")
+    assert kind("alone", plain, under)[0] == "unknown"
+
+
+def test_audits_under_other_rates_clear_nothing_of_one_another(tmp_path):
+    plain = floored(1.0, 0.01, images=100)
+    under = floored(0.0, 0.01, defense="a", adaptive=True, images=100)
+    found = [
+        make_leakage(tmp_path / name, [row], arrays=False, learning_rate=rate)
+        for name, row, rate in (("a", plain, 1.0), ("b", under, 0.01), ("c", under, 1.0))
+    ]
+    assert marks(found[0], found[2])[2][0] == "good"
+    assert marks(found[0], found[1])[2][0] != "good"
+
+
 def test_an_undefended_attack_at_the_floor_shows_nothing_of_a_defence(tmp_path):
     rows = [floored(0.6, 0.6, images=100)]
     rows.append(floored(0.0, 0.01, defense="a", adaptive=True, images=100))
@@ -442,6 +470,13 @@ def test_attacks_that_work_on_one_model_show_nothing_of_another(tmp_path):
 def test_a_defence_hides_members_only_from_attacks_that_work_without_it(tmp_path, rows, kind, mark):
     named = [membership_row(name, **row) for name, row in zip(("none", "a"), rows, strict=False)]
     assert told_of_members(tmp_path, *named)[:2] == (kind, mark)
+
+
+def test_a_membership_attack_vouches_for_itself_alone(tmp_path):
+    rows = [membership_row("none", found=0.4), membership_row("none", found=0.01, auc=0.5)]
+    rows.append(membership_row("a", found=0.01, auc=0.5))
+    rows[1]["attack"] = rows[2]["attack"] = "gradient"
+    assert told_of_members(tmp_path, *rows)[:2] == ("unknown", "Attacks too weak")
 
 
 def test_the_page_has_the_membership_table_and_reads_what_earlier_versions_wrote(tmp_path):
