@@ -136,13 +136,13 @@ class _Rebuilt(_Row):
     identified_floor: Share | None = None
     psnr_original: float
     psnr_original_floor: float | None = None
+    untold: Count = 0
 
 
 class LeakageRow(_Rebuilt):
     """A row of ``leakage.json``: one attack on one defence; shares, decibels, seconds."""
 
     images: Count
-    untold: Count = 0
     exact: Share
     exact_low: Share | None = None
     exact_high: Share | None = None

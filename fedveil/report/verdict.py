@@ -729,14 +729,17 @@ def _of_leakage(rows: Sequence[_Leaked]) -> Finding:
         )
     if not plain and not defended:
         return Finding(topic, "Not tested", "unknown", f"{parts[0][0].upper()}{parts[0][1:]}.")
-    tried = {_attack(row) for row in _under(defended, _name(least))} if least else set()
+    under = _under(defended, _name(least)) if least else []
+    tried = {_attack(row) for row in under}
     mark, kind, caveat = _judgement(
-        [row for row in plain if least is None or _attack(row) in tried], least
+        [row for row in plain if not under or _attack(row) in tried], least, under
     )
     return Finding(topic, mark, kind, f"From a client's update {_joined(parts)}; {caveat}.")
 
 
-def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, str, str]:
+def _judgement(
+    plain: Sequence[_Leaked], least: _Leaked | None, under: Sequence[_Leaked]
+) -> tuple[str, str, str]:
     """Return mark, kind and caveat; an attack must be shown to work before its failure counts."""
     undefended = max((_told(row) for row in plain), default=None)
     seen = [least] if least else plain
@@ -768,7 +771,13 @@ def _judgement(plain: Sequence[_Leaked], least: _Leaked | None) -> tuple[str, st
         )
     if least is not None and least.images is not None and least.images < _ENOUGH:
         return mark, "unknown", f"of {quantity(least.images, 'image')} nothing can be called rare"
-    if any(isinstance(row, LeakageRow) and row.untold for row in seen):
+    ended = {_attack(row) for row in under if not row.untold}
+    rebuilt = any(row.identified > _SURELY for row in plain)
+    if least is not None and not any(
+        (row.identified if rebuilt else _told(row)) > _SURELY and _above_floor(row)
+        for row in plain
+        if _attack(row) in ended
+    ):
         return (
             mark,
             "unknown",

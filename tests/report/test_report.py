@@ -353,6 +353,28 @@ def test_an_attack_that_works_clears_nothing_for_one_that_was_run_instead(tmp_pa
     assert kind("alone", plain, under)[0] == "unknown"
 
 
+def test_an_attack_that_could_not_tell_is_not_vouched_for_by_a_weaker_one(tmp_path):
+    """``peel`` works without a defence and cannot tell under it; ``ig`` never works, and tells."""
+    rows = [
+        floored(1.0, 0.01, attack="peel", images=100),
+        floored(0.02, 0.01, attack="ig", images=100),
+        floored(0.0, 0.01, attack="peel", defense="a", adaptive=True, images=100, untold=4),
+        floored(0.02, 0.01, attack="ig", defense="a", adaptive=True, images=100),
+    ]
+    directory = make_leakage(tmp_path / "leakage", rows, arrays=False)
+    assert marks(directory)[2] == ("unknown", "2.0 % identified")
+    assert "ended at its limit or without an answer" in sentences(directory)[2]
+    recognised = [row | {"picked_out": 1.0, "picked_out_floor": 0.01} for row in rows[:2]]
+    recognised += [row | {"picked_out": 0.01, "picked_out_floor": 0.01} for row in rows[2:]]
+    seen = make_leakage(tmp_path / "recognised", recognised, arrays=False)
+    assert marks(seen)[2][0] == "unknown"
+    grid = [row | {"accuracy": 0.6, "strength": 1.0, "scenario": "worst"} for row in rows]
+    assert marks(make_frontier(tmp_path / "grid", grid))[2][0] == "unknown"
+    rows[2]["untold"] = grid[2]["untold"] = 0
+    assert marks(make_frontier(tmp_path / "grid told", grid))[2][0] == "good"
+    assert marks(make_leakage(tmp_path / "told", rows, arrays=False))[2][0] == "good"
+
+
 def test_audits_under_other_rates_clear_nothing_of_one_another(tmp_path):
     plain = floored(1.0, 0.01, images=100)
     under = floored(0.0, 0.01, defense="a", adaptive=True, images=100)
