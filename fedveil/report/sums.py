@@ -13,6 +13,7 @@ _SHOWN = 0.9  # correlation from which somebody would call the two one image
 _OVER_FLOOR = 0.05
 _LOOSE = 0.1  # found by the best attack that noise allows: ε of about 4 and more
 _FEWEST = 5  # images rebuilt, of fewer than which nothing is said
+_FEW = 0.05  # found by the upper end of the interval, above which nobody is cleared
 _TRACED = 0.02  # found where 1 % of others are: twice as many as by chance
 
 
@@ -58,7 +59,7 @@ def _judged(audit: SumsAudit, row: SumsRow) -> tuple[str, str]:
         return f"{percent(audit.forecast.tpr_at_1)} to be found", "bad"
     if row.auc_low > _GUESSING:
         return "Nobody named, a little told of all", "unknown"
-    if row.tpr_at_1 is None:
+    if row.tpr_at_1 is None or max(one.tpr_at_1_high or 0.0 for one in _held(audit)) > _FEW:
         return "Cannot tell", "unknown"
     if audit.allowed is not None and audit.allowed.tpr_at_1 > _LOOSE:
         return "Nobody found, much allowed", "unknown"

@@ -459,13 +459,14 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
                 f", no more than what thieves come to alone{left}.",
             )
         tried = quantity(sum(len(one.rows) for one in audits), "theft")
+        open_ = _not_excluded([row for one in audits for row in one.rows])
         return Finding(
             topic,
             "No gain found",
-            "unknown" if left else "good",
+            "unknown" if left or open_ else "good",
             f"Of {tried} tried on the copies of {', '.join(map(attacked_run, audits))} none gained "
             f"on training alone: the best, {how}, reached {outcome}, and a thief who tries "
-            f"something else may do better{left}.",
+            f"something else may do better{open_}{left}.",
         )
     spread = ""
     low, high = worst.advantage_low, worst.advantage_high
@@ -489,6 +490,24 @@ def _of_theft(audits: Sequence[TheftAudit], runs: Sequence[Run]) -> Finding:
         f"{attacked_run(audit)}: of the thefts tried, {how} reached {outcome}, and a thief who "
         f"tries something else may gain more{left}.",
     )
+
+
+def _not_excluded(rows: Sequence[TheftRow]) -> str:
+    """Say which gain was not found and may be there all the same; nothing where it is small."""
+    highs = [
+        row.advantage_high
+        for row in rows
+        if None not in (row.advantage_low, row.advantage_high)
+        and row.advantage_low != row.advantage_high
+    ]
+    if len(highs) < len(rows):
+        return (
+            "; how far thieves lie from one another was not measured, so that a gain may be missed"
+        )
+    most = max(high for high in highs if high is not None)
+    if most <= _FEW:
+        return ""
+    return f"; a gain of {points(most)} is within the interval of what was measured"
 
 
 def _of_nothing_learnt(audit: TheftAudit, runs: Sequence[Run]) -> bool:
@@ -622,7 +641,7 @@ def _of_one_egress(audit: EgressAudit) -> Finding:
             f"{below.auc:.2f} ({below.auc_low:.2f} to {below.auc_high:.2f}), so that the two kinds "
             "of images differ in more than training.",
         )
-    if few:
+    if few or max(one.tpr_at_1_high or 0.0 for one in audit.rows) > _FEW:
         return Finding(topic, "Cannot tell", "unknown", f"{told}.")
     if all(one.attack == "loss" for one in audit.rows):
         return Finding(topic, "Only the loss was tried", "unknown", f"{told}; {more}.")

@@ -137,6 +137,22 @@ def test_no_gain_is_not_called_a_defence(tmp_path):
     assert "may do better" in sentences(directory)[1]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "told"),
+    [
+        (-0.04, 0.03, "good", "may do better."),
+        (-0.2, 0.18, "unknown", "a gain of 18.0 points is within the interval"),
+        (-0.01, -0.01, "unknown", "was not measured"),  # one thief
+        (None, None, "unknown", "was not measured"),
+    ],
+)
+def test_no_gain_found_clears_nothing_where_a_gain_may_be_missed(tmp_path, low, high, kind, told):
+    rows = [theft_row(accuracy=0.59, advantage_low=low, advantage_high=high)]
+    directory = make_theft(tmp_path / "theft", rows)
+    assert marks(directory)[1] == (kind, "No gain found")
+    assert told in sentences(directory)[1]
+
+
 def test_an_earlier_versions_attack_clears_no_defence(tmp_path):
     """It was one alone, and what it missed was withdrawn."""
     counted = {"images": 100, "picked_out": 0.02}
@@ -532,6 +548,7 @@ def test_what_a_delivered_model_tells_is_told_by_its_strongest_attack(tmp_path):
     [
         ([egress_row("loss", auc=0.51, found=0.01)], "unknown", "Only the loss was tried"),
         ([egress_row("lira", auc=0.51, found=0.01)], "good", "No better than chance"),
+        ([egress_row(auc=0.51, found=0.0, tpr_at_1_high=0.16)], "unknown", "Cannot tell"),
         ([egress_row("lira", auc=0.51, found=0.04)], "bad", "4.0 % found"),
         ([egress_row("lira", auc=0.6, found=0.01)], "bad", "1.0 % found"),
         ([egress_row("lira", auc=0.51, found=None)], "unknown", "Cannot tell"),
@@ -608,6 +625,7 @@ def test_the_page_says_what_egress_could_not_tell(tmp_path):
     ("row", "kind", "mark"),
     [
         (sums_row(auc=0.51, found=0.01), "good", "No better than chance"),
+        (sums_row(auc=0.51, found=0.0) | {"tpr_at_1_high": 0.16}, "unknown", "Cannot tell"),
         (sums_row(auc=0.6, found=0.01), "unknown", "Nobody named, a little told of all"),
         (sums_row(auc=0.6, found=0.2), "bad", "20 % found"),
         (sums_row(auc=0.51, found=None), "unknown", "Cannot tell"),
@@ -713,7 +731,14 @@ thefts = st.builds(
     st.lists(
         st.builds(
             lambda a, g: TheftRow(
-                attack="x", labels=10, colluders=1, accuracy=a, alone=a, advantage=g
+                attack="x",
+                labels=10,
+                colluders=1,
+                accuracy=a,
+                alone=a,
+                advantage=g,
+                advantage_low=max(-1, g - 0.02),
+                advantage_high=min(1, g + 0.02),
             ),
             share,
             gain,
