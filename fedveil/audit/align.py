@@ -160,7 +160,7 @@ def _last(state: dict[str, Tensor], base: Weights, layer: _Layer) -> bool:
     # A copy's noise may make it larger, too: it is unlike the base then.
     if float(torch.cosine_similarity(own, known, dim=0)) < _ALIKE or abs(scale - 1) < _RESCALED:
         return False
-    for name in (layer.weight, *layer.bias):
+    for name in (layer.weight, *(name for name in layer.bias if name in state)):
         state[name] = state[name] * scale
     return True
 
@@ -198,6 +198,8 @@ def _matched(own: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
                 scale = _least(units[order], base)
                 allowed = scale != 0 if signed else scale > 0
                 best = alike, order, torch.where(allowed, scale, torch.ones_like(scale))
+            if best[0] > len(base) / _CLEARLY:
+                return best[1:]  # nothing can be clearly more alike
     assert best is not None
     return best[1:]
 

@@ -127,8 +127,11 @@ def _sound(values: Tensor) -> Tensor:
 
 
 def _variance(hosts: Hosts, values: Tensor, host: Tensor) -> float:
-    """Return the share of the values' variance within tensors that their host explains."""
-    missed = spread = 0.0
+    """Return the share of the values' variance within tensors that their host explains.
+
+    Of few values the many directions would explain all: what they explain by chance is left out.
+    """
+    missed, spread, count = 0.0, 0.0, 0
     for own, known in zip(
         torch.split(values, hosts.sizes), torch.split(host, hosts.sizes), strict=True
     ):
@@ -137,7 +140,11 @@ def _variance(hosts: Hosts, values: Tensor, host: Tensor) -> float:
             rest, centred = (own - known)[kept], own[kept] - own[kept].mean()
             missed += float(rest.square().sum())
             spread += float(centred.square().sum())
-    return max(0.0, 1 - missed / spread) if spread > 0 else 0.0
+            count += len(rest)
+    free = count - len(hosts.directions)
+    if spread <= 0 or free <= 0:
+        return 0.0
+    return max(0.0, 1 - missed / spread * count / free)
 
 
 def _fitted(hosts: Hosts, values: Tensor) -> Tensor:

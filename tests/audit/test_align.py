@@ -251,6 +251,15 @@ def test_of_a_model_of_the_run_that_is_nobodys_copy_nobody_is_cleared(kept, susp
     assert "clears nobody: it is another model" in other.table(is_w=False)
 
 
+def test_a_leak_without_biases_is_aligned_and_its_last_layer_scaled():
+    base = network(1)
+    leaked = {name: value for name, value in base.items() if not name.endswith("bias")}
+    found = aligned({**leaked, "output.weight": 100 * leaked["output.weight"]}, base)
+    assert found.keys() == leaked.keys()
+    for name, value in leaked.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
+
+
 def test_a_model_that_is_no_chain_is_left_alone():
     base = {"a.weight": torch.randn(4, 3), "b.weight": torch.randn(5, 7)}
     leaked = {name: value.flip(0) for name, value in base.items()}
