@@ -27,6 +27,7 @@ _EXPLAINED = 0.01  # of an update's squared length at most is left by images tha
 _GAIN = 0.5  # of what was left before; another round that leaves more brings nothing
 _TWICE = 0.99  # cosine of two columns that are one
 _RIDGE = 1e-13  # beside normal equations of rows of length 1
+_NEARLY = 0.75  # images of a client whose training moved few neurons; of mixtures half are zero
 _MORE = 6  # zeros beyond those that any column can be given
 _TINY = 1e-30
 _LEAST = 1e-300
@@ -45,8 +46,8 @@ class IndependentComponents:
     column of D is zero there, and is what spans the gradient's columns with those zeros, by least
     squares that give less weight to neurons at which zero does not fit. Images whose column turns
     into another's are parted anew among themselves. Whichever answer explains the update better is
-    given. Where not every column was solved and the images do not explain the update either, as
-    behind other activations and under noise, ``Inversion.untold`` says so.
+    given. Where the images do not explain the update, as under noise, ``Inversion.untold`` says so;
+    of several local steps, which images explain in part only, where not every column was solved.
 
     Source: Kariyappa et al., "Cocktail Party Attack: Breaking Aggregation-Based Privacy in
     Federated Learning Using Independent Component Analysis", ICML 2023, section 4 (images as
@@ -80,6 +81,7 @@ class IndependentComponents:
         begin = time.perf_counter()
         check_attackable(observation, attack="ica", most=None, local=True, batch_statistics=True)
         # Sums over local steps are of the same images, and so of the same form.
+        local = observation.local is not None
         observation = replace(observation, local=None)
         name, layer = first_linear(observation)
         scale, offset = preparation(observation, layer)
@@ -116,9 +118,11 @@ class IndependentComponents:
             labels.append(best[1])
             losses.append(best[2])
             rounds.append(taken)
-            # One image is its quotient, whatever follows the layer.
-            whole = observation.images == 1 or (solved and sharp.shape[1] == observation.images)
-            untold.append(not (bias.any() and (whole or losses[-1] < _EXPLAINED)))
+            # One image is its quotient, whatever follows the layer. The loss of several steps is no
+            # judge, as it takes their sum for one; of one step it judges better than columns do.
+            whole = solved and local and sharp.shape[1] == observation.images
+            known = observation.images == 1 or whole or losses[-1] < _EXPLAINED
+            untold.append(not (bool(bias.any()) and known))
             if progress:
                 progress(victim + 1, observation.victims, losses[-1])
         seconds = (time.perf_counter() - begin) / observation.victims
@@ -270,13 +274,17 @@ def _fitted(heard: Tensor, silent: Tensor, start: Tensor) -> tuple[Tensor, float
 
 
 def _determined(heard: Tensor, silent: list[Tensor], columns: Tensor) -> bool:
-    """Whether columns [r, r] have more zeros, each, than any r - 1 neurons allow to choose."""
+    """Whether columns [r, r] are zero at most silent neurons, each, and at enough of them.
+
+    Zeros at any r - 1 neurons can be chosen, and a mixture of two images' columns is zero where
+    both images are silent.
+    """
     size = (heard @ columns).square().mean(dim=0).sqrt()
-    zeros = [
-        int(((heard[own] @ columns[:, place]).abs() < _SOLVED * size[place]).sum())
-        for place, own in enumerate(silent)
-    ]
-    return min(zeros) >= columns.shape[1] + _MORE - 1
+    for place, own in enumerate(silent):
+        zeros = int(((heard[own] @ columns[:, place]).abs() < _SOLVED * size[place]).sum())
+        if zeros < max(columns.shape[1] + _MORE - 1, _NEARLY * len(own)):
+            return False
+    return True
 
 
 def _completed(heard: Tensor, silent: Tensor, column: Tensor, known: Tensor) -> Tensor:
