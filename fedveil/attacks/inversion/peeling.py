@@ -76,6 +76,7 @@ class Peeling:
         begin = time.perf_counter()
         check_attackable(observation, attack="peel", most=None, local=True, batch_statistics=True)
         # Sums over local steps are of the same images, and so of the same form.
+        local = observation.local is not None
         observation = replace(observation, local=None)
         read = FullyConnected()(observation)
         name, layer = first_linear(observation)
@@ -111,7 +112,8 @@ class Peeling:
             told = images[victim : victim + 1].float(), labels[victim : victim + 1]
             losses[victim] = measure.distance(*told, part).double().cpu()[0]
             # Images may have one column as they are one; or be a mixture of others, and be missing.
-            whole = int(inside.sum()) == observation.images
+            # The loss of several steps is no judge, as it takes their sum for one.
+            whole = local and int(inside.sum()) == observation.images
             untold[victim] = not (whole or float(losses[victim]) < _EXPLAINED)
             if progress:
                 progress(victim + 1, observation.victims, float(losses[victim]))
