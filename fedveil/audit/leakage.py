@@ -20,7 +20,7 @@ from fedveil.attacks.inversion import (
     check_model,
 )
 from fedveil.audit.adaptive import Attacker, attackers
-from fedveil.audit.membership import Recognition, best, picked_out, picked_out_over_rounds
+from fedveil.audit.membership import Recognition, best, picked_out, picked_out_over_rounds, unread
 from fedveil.audit.membership import table as membership_table
 from fedveil.audit.membership import untold as membership_untold
 from fedveil.audit.metrics import bootstrap, median, over_updates, psnr
@@ -118,6 +118,7 @@ class LeakageReport:
         trained: Defence to [M, C, H, W], what the victim trained on under it.
         rows: One for each attack, defence and kind of attacker.
         membership: Defence to what membership attacks, which rebuild nothing, recognise.
+        unread: What the updates did not hold though others' may, in sentences.
     """
 
     dataset: str
@@ -127,6 +128,7 @@ class LeakageReport:
     trained: dict[str, Tensor]
     rows: tuple[Row, ...]
     membership: dict[str, tuple[Recognition, ...]]
+    unread: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``leakage.json``."""
@@ -138,7 +140,7 @@ class LeakageReport:
                 for defense, found in self.membership.items()
                 for one in found
             ],
-            "untold": list(membership_untold(self.membership)),
+            "untold": [*membership_untold(self.membership), *self.unread],
         }
 
     def table(self) -> str:
@@ -159,7 +161,7 @@ class LeakageReport:
                     "answer or at its limit, and what stands there is a part of one or a "
                     "weaker attack's, which shows nothing of what there is to find"
                 )
-        return "\n".join([*lines, *membership_table(self.membership)])
+        return "\n".join([*lines, *membership_table(self.membership), *self.unread])
 
     def write(self, out: Path) -> None:
         """Write leakage.json, reconstructions.npz and reconstructions.png into ``out``.
@@ -337,6 +339,7 @@ def joined(parts: Sequence[LeakageReport]) -> LeakageReport:
         trained={label: images for part in parts for label, images in part.trained.items()},
         rows=tuple(row for part in parts for row in part.rows),
         membership={label: found for part in parts for label, found in part.membership.items()},
+        unread=tuple(dict.fromkeys(sentence for part in parts for sentence in part.unread)),
     )
 
 
@@ -386,6 +389,7 @@ def attacked(
         trained={defense.label: scorer.trained},
         rows=tuple(rows),
         membership={defense.label: told},
+        unread=unread(informed),
     )
 
 

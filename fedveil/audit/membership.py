@@ -18,6 +18,7 @@ from fedveil.data import Dataset, Images
 from fedveil.defenses import Defense
 from fedveil.errors import FedveilError, InapplicableAttackError
 from fedveil.results import CERTAIN, PICKED_OUT
+from fedveil.wording import quantity
 
 _STRANGERS = 1_000  # a rate of one in a thousand needs as many
 _UNSEEN = 250
@@ -109,6 +110,22 @@ def untold(found: Mapping[str, Sequence[Recognition]]) -> tuple[str, ...]:
     """Return in a sentence under which defences nothing is told, if under any."""
     nobody = [defense for defense, rows in found.items() if not rows]
     return (_untold(nobody),) if nobody else ()
+
+
+def unread(observation: Observation) -> tuple[str, ...]:
+    """Return in a sentence of which layers' statistics an update tells nothing, if of any.
+
+    An app that returns its whole state sends them, so their absence here clears no other.
+    """
+    if not observation.unread:
+        return ()
+    layer, why = next(iter(observation.unread.items()))
+    count = len(observation.unread)
+    others = f" and {quantity(count - 1, 'other layer')}" if count > 1 else ""
+    return (
+        f"What running statistics of batch normalisation tell was not told of {layer}{others} "
+        f"({why}): a client that returns its whole state gives them away",
+    )
 
 
 def _untold(defenses: Sequence[str]) -> str:

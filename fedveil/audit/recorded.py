@@ -636,6 +636,7 @@ def _one_after_the_other(reports: Sequence[LeakageReport]) -> LeakageReport:
             for label in first.trained
         },
         rows=tuple(rows),
+        unread=tuple(dict.fromkeys(one for report in reports for one in report.unread)),
         membership={
             label: membership.joined([report.membership[label] for report in reports])
             for label in first.membership

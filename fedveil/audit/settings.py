@@ -53,6 +53,11 @@ class Watching(CheckedSettings):
     repeats: int = option(
         1, "Rounds of --update fedavg on the same images, told from together.", ge=1
     )
+    batch_statistics: bool = option(
+        True,
+        "Weights come back with batch normalisation's running statistics, as of most apps; fedveil "
+        "train's clients leave them out.",
+    )
     seed: int = option(0, "Seeds model, partition and order.")
     workers: int | None = option(None, "Worker processes; one a core.", ge=1)
 

@@ -10,6 +10,10 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from fedveil.attacks.inversion import LocalSteps, Observation, UpdateKnowledge
+from fedveil.attacks.inversion.running_statistics import (
+    RunningStatistics,
+    read_running_statistics,
+)
 from fedveil.audit.settings import Watching
 from fedveil.data import Dataset, parse_partition
 from fedveil.data.partition import partition
@@ -25,6 +29,8 @@ from fedveil.federation.strategies.fedsgd import (
 )
 from fedveil.federation.task import ClientTask
 from fedveil.federation.trial import Trial, try_out
+from fedveil.models import batch_statistics_names
+from fedveil.models.inspect import BATCH_NORMS
 from fedveil.wording import quantity
 
 
@@ -76,6 +82,7 @@ class WatchedFederation:
         strategy = WatchingFedSGD(
             victims=watching.victims,
             parameters=[n for n, value in self.model.named_parameters() if value.requires_grad],
+            statistics=batch_statistics_names(self.model),
             action=watching.update,
             sampling=Sampling(seed=watching.seed, min_clients=watching.clients),
         )
@@ -143,6 +150,7 @@ class WatchedFederation:
             classes=len(self.data.classes),
             steps=local_steps(self.watching),
             images=self.watching.batch * self.watching.aggregate,
+            clients=self.watching.aggregate,
             knows=None if defense.transform is None else defense.transform.surrogate,
             sanitizer=public_knowledge(defense, self.model, self.data),
         )
@@ -213,6 +221,7 @@ def _task(name: str, watching: Watching, defense: Defense) -> ClientTask:
         batch_size=watching.batch_size,
         images=watching.batch,
         learning_rate=watching.learning_rate,
+        batch_statistics=watching.batch_statistics,
         seed=watching.seed,
     )
 
@@ -233,6 +242,7 @@ def observation_from_records(
     classes: int,
     steps: LocalSteps | None = None,
     images: int = 1,
+    clients: int = 1,
     knows: nn.Module | None = None,
     sanitizer: UpdateKnowledge | None = None,
 ) -> Observation:
@@ -248,13 +258,14 @@ def observation_from_records(
         steps: The local steps after which the weights came back, as the server configured them;
             None where the records hold gradients.
         images: Images in a victim's batch, as the reply counts them.
+        clients: Of how many clients each record is the mean.
         knows: The image transformation that is public knowledge.
         sanitizer: What is publicly known of a change of the update.
 
     Raises:
         FedveilError: A record that lacks a weight of the model.
     """
-    count = steps.steps(images) if steps else 0
+    count = steps.steps(images // clients) if steps else 0
     before = sent.to_torch_state_dict()
     own = copy.deepcopy(model)
     own.load_state_dict(before)
@@ -270,6 +281,9 @@ def observation_from_records(
             rounding += _rounding_energy(stacked) * count / length**2
             stacked = (before[name].double() - stacked.double()) / length
         gradients[name] = stacked
+    told = RunningStatistics({}, dict.fromkeys(_batch_norms(own), "a gradient came back"))
+    if steps is not None:
+        told = read_running_statistics(own, before, updates, steps=count)
     size = sum(float(gradient.double().square().sum()) for gradient in gradients.values())
     return Observation(
         model=own,
@@ -281,7 +295,14 @@ def observation_from_records(
         sanitizer=sanitizer,
         rounding=rounding / max(size, 1e-30),
         local=steps if count > 1 else None,
+        clients=clients,
+        statistics=told.layers,
+        unread=told.unread,
     )
+
+
+def _batch_norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
 
 
 def _stacked(updates: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The ClientApp that every engine runs: finds its images, trains the copy it received, answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from fedveil.federation.shares import KeptShares, is_fixed, transformed
 from fedveil.federation.statistics import answer_statistics
 from fedveil.federation.task import UNLABELLED, ClientTask
 from fedveil.federation.training import Strangers, train_locally, train_privately
-from fedveil.models import build_model
+from fedveil.models import batch_statistics_names, build_model, twins
 from fedveil.types import Shape
 
 
@@ -131,7 +131,10 @@ def answer(message: Message, context: Context, images: Images) -> Message:
     return defense_mod(message, context, trained)
 
 
-def _train_on(message: Message, context: Context, images: Images) -> Message:
+def _train_on(
+    message: Message, context: Context, images: Images, *, leaves: bool = True
+) -> Message:
+    """Train; the answer's statistics are the client's own only where they stay or are asked for."""
     torch.set_num_threads(1)
     task = _task(message)
     model = _model_for(task, context)
@@ -153,13 +156,32 @@ def _train_on(message: Message, context: Context, images: Images) -> Message:
         raise FedveilError(
             "DP-SGD cannot learn from the server's unlabelled images besides; leave out either"
         )
-    state = model.state_dict()
-    if privacy is not None:
-        # The accountant covers what is trained alone: the rest goes back as it came.
-        state |= received
+    state = (
+        _returned(model, received, task) if leaves or privacy is not None else model.state_dict()
+    )
     metrics = _metrics(len(images), loss, task)
     content = RecordDict({"arrays": ArrayRecord(state), "metrics": metrics})
     return Message(content, reply_to=message)
+
+
+def _returned(
+    model: nn.Module, received: Mapping[str, Tensor], task: ClientTask
+) -> dict[str, Tensor]:
+    """Return a trained model's state as it may leave the client.
+
+    Args:
+        model: After training.
+        received: What is not trained, as it came.
+        task: Says what is asked for, and the defence.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    if _defense(task.defense).privacy is not None:
+        # The accountant covers what is trained alone: the rest goes back as it came.
+        return state | dict(received)
+    if task.batch_statistics:
+        return state
+    # The mean of a batch in every layer is told by them, and the server measures its own.
+    return state | {name: received[name] for name in batch_statistics_names(model)}
 
 
 def _untrained(model: nn.Module) -> dict[str, Tensor]:
@@ -226,7 +248,7 @@ def answer_asked(
 
     def trained(message: Message, context: Context) -> Message:
         if len(own):
-            return _train_on(message, context, own)
+            return _train_on(message, context, own, leaves=False)
         metrics = _metrics(len(images), None, task)
         content = RecordDict({"arrays": _arrays(message), "metrics": metrics})
         return Message(content, reply_to=message)
@@ -238,14 +260,14 @@ def answer_asked(
 @app.train("gradient", mods=[defense_mod])
 def gradient(message: Message, context: Context) -> Message:
     """Return the gradient of one minibatch at the weights that came, as FedSGD does."""
-    return _one_minibatch(message, context, lambda parameter, gradient, rate: gradient)
+    return _one_minibatch(message, context, lambda parameter, gradient, rate: gradient, whole=False)
 
 
 @app.train("step", mods=[defense_mod])
 def step(message: Message, context: Context) -> Message:
-    """Return the weights after one step of gradient descent on one minibatch."""
+    """Return the state after one step of gradient descent on one minibatch."""
     return _one_minibatch(
-        message, context, lambda parameter, gradient, rate: parameter - rate * gradient
+        message, context, lambda parameter, gradient, rate: parameter - rate * gradient, whole=True
     )
 
 
@@ -263,18 +285,26 @@ def _strangers(message: Message, images: Images, task: ClientTask) -> Strangers 
 
 
 def _one_minibatch(
-    message: Message, context: Context, answer: Callable[[Tensor, Tensor, float], Tensor]
+    message: Message,
+    context: Context,
+    answer: Callable[[Tensor, Tensor, float], Tensor],
+    *,
+    whole: bool,
 ) -> Message:
     torch.set_num_threads(1)
     task, batch = _task(message), _rounds_images(message, context)
     model = _model_for(task, context)
     model.load_state_dict(_arrays(message).to_torch_state_dict())
+    received = _untrained(model)
     gradients, loss = _gradients(model, batch, _defense(task.defense))
     answers = {
         name: answer(parameter.detach(), gradients[name], task.learning_rate)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    if whole:
+        further = {name: answers[own] for name, own in twins(model).items() if own in answers}
+        answers = _returned(model, received, task) | answers | further
     metrics = _metrics(len(batch), loss, task)
     content = RecordDict({"arrays": ArrayRecord(answers), "metrics": metrics})
     return Message(content, reply_to=message)

@@ -31,6 +31,8 @@ class ClientTask(BaseModel):
         images: How many of a client's images a round of FedSGD uses; B of them where not given.
         repeat: Whether every such round uses the first round's.
         augment: How the client changes its images at random in every step.
+        batch_statistics: Whether clients send back the running statistics of batch normalisation,
+            which tell of their images; those they were sent come back otherwise.
         seed: Seeds the partition and, with round and client, the order of the images.
         server_round: The round, from 1; 0 in the first query.
         classes: Names of the classes in the order of their labels; for nodes with images of their
@@ -53,6 +55,7 @@ class ClientTask(BaseModel):
     images: int | None = Field(default=None, ge=1)
     repeat: bool = False
     augment: str | None = None
+    batch_statistics: bool = True
     seed: int = Field(ge=0)
     server_round: int = Field(default=0, ge=0)
     classes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from fedveil.models.cnn import CNN, MnistCNN
 from fedveil.models.imprint import Imprint
 from fedveil.models.inspect import (
+    batch_statistics_names,
     check_sendable,
     first_layer,
     has_batch_norm,
@@ -28,6 +29,7 @@ __all__ = [
     "ResNet",
     "ViT",
     "batch_norm_resnet",
+    "batch_statistics_names",
     "build_model",
     "check_sendable",
     "first_layer",

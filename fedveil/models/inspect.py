@@ -17,6 +17,17 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
+def batch_statistics_names(model: nn.Module) -> frozenset[str]:
+    """Return what layers of batch normalisation keep of batches, by its name in the state."""
+    return frozenset(
+        f"{name}.{part}" if name else part
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS)
+        for part, value in module.named_buffers(recurse=False)
+        if isinstance(value, torch.Tensor)
+    )
+
+
 def twins(model: nn.Module) -> dict[str, str]:
     """Return the further names of each parameter that has several, to its first one.
 

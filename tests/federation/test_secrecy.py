@@ -4,11 +4,15 @@ import logging
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from flwr.common.serde import message_to_proto
 
 from fedveil.copies.noise import NoiseKey
 from fedveil.federation.engines.local import LocalGrid
 from fedveil.federation.server_app import prepare_job, run_rounds
+from fedveil.federation.strategies.fedavg import SeededFedAvg, clone
+from fedveil.federation.task import ClientTask
+from fedveil.models import batch_statistics_names
 from fedveil.runs.config import TrainConfig
 from fedveil.runs.directory import RunDirectory
 from tests.federation.apps import RecordingGrid
@@ -19,6 +23,7 @@ TOLD = {
     "model",
     "epochs",
     "batch-size",
+    "batch-statistics",
     "learning-rate",
     "momentum",
     "clip",
@@ -155,3 +160,46 @@ def test_w_of_a_batch_norm_model_works_with_the_statistics_it_is_delivered_with(
     )
     assert delivered[-1][0].accuracy > 0.6
     assert max(max(record.copies) for record, _, _ in delivered) < 0.6
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "noise-delta"])
+def test_no_client_sends_back_what_its_batches_were(tmp_path, strategy):
+    """The server measures w's statistics itself, so those that it sent come back."""
+    job, _, grid, _ = train(
+        tmp_path / "run",
+        model="tests.audit.small_models:batch_norms",
+        strategy=strategy,
+        rounds=1,
+    )
+    names = batch_statistics_names(job.model)
+    assert "stem_norm.running_mean" in names
+    trained = [one for one in grid.replies if "arrays" in one.content.array_records]
+    received = {
+        one.metadata.dst_node_id: arrays(one)
+        for one in grid.sent
+        if "arrays" in one.content.array_records
+    }
+    assert trained
+    for reply in trained:
+        own, sent = arrays(reply), received[reply.metadata.src_node_id]
+        assert all(torch.equal(own[name], sent[name]) for name in names)
+        assert not torch.equal(own["stem.weight"], sent["stem.weight"])
+
+
+def test_a_strategy_that_measures_no_statistics_is_sent_the_clients(tmp_path):
+    model = "tests.audit.small_models:batch_norms"
+    given = {"dataset": "digits", "model": model, "clients": 3, "strategy": "fedavg"}
+    job = prepare_job(TrainConfig.check(given))
+    names = batch_statistics_names(job.model)
+    task, before = ClientTask.of(job.config, job.dataset), clone(job.model.state_dict())
+    for measured in (None, lambda weights: weights):
+        with LocalGrid("fedveil.federation.client_app:app", nodes=3, workers=1) as grid:
+            strategy = SeededFedAvg(sampling=job.sampling, statistics=measured)
+            result = strategy.start(grid, ArrayRecord(before), 1, train_config=task.to_record())
+        mean = result.arrays.to_torch_state_dict()
+        moved = [
+            not torch.equal(mean[name], before[name])
+            for name in names
+            if before[name].is_floating_point()
+        ]
+        assert all(moved) if measured is None else not any(moved)

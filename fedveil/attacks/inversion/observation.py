@@ -1,12 +1,13 @@
 """What an honest-but-curious server has of its victims, and what an attack makes of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fedveil.attacks.inversion.running_statistics import LayerStatistics
 from fedveil.errors import FedveilError
 from fedveil.types import Shape
 
@@ -107,7 +108,7 @@ class Observation:
         gradients: Parameter name to [V, *parameter shape]: the gradient of the mean cross-entropy
             over a victim's batch, for each of V victims. Under ``local`` it is the mean gradient
             along the client's path: weights sent minus weights returned, over the learning rate
-            times the number of local steps.
+            times the number of a client's local steps.
         shape: (C, H, W) of one image.
         classes: Number of classes.
         images: Images in a victim's batch, which the reply's example count tells the server.
@@ -120,6 +121,10 @@ class Observation:
             an attacker who takes the update as it is.
         local: How the client trained where the update is of more than one step; None for a single
             gradient.
+        clients: Of how many clients, with as many images each, an update is the mean.
+        statistics: What the running statistics that came back tell of the batches, by the name of
+            the layer of batch normalisation; a gradient has none.
+        unread: Why of other such layers nothing is told, by their names.
 
     Raises:
         FedveilError: No victims, no images, or gradients that do not match the model.
@@ -134,6 +139,9 @@ class Observation:
     rounding: float = 0.0
     sanitizer: UpdateKnowledge | None = None
     local: LocalSteps | None = None
+    clients: int = 1
+    statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -168,7 +176,28 @@ class Observation:
 
     def select(self, victims: Tensor) -> "Observation":
         """Return the observation of some victims only; ``victims`` is an index, int64 [M]."""
-        return replace(self, gradients={k: g[victims] for k, g in self.gradients.items()})
+        return replace(
+            self,
+            gradients={k: g[victims] for k, g in self.gradients.items()},
+            statistics={k: layer.select(victims) for k, layer in self.statistics.items()},
+        )
+
+    def returned(self, victim: int, *, share: float = 1.0) -> dict[str, Tensor]:
+        """Return the trained weights after a share of the way that one victim's took.
+
+        Args:
+            victim: Which one.
+            share: 0 for the weights that were sent, 1 for those that came back.
+        """
+        steps = self.local
+        length = (
+            0.0 if steps is None else steps.learning_rate * steps.steps(self.images // self.clients)
+        )
+        return {
+            name: value.detach() - share * length * self.gradients[name][victim].to(value)
+            for name, value in self.model.named_parameters()
+            if name in self.gradients
+        }
 
 
 @dataclass(frozen=True)

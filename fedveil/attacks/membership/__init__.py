@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from fedveil.attacks.inversion.observation import Observation, Uses, check_declared
+from fedveil.attacks.membership.batch_statistics import BatchStatistics
 from fedveil.attacks.membership.gradients import GradientMembership
 from fedveil.attacks.membership.many_rounds import ManyRounds
 from fedveil.attacks.membership.returned import ReturnedGradientNorm, ReturnedLoss
@@ -32,6 +33,7 @@ ATTACKS: Mapping[str, MembershipAttack] = {
     "span": Span(),
     "loss": ReturnedLoss(),
     "gradient-norm": ReturnedGradientNorm(),
+    "batch-statistics": BatchStatistics(),
 }
 """Every membership attack by name."""
 for _name, _attack in ATTACKS.items():
@@ -39,6 +41,7 @@ for _name, _attack in ATTACKS.items():
 
 __all__ = [
     "ATTACKS",
+    "BatchStatistics",
     "GradientMembership",
     "ManyRounds",
     "MembershipAttack",

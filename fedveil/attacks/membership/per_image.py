@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion.gradients import GradientMap, differentiable_attention, survived
-from fedveil.attacks.inversion.observation import Observation
+from fedveil.attacks.inversion.observation import LocalSteps, Observation
 from fedveil.data.images import Images
 
 MOST_NUMBERS = 2**29
@@ -141,6 +141,57 @@ class PerImageGradients:
         finally:
             hook.remove()
         return torch.cat(given)
+
+
+def settled(model: nn.Module, public: Images) -> nn.Module:
+    """Return a copy whose batch normalisation goes by public images where it went by batches.
+
+    A batch of candidates would tell each candidate by its neighbours.
+
+    Args:
+        model: In the mode the client trains in; stays as it is.
+        public: Images of nobody's training.
+    """
+    model = copy.deepcopy(model)
+    moving: list[Any] = []
+    like = next(model.parameters())
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
+            module.track_running_stats, module.momentum = True, None
+            module.running_mean = like.new_zeros(module.num_features)
+            module.running_var = like.new_ones(module.num_features)
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=like.device)
+            moving.append(module)
+    model.eval()
+    if moving:
+        for module in moving:
+            module.train()
+        with torch.no_grad():
+            for start in range(0, len(public), 256):
+                model(public[start : start + 256].pixels.to(like.device))
+        model.eval()
+    return model
+
+
+def train_as_client(
+    model: nn.Module, images: Images, local: LocalSteps, generator: torch.Generator
+) -> None:
+    """Train a model in place as a client does, in the mode it is in."""
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    descent = torch.optim.SGD(moving, lr=local.learning_rate)
+    device = moving[0].device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # of dropout
+        for _ in range(local.epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for index in torch.split(order, local.batch_size):
+                if len(index) == 1 and local.batch_size > 1:
+                    continue  # batch normalisation cannot train on one
+                batch = images[index]
+                descent.zero_grad(set_to_none=True)
+                logits = model(batch.pixels.to(device))
+                F.cross_entropy(logits, batch.labels.to(device)).backward()  # type: ignore[no-untyped-call]
+                descent.step()
 
 
 def _takes_batch_statistics(model: nn.Module) -> bool:

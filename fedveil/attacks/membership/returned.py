@@ -4,14 +4,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedveil.attacks.inversion.observation import LocalSteps, Observation, Uses
-from fedveil.attacks.membership.per_image import BATCH_NORMS, PerImageGradients
+from fedveil.attacks.membership.per_image import PerImageGradients, settled, train_as_client
 from fedveil.attacks.membership.released import confidence
 from fedveil.data.images import Images
 from fedveil.errors import InapplicableAttackError
@@ -66,7 +66,7 @@ class _Returned(ABC):
         known, given = self._difficulty(observation, candidates, public)
         scores = []
         for victim in range(observation.victims):
-            model = _settled(_returned(observation, victim, self._device()), public)
+            model = settled(_returned(observation, victim, self._device()), public)
             seen = replace(observation, model=model)
             expected = _regressed(known, self.fits(seen, public), given, self.ridge)
             scores.append(self.fits(seen, candidates) - expected)
@@ -84,7 +84,7 @@ class _Returned(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return what tells how well public images and candidates should fit, float64 [N, F]."""
         assert observation.local is not None
-        sent = _settled(copy.deepcopy(observation.model).to(self._device()), public)
+        sent = settled(copy.deepcopy(observation.model).to(self._device()), public)
         columns = [
             [F.one_hot(images.labels, observation.classes).double(), confidence(sent, images)]
             for images in (public, candidates)
@@ -112,8 +112,8 @@ class _Returned(ABC):
             held[torch.randperm(len(public), generator=generator)[: len(public) // 2]] = True
             for half in (held, ~held):
                 shadow = copy.deepcopy(sent).to(self._device())
-                _train(shadow, public[half], local, generator)
-                yield half, _settled(shadow, public)
+                train_as_client(shadow, public[half], local, generator)
+                yield half, settled(shadow, public)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,61 +160,8 @@ class ReturnedGradientNorm(_Returned):
 def _returned(observation: Observation, victim: int, device: torch.device) -> nn.Module:
     """Return the model that one victim returned, in the mode it trained in."""
     model: nn.Module = copy.deepcopy(observation.model).to(device)
-    steps = observation.local
-    assert steps is not None
-    length = steps.learning_rate * steps.steps(observation.images)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in observation.gradients:
-                moved = observation.gradients[name][victim].to(device).double() * length
-                parameter.copy_(parameter.double() - moved)
+    model.load_state_dict(observation.returned(victim), strict=False)
     return model
-
-
-def _settled(model: nn.Module, public: Images) -> nn.Module:
-    """Return a copy whose batch normalisation goes by public images where it went by batches.
-
-    An observation holds no running statistics of what came back, and a batch of candidates would
-    tell each candidate by its neighbours.
-    """
-    model = copy.deepcopy(model)
-    moving: list[Any] = []
-    like = next(model.parameters())
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS) and (module.training or not module.track_running_stats):
-            module.track_running_stats, module.momentum = True, None
-            module.running_mean = like.new_zeros(module.num_features)
-            module.running_var = like.new_ones(module.num_features)
-            module.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=like.device)
-            moving.append(module)
-    model.eval()
-    if moving:
-        for module in moving:
-            module.train()
-        with torch.no_grad():
-            for start in range(0, len(public), 256):
-                model(public[start : start + 256].pixels.to(like.device))
-        model.eval()
-    return model
-
-
-def _train(model: nn.Module, images: Images, local: LocalSteps, generator: torch.Generator) -> None:
-    """Train a model in place as a client does, in the mode it is in."""
-    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    descent = torch.optim.SGD(moving, lr=local.learning_rate)
-    device = moving[0].device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))  # of dropout
-        for _ in range(local.epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for index in torch.split(order, local.batch_size):
-                if len(index) == 1 and local.batch_size > 1:
-                    continue  # batch normalisation cannot train on one
-                batch = images[index]
-                descent.zero_grad(set_to_none=True)
-                logits = model(batch.pixels.to(device))
-                F.cross_entropy(logits, batch.labels.to(device)).backward()  # type: ignore[no-untyped-call]
-                descent.step()
 
 
 def _regressed(known: Tensor, values: Tensor, given: Tensor, ridge: float) -> Tensor:

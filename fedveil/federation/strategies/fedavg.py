@@ -213,6 +213,11 @@ class SeededFedAvg(FedAvg):
         )
 
     @property
+    def needs_statistics(self) -> bool:
+        """Whether what clients' batch normalisation kept of their images is used for w."""
+        return self._statistics is None
+
+    @property
     def sends(self) -> Sends:
         """What clients receive."""
         return "capped" if self.keeps_cap else "model"
@@ -308,6 +313,8 @@ class SeededFedAvg(FedAvg):
             self.archive.write(self._entry(round_number, sent))
         self.started(round_number, chosen)
         config = ConfigRecord({**config, "server-round": round_number})
+        if not self.needs_statistics:
+            config["batch-statistics"] = False
         # One record per copy, none shared between copies, and none touched after this line.
         contents = [
             RecordDict(

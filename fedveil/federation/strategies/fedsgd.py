@@ -43,6 +43,7 @@ class WatchingFedSGD(SeededFedAvg):
         parameters: Names of the model's parameters; its other tensors have no gradient.
         action: What clients are asked for: ``gradient``; ``step``, the weights after one step; or
             ``fedavg``, the weights after the task's local epochs and minibatches.
+        statistics: Names of running statistics, which are noted, too, where weights come back.
         sampling: How each round chooses its clients.
     """
 
@@ -51,11 +52,13 @@ class WatchingFedSGD(SeededFedAvg):
         *,
         victims: Collection[int],
         parameters: Collection[str],
+        statistics: Collection[str] = (),
         action: UpdateKind = "gradient",
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(sampling=sampling)
         self.parameters = frozenset(parameters)
+        self.noted = self.parameters | frozenset(statistics)
         self.victims = frozenset(victims)
         self.action = action
         self.exchanges: list[WatchedRound] = []
@@ -68,8 +71,8 @@ class WatchingFedSGD(SeededFedAvg):
         return _asked(asked, self.action)
 
     def expected(self, sent: Distribution) -> Weights:
-        """Expect a tensor for each parameter; of local training the whole state."""
-        if self.action == "fedavg":
+        """Expect a gradient for each parameter, or the whole state."""
+        if self.action != "gradient":
             return super().expected(sent)
         return {name: sent.copies[0][name] for name in sent.copies[0] if name in self.parameters}
 
@@ -89,7 +92,7 @@ class WatchingFedSGD(SeededFedAvg):
         return sent.copies[0]
 
     def _learnt(self, update: Update) -> Weights:
-        return {name: value for name, value in update.weights.items() if name in self.parameters}
+        return {name: value for name, value in update.weights.items() if name in self.noted}
 
 
 @dataclass(frozen=True)

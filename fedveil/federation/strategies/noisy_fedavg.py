@@ -192,6 +192,11 @@ class NoisyFedAvg(SeededFedAvg):
                 break
         return checked
 
+    @property
+    def needs_statistics(self) -> bool:
+        """No: clients' statistics are of noisy copies, so w's are measured on the server."""
+        return not self._batch_norm
+
     def pair(self, base: Weights, noise: Weights, sigma: float) -> tuple[Weights, Weights]:
         """Return base + σN and base - σN, each with batch statistics of its own."""
         plus, minus = (self.with_statistics(add_noise(base, noise, s)) for s in (sigma, -sigma))
