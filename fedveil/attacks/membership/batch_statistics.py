@@ -176,19 +176,22 @@ class _Layers:
 
         In float64, layer after layer.
         """
-        device, found = next(self.model.parameters()).device, []
+        device, rows = next(self.model.parameters()).device, []
         given: dict[str, Tensor] = {}
 
         def note(name: str, values: Tensor) -> None:
             values = values.flatten(2) if values.ndim > 2 else values[..., None]
-            apart = values.double() - self.seen[name][0][:, None]
-            given[name] = torch.cat([apart.mean(dim=2), apart.square().mean(dim=2)], dim=1)
+            apart = values - self.seen[name][0].to(values)[:, None]
+            each = apart.flatten(0, 1)
+            squares = torch.bmm(each[:, None], each[..., None]).reshape(apart.shape[:2])
+            found = torch.cat([apart.mean(dim=2), squares / apart.shape[2]], dim=1)
+            given[name] = found.double()
 
         with torch.no_grad(), _hooked(self.model, list(self.seen), note):
             for start in range(0, len(images), _AT_ONCE):
                 self.model(images[start : start + _AT_ONCE].pixels.to(device))
-                found.append(torch.cat([given[name] for name in self.seen], dim=1))
-        return torch.cat(found)
+                rows.append(torch.cat([given[name] for name in self.seen], dim=1))
+        return torch.cat(rows)
 
     def told(self, statistics: _Statistics) -> Tensor:
         """Return the mean of such vectors that statistics tell, [2·ΣC]."""
