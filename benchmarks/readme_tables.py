@@ -309,6 +309,49 @@ def many_rounds(_words: Mapping[str, str]) -> list[str]:
 _TOLD = (AUC.heading, FOUND.heading)
 
 
+def batch_statistics(_words: Mapping[str, str]) -> list[str]:
+    """What running statistics tell of candidates, and what other attacks tell beside them."""
+    names = ("membership-statistics", "membership-statistics-noise", "membership-statistics-steps")
+    lines = [
+        "| observed | steps | defence | attack | updates "
+        f"| {PICKED_OUT.heading} | {AUC.heading} | {FOUND.heading} |",
+        f"|{'---|' * 8}",
+    ]
+    for found in map(_results, names):
+        for row in found["rows"]:
+            images, clients = row["images"], row["clients"]
+            step = found["training"]["batch_size"]
+            observed = f"{images} image{'s' if images > 1 else ''}"
+            if clients > 1:
+                observed = f"sum of {clients} clients × {images}"
+            found_ = "" if row["tpr_at_1"] is None else _share(row, "tpr_at_1")
+            lines.append(
+                f"| {observed} | {-(-images // step)} | `{row['defense']}` | `{row['attack']}` "
+                f"| {len(row['updates'])} | {_share(row, PICKED_OUT.key)} | {row['auc']:.3f} "
+                f"| {found_} |"
+            )
+    return lines
+
+
+def batch_statistics_prior(_words: Mapping[str, str]) -> list[str]:
+    """What a prior on a batch's statistics does for inverting gradients."""
+    told = {"none": "none (`ig`)", "running": "those that were sent", "own": "the batch's own"}
+    lines = [
+        f"| images a batch | prior on statistics | updates | {TO_ORIGINAL.heading} (floor) "
+        f"| {IDENTIFIED.heading} (floor) |",
+        f"|{'---|' * 5}",
+    ]
+    for row in _results("batch-statistics")["rows"]:
+        low, high = row["psnr_original_low"], row["psnr_original_high"]
+        lines.append(
+            f"| {row['batch']} | {told[row['prior']]} | {row['updates']} "
+            f"| {row['psnr_original']:.1f} [{low:.1f}, {high:.1f}] "
+            f"({row['psnr_original_floor']:.1f}) "
+            f"| {_share(row, IDENTIFIED.key)} ({row['identified_floor']:.1%}) |"
+        )
+    return lines
+
+
 def recovery(_words: Mapping[str, str]) -> list[str]:
     """Which networks an exact search solves at batch 1, beside inverting gradients."""
     exact, searched = (
@@ -1266,6 +1309,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "scores": scores,
     "noise-patterns": noise_patterns,
     "many-rounds": many_rounds,
+    "batch-statistics": batch_statistics,
+    "batch-statistics-prior": batch_statistics_prior,
     "suite": suite,
     "recovery": recovery,
     "prices": prices,

@@ -81,6 +81,48 @@ def sanitize_update(sanitizer: Sanitizer, *, returned: Returned = "weights") -> 
     return mod
 
 
+def withhold_batch_statistics() -> Mod:
+    """Return a mod under which batch statistics come back to the server as it sent them.
+
+    Running means and variances that come back tell the mean and variance of a client's batches in
+    every layer, whatever a sanitiser does to the weights. The server has to measure its own then,
+    as ``SeededFedAvg(statistics=…)`` does of unlabelled images: w keeps those it began with if not.
+
+    Source: that clients can keep them to themselves is of Li et al., "FedBN: Federated Learning on
+    Non-IID Features via Local Batch Normalization", ICLR 2021, who do so for another reason.
+
+    Example:
+        >>> app = ClientApp(mods=[withhold_batch_statistics()])  # doctest: +SKIP
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if message.metadata.message_type.partition(".")[0] != _TRAIN:
+            return call_next(message, context)
+        received: dict[str, Tensor] = {}
+        for sent in _arrays(message):
+            received |= {k: v.clone() for k, v in sent.items() if _is_statistic(k)}
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        for name, record in list(reply.content.array_records.items()):
+            answer = dict(record.to_torch_state_dict())
+            missing = sorted(k for k in answer if _is_statistic(k) and k not in received)
+            if missing:
+                raise FedveilError(
+                    f"the reply's {missing[0]} was not in the message, so there is nothing to "
+                    "return in its place; send the model's whole state"
+                )
+            kept = {k: received.get(k, value) for k, value in answer.items()}
+            reply.content[name] = ArrayRecord(kept)
+        return reply
+
+    return mod
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in _STATISTICS
+
+
 def perturb_representation(soteria: Soteria) -> Mod:
     """Return a mod under which every model trains with Soteria's gradient.
 
@@ -120,7 +162,7 @@ def _sanitized(
     update = {
         name: value - sent[name] if sent else value
         for name, value in answer.items()
-        if value.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS
+        if value.is_floating_point() and not _is_statistic(name)
     }
     first = _one_of_twins(update, sent)
     clean = sanitizer({name: update[name] for name in dict.fromkeys(first.values())}, generator)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import jvp, vmap
 
 from fedveil.defenses import parse_defense
-from fedveil.defenses.mods import defense_mods
+from fedveil.defenses.mods import defense_mods, withhold_batch_statistics
 from fedveil.errors import FedveilError
 from fedveil.secure_random import SecureGenerator
 
@@ -144,6 +144,20 @@ def test_a_mod_sanitises_the_change_of_the_weights_and_not_the_weights():
         assert torch.allclose(got[name], sent[name] + value, atol=1e-6)
     for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
         assert torch.equal(got[name], plain[name])
+
+
+def test_a_mod_withholds_what_batch_normalisation_kept():
+    sent = _net()
+    got, plain = (_ask(_app(m, _trained), sent) for m in ([withhold_batch_statistics()], []))
+    for name, value in got.items():
+        kept = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        assert torch.equal(value, sent[name] if kept else plain[name]), name
+        assert not torch.equal(sent[name], plain[name])
+    evaluated = _ask(_app([withhold_batch_statistics()], _trained), sent, "evaluate")
+    assert torch.equal(evaluated["1.running_mean"], plain["1.running_mean"])
+    bare = {"0.weight": sent["0.weight"]}
+    with pytest.raises(FedveilError, match=r"1\.num_batches_tracked was not in the message"):
+        _ask(_app([withhold_batch_statistics()], lambda _arrays: _trained(sent)), bare)
 
 
 def test_a_mod_takes_a_gradient_as_it_is():

@@ -48,8 +48,10 @@ class InvertingGradients:
 
     The objective is ``1 − cos(∇(x), observed) + tv·TV(x) + batch_norm·R(x)``; Adam moves along the
     sign of its derivative, its step size falls to a tenth at 3/8, 5/8 and 7/8 of the steps, and
-    pixels stay in [0, 1]. R is the distance of the batch statistics of x from the running ones in
-    each layer of batch normalisation. All victims and restarts are searched at once. A known
+    pixels stay in [0, 1]. R is the distance of the batch statistics of x, in each layer of batch
+    normalisation, from those that came back with the weights, which of one local step are the
+    batch's own; where none came back, from the running ones that were sent. All victims and
+    restarts are searched at once. A known
     transformation stands inside the forward pass; where it draws at random, every step draws anew,
     so that the search is on its expectation. Weights that come back after several local steps are
     matched by simulating these, the first epoch in the order of the dummy images, the later ones in
@@ -178,7 +180,6 @@ class _Objective:
     lower: nn.Module | None
     transform: nn.Module | None
     sanitizer: UpdateKnowledge | None
-    batch_norms: dict[str, nn.Module]
     tv: float
     batch_norm: float
 
@@ -187,12 +188,7 @@ class _Objective:
         cls, attack: InvertingGradients, observation: Observation, device: torch.device
     ) -> "_Objective":
         gradients = GradientMap.of(observation, dtype=attack.dtype, device=device)
-        layers: dict[str, nn.Module] = {
-            name: module
-            for name, module in observation.model.named_modules()
-            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
-        }
-        if attack.batch_norm and not layers:
+        if attack.batch_norm and not _references(observation):
             raise InapplicableAttackError(
                 f"attack ig: batch_norm {attack.batch_norm} needs a model with running statistics "
                 f"of batch normalisation, which {type(observation.model).__name__} has not; set it "
@@ -211,7 +207,6 @@ class _Objective:
             lower=None if lower is None else lower.to(device, attack.dtype),
             transform=None if transform is None else transform.to(device, attack.dtype),
             sanitizer=observation.sanitizer,
-            batch_norms=layers,
             tv=attack.tv,
             batch_norm=attack.batch_norm,
         )
@@ -242,7 +237,8 @@ class _Objective:
         angle, slopes = angle_and_slopes(dummy, target.left, target.energy)
         prior = self.tv * variation(searched)
         if self.batch_norm:
-            prior = prior + self.batch_norm * vmap(self._statistics_prior)(shown)
+            distance = vmap(self._statistics_prior)(shown, target.statistics)
+            prior = prior + self.batch_norm * distance
         pairs = [(value, slopes[name]) for name, value in dummy.items()]
         followed = [
             (value, slope)
@@ -266,7 +262,11 @@ class _Objective:
     ) -> "_Target":
         observed = {name: gradient[victims] for name, gradient in problems.observed.items()}
         left = vmap(lambda own: dict(surviving(own, own, self.sanitizer)[1]))(observed)
-        return _Target(active, labels, observed, left, energy(left))
+        kept = {
+            name: (mean[victims], variance[victims])
+            for name, (mean, variance) in problems.statistics.items()
+        }
+        return _Target(active, labels, observed, left, energy(left), kept)
 
     def estimates(
         self, images: Tensor, labels: Tensor, problems: "_Problems"
@@ -303,19 +303,22 @@ class _Objective:
 
         return vmap(left)(images, target.labels, target.observed)
 
-    def _statistics_prior(self, images: Tensor) -> Tensor:
+    def _statistics_prior(self, images: Tensor, kept: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         distances: list[Tensor] = []
 
-        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            axes = [0, *range(2, inputs[0].ndim)]
-            variance, mean = torch.var_mean(inputs[0], dim=axes, correction=0)
-            reference: nn.Module = running[layer]
-            for own, kept in ((mean, reference.running_mean), (variance, reference.running_var)):
-                assert isinstance(kept, Tensor)
-                distances.append((own - kept.to(own)).square().sum().clamp_min(_TINY).sqrt())
+        def compare(name: str, given: Tensor) -> None:
+            axes = [0, *range(2, given.ndim)]
+            # What is kept of a batch's variance is unbiased.
+            variance, mean = torch.var_mean(given, dim=axes, correction=1)
+            for own, reference in zip((mean, variance), kept[name], strict=True):
+                distances.append((own - reference).square().sum().clamp_min(_TINY).sqrt())
 
-        running = {self.map.model.get_submodule(k): layer for k, layer in self.batch_norms.items()}
-        hooks = [layer.register_forward_pre_hook(compare) for layer in running]
+        hooks = [
+            self.map.model.get_submodule(name).register_forward_pre_hook(
+                lambda _module, inputs, name=name: compare(name, inputs[0])
+            )
+            for name in kept
+        ]
         try:
             state = {**self.map.parameters, **self.map.constants}
             functional_call(self.map.model, state, (images,))
@@ -323,6 +326,25 @@ class _Objective:
             for hook in hooks:
                 hook.remove()
         return torch.stack(distances).sum()
+
+
+def _references(observation: Observation) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and unbiased variance to be matched in each layer, [V, C] each.
+
+    What came back of it; of a layer that nothing came back of what was sent.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in observation.model.named_modules():
+        if name in observation.statistics:
+            told = observation.statistics[name]
+            found[name] = told.mean, told.variance
+        elif isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+            mean, variance = module.running_mean, module.running_var
+            assert isinstance(mean, Tensor)
+            assert isinstance(variance, Tensor)
+            every = (observation.victims, -1)
+            found[name] = mean.expand(every), variance.expand(every)
+    return found
 
 
 def _applied(module: nn.Module | None, images: Tensor) -> Tensor:
@@ -342,6 +364,7 @@ class _Target:
         observed: Parameter name to [A, *shape].
         left: The same without what a known sanitiser destroyed.
         energy: [A], the squared length of that.
+        statistics: Mean and variance, [A, C] each, of what layers of batch normalisation are given.
     """
 
     active: Tensor
@@ -349,6 +372,7 @@ class _Target:
     observed: dict[str, Tensor]
     left: dict[str, Tensor]
     energy: Tensor
+    statistics: dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -360,6 +384,7 @@ class _Problems:
         labels: Int64 [P, N].
         victims: Int64 [P], whose gradient each one matches.
         observed: Parameter name to [V, *shape].
+        statistics: Mean and variance, [V, C] each, of what layers of batch normalisation are given.
         found: [P, N, C, H, W], where the objective was lowest.
         best: [P], that lowest objective.
         angle: [P], 1 − cos there.
@@ -370,6 +395,7 @@ class _Problems:
     labels: Tensor
     victims: Tensor
     observed: dict[str, Tensor]
+    statistics: dict[str, tuple[Tensor, Tensor]]
     found: Tensor = field(init=False)
     best: Tensor = field(init=False)
     angle: Tensor = field(init=False)
@@ -407,6 +433,12 @@ class _Problems:
                 name: gradient.detach().to(device, attack.dtype)
                 for name, gradient in observation.gradients.items()
             },
+            statistics={
+                name: (mean.to(device, attack.dtype), variance.to(device, attack.dtype))
+                for name, (mean, variance) in _references(observation).items()
+            }
+            if attack.batch_norm
+            else {},
         )
 
     def note(self, active: Tensor, total: Tensor, angle: Tensor) -> None:

@@ -17,6 +17,7 @@ from fedveil.attacks.inversion import (
 )
 from fedveil.attacks.inversion.gradients import Factors
 from fedveil.attacks.inversion.inverting_gradients import angle_and_slopes, energy
+from fedveil.attacks.inversion.running_statistics import read_running_statistics
 from fedveil.defenses import BlockDCT, GaussianBlur, RandomBlockDCT
 from fedveil.errors import FedveilError
 from fedveil.models import CNN, batch_norm_resnet, group_norm_resnet
@@ -275,6 +276,40 @@ def test_the_prior_of_batch_norm_pulls_the_statistics_together(photos):
     plain = observe(CNN(SHAPE, CLASSES), photos[:1], LABELS[:1])
     with pytest.raises(FedveilError, match="needs a model with running statistics"):
         InvertingGradients(batch_norm=0.1)(plain)
+
+
+def test_statistics_that_came_back_take_the_place_of_the_running_ones(photos):
+    """Each victim is pulled to its own batch's statistics, and the images themselves lie there."""
+    torch.manual_seed(0)
+    model = batch_norm_resnet(SHAPE, CLASSES).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    batches, states = (photos[:2], photos[2:4]), []
+    for batch in batches:
+        model.load_state_dict(before)
+        model(batch)
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    model.load_state_dict(before)
+    told = read_running_statistics(model, before, states, steps=1).layers
+    parts = [observe(model, batch, LABELS[:2], batch=2) for batch in batches]
+    seen = dataclasses.replace(
+        parts[0],
+        gradients={k: torch.cat([part.gradients[k] for part in parts]) for k in before if k in
+                   parts[0].gradients},
+        statistics=told,
+    )  # fmt: skip
+    model.load_state_dict(before)
+
+    def gap(images, victim):
+        with torch.no_grad():
+            given = model.stem(model.normalise(images.float()))
+        return (given.mean((0, 2, 3)) - told["stem_norm"].mean[victim]).norm()
+
+    attack = InvertingGradients(steps=60, tv=0.0, batch_norm=1.0)
+    own = attack(seen).images
+    running = attack(dataclasses.replace(seen, statistics={})).images
+    for victim, batch in enumerate(batches):
+        assert gap(batch, victim) < 1e-5
+        assert gap(own[victim], victim) < gap(running[victim], victim) / 2
 
 
 def test_a_solved_victim_stops_and_its_restarts_with_it(cnn, photos):
