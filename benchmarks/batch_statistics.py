@@ -118,7 +118,7 @@ def rebuilt(
     seen, used = watched(data, model, batch, options.updates, options.victim)
     scorer = Scorer.of(data, used, None, 0)
     floors = scorer.floors(batch, knows=False)
-    plain = InvertingGradients(steps=options.steps)
+    plain = InvertingGradients(steps=options.steps, tv=options.tv, keep=options.keep)
     arms: Mapping[str, tuple[float, Observation]] = {
         "none": (0.0, seen),
         **{f"running:{w:g}": (w, replace(seen, statistics={})) for w in options.weight},
@@ -129,11 +129,16 @@ def rebuilt(
         _, scores = scorer.score(result, knows=False)
         prior, _, given = name.partition(":")
         row = {"batch": batch, "updates": options.updates, "prior": prior, "weight": given or None}
-        for key in ("psnr_original", "identified", "ssim_original"):
-            each = over_updates(scores[key].reshape(options.updates, -1))
-            row |= {key: each.value, f"{key}_low": each.low, f"{key}_high": each.high}
-            if key in floors:
-                row[f"{key}_floor"] = float(floors[key].mean())
+        updates = {name: values.reshape(options.updates, -1) for name, values in scores.items()}
+        told = over_updates(updates["identified"])
+        row |= {"identified": told.value, "identified_low": told.low, "identified_high": told.high}
+        row |= {"identified_floor": float(floors["identified"].mean())}
+        # Medians over a batch, and their mean over updates, as the floor is taken.
+        decibels = updates["psnr_original"].median(dim=1).values
+        row |= {"psnr_original": float(decibels.mean()), "psnr_updates": decibels.tolist()}
+        lowest = floors["psnr_original"].reshape(options.updates, -1).median(dim=1).values
+        row |= {"psnr_original_floor": float(lowest.mean())}
+        row |= {"loss": result.loss.tolist()}
         row["seconds_per_image"] = float(scores["seconds_per_image"].mean())
         print(row, flush=True)
         yield row
@@ -146,6 +151,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--victim", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--tv", type=float, default=0.2)
+    parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--weight", type=float, nargs="+", default=[0.01])
     parser.add_argument("--name", default="batch-statistics")
     parser.add_argument("--out", type=Path, required=True)

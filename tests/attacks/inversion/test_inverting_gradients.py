@@ -304,7 +304,7 @@ def test_statistics_that_came_back_take_the_place_of_the_running_ones(photos):
             given = model.stem(model.normalise(images.float()))
         return (given.mean((0, 2, 3)) - told["stem_norm"].mean[victim]).norm()
 
-    attack = InvertingGradients(steps=60, tv=0.0, batch_norm=1.0)
+    attack = InvertingGradients(steps=30, tv=0.0, batch_norm=1.0)
     own = attack(seen).images
     running = attack(dataclasses.replace(seen, statistics={})).images
     for victim, batch in enumerate(batches):
