@@ -42,7 +42,8 @@ def as_in_the_run(leaked: Weights, model: Weights) -> dict[str, Tensor]:
         leaked: State by name.
         model: A shared copy of the run, by name, without fingerprints.
     """
-    found = _put_together({name: _dense(v) for name, v in leaked.items() if not v.is_meta})
+    held = {name: v for name, v in leaked.items() if not (v.is_meta or v.is_nested)}
+    found = _put_together({name: _dense(value) for name, value in held.items()})
     chosen = {name: own for name in model if (own := _named(found, name, model)) is not None}
     chosen |= _by_size(found, model, chosen)
     values = {name: found[own] for name, own in chosen.items()}

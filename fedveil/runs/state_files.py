@@ -2,7 +2,7 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fedveil.errors import FedveilError
 from fedveil.runs.directory import RunDirectory
 from fedveil.runs.secrets import MODEL
+
+_PACKED = "._packed_params"
 
 
 def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
@@ -40,7 +42,7 @@ def read_state(path: Path, *, option: str) -> dict[str, Tensor]:
             ".pt file written by torch.save(model.state_dict(), FILE)"
         ) from None
     state = _unwrapped(state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state(state):
         raise FedveilError(
             f"{option} {path} holds no state dict, or several; write one with "
             "torch.save(model.state_dict(), FILE) or safetensors"
@@ -83,14 +85,30 @@ def _load(path: Path) -> Any:
 
 def _unwrapped(loaded: Any) -> Any:
     """Return the one state dict in a checkpoint that holds other things beside it, if it does."""
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or _is_state(loaded):
         return loaded
-    states = [
-        value
-        for value in loaded.values()
-        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
-    ]
+    inside = [_unpacked(value) for value in (loaded, *loaded.values()) if isinstance(value, dict)]
+    states = [value for value in inside if value and _is_state(value)]
     return states[0] if len(states) == 1 else loaded
+
+
+def _is_state(held: Any) -> TypeGuard[dict[str, Tensor]]:
+    return isinstance(held, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    )
+
+
+def _unpacked(held: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a state with the weights that PyTorch's quantised layers keep as a pair."""
+    state = dict(held)
+    for name in [name for name in state if isinstance(name, str) and _PACKED in name]:
+        pair = state.pop(name)
+        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor):
+            stem = name.partition(_PACKED)[0]
+            state[f"{stem}.weight"] = pair[0].dequantize()
+            if isinstance(pair[1], Tensor):
+                state[f"{stem}.bias"] = pair[1]
+    return state
 
 
 def _refuse_compressed(path: Path) -> None:

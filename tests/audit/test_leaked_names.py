@@ -158,9 +158,20 @@ def test_a_state_dict_in_a_checkpoint_is_read(tmp_path, model):
     torch.save({"epoch": 3, "model": model, "optimizer": {"state": {}, "lr": 0.1}}, path)
     found = read_state(path, option="LEAKED")
     assert all(torch.equal(found[name], model[name]) for name in model)
-    torch.save({"model": model, "ema": model}, path)
-    with pytest.raises(FedveilError, match="no state dict, or several"):
-        read_state(path, option="LEAKED")
+    for odd in ({"model": model, "ema": model}, {0: torch.ones(2)}, {"a": {"b": model}}, [1]):
+        torch.save(odd, path)
+        with pytest.raises(FedveilError, match="no state dict, or several"):
+            read_state(path, option="LEAKED")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_pytorch_quantised_are_read(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    torch.save({"net": quantised.state_dict(), "epoch": 1}, tmp_path / "quantised.pt")
+    found = read_state(tmp_path / "quantised.pt", option="LEAKED")
+    for name, value in model.state_dict().items():
+        assert torch.allclose(found[name], value, atol=0.01), name
 
 
 def test_a_part_of_a_model_clears_nobody_and_is_not_w(tmp_path):
