@@ -260,6 +260,26 @@ def test_checking_the_settings_leaves_a_batch_normalised_model_as_it_was(data):
         check_settings(seen, 0, data.train[4:8], replace(INSIDE, learning_rate=0.5, batch=4), NONE)
 
 
+def test_statistics_that_an_app_sent_back_are_read_off_its_recording(data):
+    """An app that returns its state_dict: means are those of its batch, past its wrapper's name."""
+    model = build_model("resnet-bn", data.shape, 10, seed=0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, given = data.train[:4], {}
+    hook = model.stem_norm.register_forward_pre_hook(lambda _m, inputs: given.update(x=inputs[0]))
+    F.cross_entropy(model(images.pixels), images.labels).backward()
+    hook.remove()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    after = {f"module.{name}": value.clone() for name, value in model.state_dict().items()}
+    sent = {f"module.{name}": value for name, value in before.items()}
+    settings = replace(INSIDE, learning_rate=0.5, batch=4)
+    seen = observed([Exchange(1, 0, sent, after, 4, images.pixels)], model, settings, data)
+    assert not seen.unread
+    told = seen.statistics["stem_norm"]
+    assert torch.allclose(told.mean[0], given["x"].double().mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(told.variance[0], given["x"].double().var((0, 2, 3)), rtol=1e-3)
+    check_settings(seen, 0, images, settings, NONE)
+
+
 def followed(data, model, rounds, places, rate):
     """Return the exchanges of clients that each take one step on their own images every round."""
     found, state = [], {name: value.clone() for name, value in model.state_dict().items()}
