@@ -311,13 +311,14 @@ _TOLD = (AUC.heading, FOUND.heading)
 
 def batch_statistics(_words: Mapping[str, str]) -> list[str]:
     """What running statistics tell of candidates, and what other attacks tell beside them."""
-    names = ("membership-statistics", "membership-statistics-noise", "membership-statistics-steps")
+    kinds = {"": "fresh", "-noise": "fresh", "-steps": "fresh", "-trained": "trained"}
     lines = [
-        "| observed | steps | defence | attack | updates "
+        "| observed | weights | steps | defence | attack | updates "
         f"| {PICKED_OUT.heading} | {AUC.heading} | {FOUND.heading} |",
-        f"|{'---|' * 8}",
+        f"|{'---|' * 9}",
     ]
-    for found in map(_results, names):
+    for end, weights in kinds.items():
+        found = _results(f"membership-statistics{end}")
         for row in found["rows"]:
             images, clients = row["images"], row["clients"]
             step = found["training"]["batch_size"]
@@ -326,9 +327,9 @@ def batch_statistics(_words: Mapping[str, str]) -> list[str]:
                 observed = f"sum of {clients} clients × {images}"
             found_ = "" if row["tpr_at_1"] is None else _share(row, "tpr_at_1")
             line = (
-                f"| {observed} | {-(-images // step)} | `{row['defense']}` | `{row['attack']}` "
-                f"| {len(row['updates'])} | {_share(row, PICKED_OUT.key)} | {row['auc']:.3f} "
-                f"| {found_} |"
+                f"| {observed} | {weights} | {-(-images // step)} | `{row['defense']}` "
+                f"| `{row['attack']}` | {len(row['updates'])} "
+                f"| {_share(row, PICKED_OUT.key)} | {row['auc']:.3f} | {found_} |"
             )
             if line not in lines:  # the same updates, in two files
                 lines.append(line)
