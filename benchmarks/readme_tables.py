@@ -532,22 +532,8 @@ def defended_round(_words: Mapping[str, str]) -> list[str]:
 
 def deploy(_words: Mapping[str, str]) -> list[str]:
     """For whom which settings, and what the best attacks of the suite leave of them."""
-    summed = {
-        row["images"]: _whole(row, PICKED_OUT.key)
-        for row in _results("membership-span")["rows"]
-        if (row["attack"], row["clients"]) == ("span", 10)
-    }
-    noised, plain = (
-        {
-            row["images"]: _whole(row, PICKED_OUT.key)
-            for row in _results(name)["rows"]
-            if (row["clients"], row["defense"]) == (10, defense)
-        }
-        for name, defense in (
-            ("membership-sizes-noise", "noise:ratio=2"),
-            ("membership-sizes", "none"),
-        )
-    )
+    summed = _summed(("membership-sizes-20", "membership-sizes-20-1024"), "none")
+    noised, plain = (_summed(("membership-sizes",), one) for one in ("noise:ratio=2", "none"))
     shown = {one: _most_picked(one) for one in ("noise:ratio=2", "dp-sgd:noise=1")}
     accuracy = {row["defense"]: row for row in _results("frontier")["rows"]}
     rounds = {
@@ -626,6 +612,17 @@ def _rounded(share: float) -> str:
     return "100%" if share == 1 else f"{share:.1%}"
 
 
+def _summed(names: tuple[str, ...], defense: str) -> dict[int, str]:
+    """Return what the best attack picks out of sums of ten clients, by images a client."""
+    best: dict[int, dict[str, Any]] = {}
+    for row in (row for name in names for row in _results(name)["rows"]):
+        if (row["clients"], row["defense"]) == (10, defense):
+            before = best.setdefault(row["images"], row)
+            if row[PICKED_OUT.key] > before[PICKED_OUT.key]:
+                best[row["images"]] = row
+    return {images: _whole(row, PICKED_OUT.key) for images, row in best.items()}
+
+
 def _most_picked(defense: str) -> str:
     rows = (row for row in _defended() if row["defense"] == defense)
     return _whole(max(rows, key=lambda row: float(row[PICKED_OUT.key])), PICKED_OUT.key)
@@ -679,7 +676,7 @@ _ON_THE_FRONTIER = (
 def sizes(_words: Mapping[str, str]) -> list[str]:
     """What the best membership attack picks out, by how many images are behind an update."""
     rows = [
-        {"attack": "gradient", "after": found["training"]["rounds"], **row}
+        {"after": found["training"]["rounds"], **row}
         for found in map(_results, _OF_SIZES)
         for row in found["rows"]
     ]
@@ -689,12 +686,7 @@ def sizes(_words: Mapping[str, str]) -> list[str]:
         before = cells.setdefault(row["images"], row)
         if row[PICKED_OUT.key] > before[PICKED_OUT.key]:
             cells[row["images"]] = row
-    # Where the span test was not run, the gradient alone is no best of the suite.
-    spanned = {
-        (row["clients"], row["after"], row["defense"]) for row in rows if row["attack"] == "span"
-    }
-    told = {key: cells for key, cells in told.items() if key in spanned}
-    columns = sorted({n for cells in told.values() for n in cells if n <= _MOST_BY_SPAN})
+    columns = sorted({n for cells in told.values() for n in cells})
     lines = [
         f"| observed | model after | defence | {' | '.join(f'{n:,} a client' for n in columns)} |",
         f"|{'---|' * (3 + len(columns))}",
@@ -710,10 +702,9 @@ def sizes(_words: Mapping[str, str]) -> list[str]:
 
 
 _OF_SIZES = (
-    *("membership", "membership-span"),
-    *("membership-sizes", "membership-sizes-noise", "membership-sizes-1024"),
+    *("membership-sizes", "membership-sizes-1024"),
+    *("membership-sizes-20", "membership-sizes-20-1024"),
 )
-_MOST_BY_SPAN = 1024
 
 
 def transformed(_words: Mapping[str, str]) -> list[str]:
@@ -866,12 +857,11 @@ def _over_seeds(found: Mapping[str, float]) -> str:
 
 
 def _membership_lines() -> list[str]:
-    def share(name: str, clients: int, attack: str | None) -> float:
+    def share(attack: str) -> float:
         return next(
             float(row[PICKED_OUT.key])
-            for row in _results(name)["rows"]
-            if (row["images"], row["clients"], row["defense"]) == (16, clients, "none")
-            and row.get("attack") == attack
+            for row in _results("membership-sizes-20")["rows"]
+            if (row["images"], row["clients"], row["attack"]) == (16, 10, attack)
         )
 
     rounds = {
@@ -880,10 +870,7 @@ def _membership_lines() -> list[str]:
         if (row["attack"], row["scores"]) == ("gradient", "against others")
     }
     returned = {row["attack"]: row for row in _results("membership-returned")["rows"]}
-    before, now = (
-        share(name, 10, attack)
-        for name, attack in (("membership", None), ("membership-span", "span"))
-    )
+    before, now = share("gradient"), share("span")
     noisy = {
         row["attack"]: row[PICKED_OUT.key]
         for row in _results("membership-statistics-noise")["rows"]
