@@ -17,6 +17,7 @@ from fedveil.attacks.inversion.gradients import (
 from fedveil.attacks.inversion.independent_components import IndependentComponents
 from fedveil.attacks.inversion.inverting_gradients import InvertingGradients
 from fedveil.attacks.inversion.latent_bins import LatentBins, binned
+from fedveil.attacks.inversion.layer_by_layer import LayerByLayer
 from fedveil.attacks.inversion.learned_inverse import LearnedInverse
 from fedveil.attacks.inversion.levenberg_marquardt import LevenbergMarquardt
 from fedveil.attacks.inversion.observation import (
@@ -39,6 +40,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "idlg": IDLG,
     "rgap": RGAP,
     "lm": LevenbergMarquardt,
+    "layers": LayerByLayer,
     "ig": InvertingGradients,
     "fc": FullyConnected,
     "peel": Peeling,
@@ -89,6 +91,7 @@ __all__ = [
     "Inversion",
     "InvertingGradients",
     "LatentBins",
+    "LayerByLayer",
     "LearnedInverse",
     "LevenbergMarquardt",
     "LocalSteps",

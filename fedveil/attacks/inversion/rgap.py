@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from fedveil.attacks.inversion.chain import Layer, trace_chain
+from fedveil.attacks.inversion.chain import INVERTIBLE, Activation, Layer, trace_chain
 from fedveil.attacks.inversion.gradients import GradientMap, check_attackable, survived
 from fedveil.attacks.inversion.observation import Inversion, Observation, Progress, Uses
 from fedveil.attacks.inversion.subspace import Subspace, range_of
@@ -65,7 +65,7 @@ class RGAP:
         begin = time.perf_counter()
         check_attackable(observation, attack="rgap", most=1)
         _check_whole(observation)
-        layers = trace_chain(observation.model)
+        layers = trace_chain(observation.model, INVERTIBLE)
         subspace = range_of(observation.knows, observation.shape)
         device = next(observation.model.parameters()).device
         subspace = subspace.to(torch.zeros((), dtype=torch.float64, device=device))
@@ -146,7 +146,7 @@ class Convolution:
         subspace: The images the input is known to lie among.
     """
 
-    def __init__(self, layer: Layer, shape: Shape, subspace: Subspace) -> None:
+    def __init__(self, layer: Layer[Activation], shape: Shape, subspace: Subspace) -> None:
         module = layer.module
         assert isinstance(module, nn.Conv2d)
         self.layer = layer
@@ -416,7 +416,9 @@ def _check_whole(observation: Observation) -> None:
                 )
 
 
-def _solvers(layers: list[Layer], shape: Shape, subspace: Subspace) -> list[Convolution | None]:
+def _solvers(
+    layers: list[Layer[Activation]], shape: Shape, subspace: Subspace
+) -> list[Convolution | None]:
     solvers: list[Convolution | None] = []
     for layer in layers:
         if isinstance(layer.module, nn.Conv2d):
@@ -431,7 +433,7 @@ def _solvers(layers: list[Layer], shape: Shape, subspace: Subspace) -> list[Conv
 
 
 def _recover(
-    layers: list[Layer], solvers: list[Convolution | None], observation: Observation
+    layers: list[Layer[Activation]], solvers: list[Convolution | None], observation: Observation
 ) -> tuple[Tensor, Tensor]:
     gradients = {k: g.double() for k, g in observation.gradients.items()}
     dz = gradients[_parameter(layers[-1], "bias")]
@@ -454,7 +456,7 @@ def _recover(
     return h, label
 
 
-def _linear(layer: Layer, dz: Tensor, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _linear(layer: Layer[Activation], dz: Tensor, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
     energy = dz.square().sum(dim=1, keepdim=True)
     if bool((energy == 0).any()):
         raise InapplicableAttackError(
@@ -466,5 +468,5 @@ def _linear(layer: Layer, dz: Tensor, weight_gradient: Tensor) -> tuple[Tensor, 
     return (h - layer.offset) / layer.scale, dz @ weight
 
 
-def _parameter(layer: Layer, kind: str) -> str:
+def _parameter(layer: Layer[Activation], kind: str) -> str:
     return f"{layer.name}.{kind}" if layer.name else kind
