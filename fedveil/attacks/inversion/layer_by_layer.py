@@ -42,6 +42,7 @@ _STAGES = (
 _NEAR = 0.03  # temperature by which near places are told, of the spread of the layer's output
 _SURE = 0.02
 _ROUNDING = 1e-12
+_SILENT = 1e-5  # of the root mean square of a layer's values
 _PRECISE = 1e-20  # of a linear system's right-hand side, squared
 _FOUND = 1e-6  # of a layer's equations, squared: what float32 gradients leave is below
 _NOTHING = 1e-30
@@ -351,6 +352,9 @@ class _Chain:
         self, place: int, given: Tensor, upper: Tensor, observation: Observation
     ) -> _Equations:
         layer = self.layers[place]
+        # What was solved for is zero up to rounding where a unit is silent.
+        size = given.square().flatten(1).mean(dim=1).sqrt().view(-1, 1, 1, 1)
+        given = torch.where(given.abs() < _SILENT * size, 0.0, given)
         gradient = observation.gradients[f"{layer.name}.weight"].detach().flatten(2)
         followers = pooled_first(layer.activations)
         last = followers[-1] if followers and followers[-1].slope is not None else None
