@@ -42,6 +42,7 @@ _STAGES = (
 _NEAR = 0.03  # temperature by which near places are told, of the spread of the layer's output
 _SURE = 0.02
 _ROUNDING = 1e-12
+_EXPLAINED = 1e-2  # of the pixels' equations, below which a picture is there
 _SILENT = 1e-5  # of the root mean square of a layer's values
 _PRECISE = 1e-20  # of a linear system's right-hand side, squared
 _FOUND = 1e-6  # of a layer's equations, squared: what float32 gradients leave is below
@@ -219,7 +220,7 @@ class LayerByLayer:
                 )
 
     def __call__(self, observation: Observation, *, progress: Progress | None = None) -> Inversion:
-        """Reconstruct every victim's image; ``untold`` where a hidden layer was not found."""
+        """Reconstruct every victim's image; ``untold`` where a layer was not found."""
         check_attackable(observation, attack="layers", most=1)
         device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         chain = _Chain.of(observation, device)
@@ -250,7 +251,7 @@ class LayerByLayer:
     def _recover(
         self, chain: "_Chain", observation: Observation, told: "_Reported"
     ) -> tuple[Tensor, Tensor]:
-        """Return images [V, C, H, W], and bool [V], of whom every hidden layer was found."""
+        """Return images [V, C, H, W], and bool [V], of whom every layer was found."""
         generator = torch.Generator().manual_seed(self.seed)
         given, upper = chain.above(observation)
         solved = torch.ones(len(given), dtype=torch.bool, device=given.device)
@@ -262,7 +263,9 @@ class LayerByLayer:
             inputs = self._hidden(equations, start, (least, most), told)
             solved &= equations.loss(inputs) < _FOUND
             given, upper = inputs, equations.before(inputs)
-        return self._pixels(chain.equations(0, given, upper, observation), generator, told), solved
+        equations = chain.equations(0, given, upper, observation)
+        images = self._pixels(equations, generator, told)
+        return images, solved & (equations.loss(images) < _EXPLAINED)
 
     def _hidden(
         self, equations: _Equations, start: Tensor, bounds: Bounds, told: "_Reported"
