@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def attackers(_words: Mapping[str, str]) -> list[str]:
         "|---|---|---|---|---|",
         *map(_batch_line, ((16, True), (64, False), (256, False))),
         _whole_client_line(),
+        _pattern_line(),
         *_active_lines(),
         *_membership_lines(),
         *_copies_lines(),
@@ -375,6 +377,34 @@ def recovery(_words: Mapping[str, str]) -> list[str]:
             f"| {' | '.join(both)} |"
         )
     return lines
+
+
+def patterns(_words: Mapping[str, str]) -> list[str]:
+    """What is rebuilt of single images behind ReLU and max pooling, where layers were found."""
+    lines = [
+        "| | images | `ig`: dB, median | `layers`: dB, median | nearer by `layers` | exact |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, untold in (("every layer found", False), ("cannot tell", True)):
+        searched, solved = _rebuilt_by_pattern(untold)
+        nearer = sum(now > before for before, now in zip(searched, solved, strict=True))
+        exact = sum(now > _EXACT_DECIBELS for now in solved)
+        lines.append(
+            f"| {name} | {len(solved)} | {statistics.median(searched):.1f} "
+            f"| {statistics.median(solved):.1f} | {nearer} | {exact} |"
+        )
+    return lines
+
+
+def _rebuilt_by_pattern(untold: bool) -> tuple[list[float], list[float]]:
+    """Return decibels of ``ig`` and ``layers``, of those images of which the latter cannot tell."""
+    searched, solved = _results("patterns")["rows"]
+    inside = [place for place, one in enumerate(solved["untold"]) if one == untold]
+    before, now = ([row["psnr"][place] for place in inside] for row in (searched, solved))
+    return before, now
+
+
+_EXACT_DECIBELS = 40
 
 
 def examples(_words: Mapping[str, str]) -> list[str]:
@@ -856,6 +886,17 @@ def _over_seeds(found: Mapping[str, float]) -> str:
     return f"{found['mean']:.0%} [{least}, {most}]"
 
 
+def _pattern_line() -> str:
+    searched, solved = _rebuilt_by_pattern(untold=False)
+    before, now = statistics.median(searched), statistics.median(solved)
+    tried = _results("patterns")["rows"][0]["images"]
+    return (
+        f"| `layers`, median distance where it can tell, {len(solved)} of {tried} images "
+        f"| CIFAR-100, `cnn`, single images, fresh weights | `ig` {before:.1f} dB | {now:.1f} dB "
+        "| exact, on other networks (R-CONV) |"
+    )
+
+
 def _membership_lines() -> list[str]:
     def share(attack: str) -> float:
         return next(
@@ -1312,6 +1353,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, str]], list[str]]] = {
     "batch-statistics-prior": batch_statistics_prior,
     "suite": suite,
     "recovery": recovery,
+    "patterns": patterns,
     "prices": prices,
     "transformed": transformed,
     "defended-round": defended_round,

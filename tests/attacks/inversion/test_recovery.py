@@ -142,7 +142,7 @@ def test_no_attack_can_be_given_the_truth():
         assert taken == {"observation", "progress"}
     assert {field.name for field in dataclasses.fields(Observation)} == {
         "model", "gradients", "shape", "classes", "images", "knows", "rounding",
-        "sanitizer", "local",
+        "sanitizer", "local", "statistics", "clients", "unread",
     }  # fmt: skip
 
 
