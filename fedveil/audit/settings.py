@@ -124,8 +124,8 @@ class LeakageSettings(Watching):
 
     attacks: tuple[str, ...] = option(
         ("lm",),
-        "dlg, idlg, rgap, lm, ig, ig-bn, fc, peel, ica, features, fish, fish-ig or latent, with "
-        "its options as in ig:steps=600,restarts=2.",
+        "dlg, idlg, rgap, lm, layers, ig, ig-bn, fc, peel, ica, features, fish, fish-ig or latent, "
+        "with its options as in ig:steps=600,restarts=2.",
         flags=("--attack",),
     )
     defenses: tuple[str, ...] = option(
