@@ -257,7 +257,8 @@ class LayerByLayer:
         solved = torch.ones(len(given), dtype=torch.bool, device=given.device)
         for place in reversed(range(1, len(chain.layers))):
             equations = chain.equations(place, given, upper, observation)
-            _check_determined(equations)
+            solved &= _determined(equations)
+            _check_any(solved, equations)
             least, most = chain.range(place)
             start = chain.start(place, len(given), generator)
             inputs = self._hidden(equations, start, (least, most), told)
@@ -265,7 +266,8 @@ class LayerByLayer:
             given, upper = inputs, equations.before(inputs)
         equations = chain.equations(0, given, upper, observation)
         images = self._pixels(equations, generator, told)
-        return images, solved & (equations.loss(images) < _EXPLAINED)
+        told_of = (equations.gradient != 0).flatten(1).any(dim=1)
+        return images, solved & told_of & (equations.loss(images) < _EXPLAINED)
 
     def _hidden(
         self, equations: _Equations, start: Tensor, bounds: Bounds, told: "_Reported"
@@ -283,7 +285,7 @@ class LayerByLayer:
         victims, ends = len(equations.given), []
         grey = equations.given.new_full((victims, *equations.shape), _GREY)
         images = _solve(equations, grey, (0.0, 1.0))
-        if bool((equations.loss(images) < _ROUNDING).all()):
+        if bool(((equations.loss(images) < _ROUNDING) & _determined(equations)).all()):
             return images
         for _ in range(self.starts):
             noise = torch.randn((victims, *equations.shape), generator=generator)
@@ -386,14 +388,19 @@ class _Chain:
         return values
 
 
-def _check_determined(equations: _Equations) -> None:
-    """Refuse a hidden layer whose input other inputs would explain as well."""
-    known = int((equations.given != 0).flatten(1).sum(dim=1).min()) + equations.gradient[0].numel()
-    unknowns = math.prod(equations.shape)
-    if known < unknowns:
+def _determined(equations: _Equations) -> Tensor:
+    """Return of whom there are as many equations as inputs, bool [V]; zeros tell of none."""
+    known = (equations.given != 0).flatten(1).sum(dim=1)
+    return known + (equations.gradient != 0).flatten(1).sum(dim=1) >= math.prod(equations.shape)
+
+
+def _check_any(determined: Tensor, equations: _Equations) -> None:
+    """Refuse a hidden layer whose inputs other inputs would explain as well, for every victim."""
+    if not determined.any():
         raise InapplicableAttackError(
-            f"--attack layers stops at {equations.layer.name}: {known} equations tell of its "
-            f"{unknowns} inputs; use --attack ig, which searches for the image at once"
+            f"--attack layers stops at {equations.layer.name}: fewer equations tell of it than its "
+            f"{math.prod(equations.shape)} inputs, or none; use --attack ig, which searches for "
+            "the image at once"
         )
 
 

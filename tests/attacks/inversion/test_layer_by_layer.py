@@ -35,6 +35,14 @@ def test_it_cannot_tell_of_an_update_that_is_no_image_s(photos):
     assert LayerByLayer(steps=2)(seen).untold.all()
 
 
+def test_it_refuses_updates_of_zeros(photos):
+    seen = observe(pooled(), photos[:1, :, :8, :8].contiguous(), LABELS)
+    for gradient in seen.gradients.values():
+        gradient.zero_()
+    with pytest.raises(InapplicableAttackError, match="or none"):
+        LayerByLayer(steps=1)(seen)
+
+
 def test_slopes_are_exact_and_a_descent_sees_where_they_go():
     follower = composed((FOLLOWERS.modules[nn.MaxPool2d](nn.MaxPool2d(2)),))
     values = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -84,7 +92,7 @@ def test_activations_are_moved_behind_pooling_and_nothing_changes():
                 *(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 4, 3), nn.ReLU()),
                 *(nn.Flatten(), nn.Linear(144, 10)),
             ),
-            "equations tell of its 4096 inputs",
+            "than its 4096 inputs",
         ),
         (
             nn.Sequential(

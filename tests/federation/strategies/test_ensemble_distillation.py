@@ -255,11 +255,10 @@ def test_clients_that_diverged_are_left_out_by_name(tmp_path):
 
 
 def test_clients_of_two_classes_teach_all_of_them_with_unlabelled_images_only(tmp_path):
-    settings = ALONE | {"partition": "shards:2", "epochs": 10, "rounds": 2}
+    settings = ALONE | {"partition": "shards:2", "epochs": 10, "rounds": 4}
     with_images = train(tmp_path / "with", **settings, share_unlabelled=True)[3]
     without = train(tmp_path / "without", **settings)[3]
-    # Of 180 images; how many more are right depends on the machine's arithmetic.
-    assert with_images[-1][0].accuracy > without[-1][0].accuracy + 0.05
+    assert with_images[-1][0].accuracy > without[-1][0].accuracy + 0.1
 
 
 def test_shared_rounds_are_fedavg_and_later_copies_stay_what_they_gave(tmp_path):
